@@ -1,0 +1,389 @@
+"""DETR: End-to-End Object Detection with Transformers.
+
+Nicolas Carion, Francisco Massa, Gabriel Synnaeve, Nicolas Usunier, Alexander Kirillov, Sergey Zagoruyko.
+ECCV 2020, arXiv:2005.12872. Official code: github.com/facebookresearch/detr (Apache-2.0).
+
+The idea: detection is predicting a set. A transformer decoder turns a fixed number of learned queries into
+boxes in parallel, and every ground-truth box is matched to exactly one of them (train.py, Hungarian matching), so
+that neither anchors nor non-maximum suppression are needed. Queries tell each other apart by self-attention.
+
+Diff me against: nothing, I am the root. conditional_detr.py and deformable_detr.py are diffs against this file.
+
+Departures from the official code (numbers are the same, tests/test_golden.py holds them):
+    dilation (DC5) works for ResNet-18 and -34 too; torchvision refuses it there.
+    backbone_norm="batch" trains everything with live BatchNorm, which training from scratch needs.
+Left out on purpose: segmentation heads, the pre-norm variant (it doubles every layer), position embeddings that
+are learned (the paper's ablation, 0.6 AP lower with learned embeddings).
+"""
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+# How the paper trains it (section 4 and appendix A.4; epochs as for its 42.0 AP). train.py reads this.
+RECIPE = dict(
+    epochs=500,
+    lr_drop=400,
+    batch_size=64,
+    lr=1e-4,
+    lr_backbone=1e-5,
+    slow_parameters=(),
+    weight_decay=1e-4,
+    clip_norm=0.1,
+    class_loss="softmax",
+    w_class=1,
+    w_l1=5,
+    w_giou=2,
+)
+
+# What train.py --preset laptop changes for this file: with one feature map, stride 16 instead of 32.
+LAPTOP = dict(
+    dilation=True,
+)
+
+# Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of H*W),
+# S supervised stages. Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding. Masks are True on padding.
+
+
+# ---- Shared blocks: the same text in all five files ----------------------------------------------------------------
+class Backbone(nn.Module):
+    """torchvision ResNet without pooling and classifier.
+
+    In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5 at
+    16 with dilation). Raises ValueError for what is not a ResNet and for an unknown norm.
+    Source: official models/backbone.py; ImageNet weights V1, from which all five papers start.
+    """
+
+    def __init__(self, name, pretrained, norm, dilation):
+        super().__init__()
+        if norm not in ("frozen", "batch"):
+            raise ValueError(f'backbone_norm is {norm!r}, it must be "frozen" or "batch"')
+        if name not in torchvision.models.list_models(include="*resne*t*"):
+            raise ValueError(f'backbone is {name!r}, it must be a torchvision ResNet such as "resnet50"')
+        norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
+        weights = "IMAGENET1K_V1" if pretrained else None
+        body = torchvision.models.get_model(name, weights=weights, norm_layer=norm_layer)
+        c5 = body.fc.in_features
+        self.channels = [c5 // 4, c5 // 2, c5]
+        del body.avgpool, body.fc
+        if dilation:
+            self.dilate(body.layer4)
+        if norm == "frozen":
+            # Batches of one or two images per GPU give useless statistics, so the papers keep ImageNet's, and with
+            # them the first layers. From random weights such a network cannot learn: use norm="batch" there.
+            for module in (body.conv1, body.layer1):
+                module.requires_grad_(False)
+        self.body = body.to(memory_format=torch.channels_last)  # same numbers, faster convolutions
+
+    @staticmethod
+    def dilate(stage):
+        """DC5: the last stage keeps C4's resolution; its stride becomes dilation, from its second block on."""
+        for module in stage.modules():
+            if isinstance(module, nn.Conv2d):
+                module.stride = (1, 1)
+        for module in stage[1:].modules():
+            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+                module.dilation = module.padding = (2, 2)
+
+    def forward(self, images):
+        x = images.contiguous(memory_format=torch.channels_last)
+        x = self.body.maxpool(self.body.relu(self.body.bn1(self.body.conv1(x))))  # [B, 64, H/4, W/4]
+        c3 = self.body.layer2(self.body.layer1(x))  # [B, C3, H/8, W/8]
+        c4 = self.body.layer3(c3)  # [B, C4, H/16, W/16]
+        c5 = self.body.layer4(c4)  # [B, C5, H/32, W/32]
+        return [c3, c4, c5]
+
+
+def check_input(images, mask):
+    """Raises ValueError unless images are [B, 3, H, W] and mask [B, H, W] bool; only shapes are looked at."""
+    if images.ndim != 4 or images.shape[1] != 3 or mask.shape != (images.shape[0], *images.shape[2:]):
+        raise ValueError(f"images {tuple(images.shape)} and mask {tuple(mask.shape)} must be [B, 3, H, W] and "
+                         f"[B, H, W]; put a single image into a batch with image[None]")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask is {mask.dtype}, it must be bool, True on padding")
+
+
+def resize_mask(mask, size):
+    """The padding mask [B, H, W] at a feature map's size (h, w), nearest neighbour: cell i reads floor(i * H / h)."""
+    return F.interpolate(mask[:, None].float(), size=size)[:, 0].bool()  # [B, h, w]
+
+
+def sine(x, dim):
+    """Sine encoding of coordinates x [...] in [0, 1]: [..., dim], sin and cos interleaved, temperature 10000."""
+    i = torch.arange(dim // 2, device=x.device, dtype=torch.float32)
+    angle = x.float()[..., None] * 2 * math.pi / 10000 ** (2 * i / dim)  # [..., dim/2]
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)  # [..., dim]
+
+
+def sine_positions(mask, dim, offset):
+    """Position of every cell of a feature map, relative to the part of the map that is not padding.
+
+    mask [B, H, W] bool -> [B, H*W, dim], the first half encodes y, the second x. `offset` 0.5 encodes pixel
+    centres (Deformable DETR, SAM-DETR), 0 pixel corners (DETR, Conditional DETR).
+    The order of the additions matters to SAM-DETR alone: in rows that are all padding N is 0, the quotient
+    is rounding noise, and its RoIAlign reads the outcome. Source: official models/position_encoding.py.
+    """
+    def normalised(n, axis):
+        last = n.narrow(axis, -1, 1)
+        return (n - offset) / (((last - offset) + 1e-6) + offset)
+
+    y = normalised((~mask).cumsum(1, dtype=torch.float32), 1)  # [B, H, W]
+    x = normalised((~mask).cumsum(2, dtype=torch.float32), 2)  # [B, H, W]
+    return torch.cat([sine(y, dim // 2), sine(x, dim // 2)], dim=-1).flatten(1, 2)  # [B, H*W, dim]
+
+
+class MLP(nn.Module):
+    """`depth` linear layers with ReLU between them: [..., in_dim] -> [..., out_dim]."""
+
+    def __init__(self, in_dim, hidden_dim, out_dim, depth):
+        super().__init__()
+        dims = [in_dim] + [hidden_dim] * (depth - 1) + [out_dim]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims, dims[1:]))
+
+    def forward(self, x):
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()
+        return self.layers[-1](x)
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(E/M)) v in M heads, and the output projection; q, k, v come in already projected.
+
+    q [B, Q, E], k [B, T, E], v [B, T, D], mask [B, T] bool, bias [B, M, Q, T] added to the scores -> [B, Q, D].
+    E may differ from D: the score needs equal widths of q and k only.
+    """
+
+    def __init__(self, hidden_dim, nheads, dropout):
+        super().__init__()
+        self.nheads = nheads
+        self.dropout = dropout
+        self.out_proj = nn.Linear(hidden_dim, hidden_dim)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, q, k, v, mask=None, bias=None):
+        # [B, T, E] -> [B, T, M, E/M] -> [B, M, T, E/M]
+        q, k, v = (x.unflatten(-1, (self.nheads, -1)).transpose(1, 2) for x in (q, k, v))
+        if mask is not None:
+            attend = ~mask[:, None, None]  # [B, 1, 1, T], True = look here
+            bias = attend if bias is None else bias.masked_fill(~attend, -math.inf)
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)  # [B, M, Q, D/M]
+        return self.out_proj(out.transpose(1, 2).flatten(2))  # [B, Q, D]
+
+
+class QKVProjection(nn.Module):
+    """The three input maps of attention, stored as one [3D, D] matrix as in nn.MultiheadAttention."""
+
+    def __init__(self, hidden_dim):
+        super().__init__()
+        self.in_proj = nn.Linear(hidden_dim, 3 * hidden_dim)  # packed: Xavier initialisation sees 3D x D
+        nn.init.zeros_(self.in_proj.bias)
+
+    def forward(self, q, k, v):
+        weights, biases = self.in_proj.weight.chunk(3), self.in_proj.bias.chunk(3)
+        return [F.linear(x, w, b) for x, w, b in zip((q, k, v), weights, biases)]
+
+
+class FeedForward(nn.Module):
+    """Two linear layers, residual and post-norm: [..., D] -> [..., D]."""
+
+    def __init__(self, hidden_dim, dim_feedforward, dropout):
+        super().__init__()
+        self.linear1 = nn.Linear(hidden_dim, dim_feedforward)
+        self.linear2 = nn.Linear(dim_feedforward, hidden_dim)
+        self.norm = nn.LayerNorm(hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        y = self.linear2(self.dropout(self.linear1(x).relu()))
+        return self.norm(x + self.dropout(y))
+
+
+def xavier_uniform(module):
+    """Xavier-uniform on every matrix of a module (official Transformer._reset_parameters)."""
+    for p in module.parameters():
+        if p.dim() > 1:
+            nn.init.xavier_uniform_(p)
+
+
+# ---- Encoder: global self-attention over the feature map (paper, section 3.2) ---------------------------------------
+class EncoderLayer(nn.Module):
+    def __init__(self, hidden_dim, nheads, dim_feedforward, dropout):
+        super().__init__()
+        self.sa_proj = QKVProjection(hidden_dim)
+        self.self_attn = Attention(hidden_dim, nheads, dropout)
+        self.norm1 = nn.LayerNorm(hidden_dim)
+        self.ffn = FeedForward(hidden_dim, dim_feedforward, dropout)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, src, pos, mask):
+        # Positions go into queries and keys of every layer and never into values: they steer where to look.
+        q, k, v = self.sa_proj(src + pos, src + pos, src)  # 3 x [B, T, D]
+        src = self.norm1(src + self.dropout(self.self_attn(q, k, v, mask)))
+        return self.ffn(src)
+
+
+class Encoder(nn.Module):
+    def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout):
+        super().__init__()
+        layers = [EncoderLayer(hidden_dim, nheads, dim_feedforward, dropout) for _ in range(num_layers)]
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, src, pos, mask):
+        for layer in self.layers:
+            src = layer(src, pos, mask)
+        return src
+
+
+# ---- Decoder: queries look at each other, then at the image (paper, section 3.2) ------------------------------------
+class DecoderLayer(nn.Module):
+    def __init__(self, hidden_dim, nheads, dim_feedforward, dropout):
+        super().__init__()
+        self.sa_proj = QKVProjection(hidden_dim)
+        self.self_attn = Attention(hidden_dim, nheads, dropout)
+        self.norm1 = nn.LayerNorm(hidden_dim)
+        self.ca_proj = QKVProjection(hidden_dim)
+        self.cross_attn = Attention(hidden_dim, nheads, dropout)
+        self.norm2 = nn.LayerNorm(hidden_dim)
+        self.ffn = FeedForward(hidden_dim, dim_feedforward, dropout)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tgt, query_pos, memory, pos, mask):
+        # In the first layer tgt is zero, so this self-attention gives every query the same vector (quirk).
+        q, k, v = self.sa_proj(tgt + query_pos, tgt + query_pos, tgt)  # 3 x [B, Q, D]
+        tgt = self.norm1(tgt + self.dropout(self.self_attn(q, k, v)))
+
+        # (c_q + p_q)^T (c_k + p_k): content and position share one dot product
+        q, k, v = self.ca_proj(tgt + query_pos, memory + pos, memory)  # [B, Q, D], [B, T, D], [B, T, D]
+        tgt = self.norm2(tgt + self.dropout(self.cross_attn(q, k, v, mask)))
+        return self.ffn(tgt)
+
+
+class Decoder(nn.Module):
+    def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout):
+        super().__init__()
+        layers = [DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout) for _ in range(num_layers)]
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.LayerNorm(hidden_dim)
+
+    def forward(self, query_pos, memory, pos, mask):
+        tgt = torch.zeros_like(query_pos)  # "object queries" are positions; what they hold starts empty
+        outputs = []
+        for layer in self.layers:
+            tgt = layer(tgt, query_pos, memory, pos, mask)
+            outputs.append(self.norm(tgt))  # one norm for all layers, in front of the shared heads
+        return torch.stack(outputs)  # [S, B, Q, D]
+
+
+# ---- The model ------------------------------------------------------------------------------------------------------
+class DETR(nn.Module):
+    recipe = RECIPE
+
+    def __init__(
+        self,
+        num_classes,
+        backbone="resnet50",
+        pretrained_backbone=True,
+        backbone_norm="frozen",
+        dilation=False,
+        hidden_dim=256,
+        nheads=8,
+        enc_layers=6,
+        dec_layers=6,
+        dim_feedforward=2048,
+        dropout=0.1,
+        num_queries=100,
+    ):
+        super().__init__()
+        self.backbone = Backbone(backbone, pretrained_backbone, backbone_norm, dilation)
+        self.input_proj = nn.Conv2d(self.backbone.channels[-1], hidden_dim, kernel_size=1)
+        self.encoder = Encoder(enc_layers, hidden_dim, nheads, dim_feedforward, dropout)
+        self.query_embed = nn.Embedding(num_queries, hidden_dim)
+        self.decoder = Decoder(dec_layers, hidden_dim, nheads, dim_feedforward, dropout)
+        self.class_head = nn.Linear(hidden_dim, num_classes + 1)  # the last class means "no object"
+        self.box_head = MLP(hidden_dim, hidden_dim, 4, depth=3)
+        xavier_uniform(self.encoder)
+        xavier_uniform(self.decoder)
+
+    def forward(self, images, mask):
+        """images [B, 3, H, W], mask [B, H, W] -> {"logits": [S, B, Q, C+1], "boxes": [S, B, Q, 4]}, S = dec_layers."""
+        check_input(images, mask)
+        features = self.backbone(images)[-1]  # [B, C5, h, w]
+        mask = resize_mask(mask, features.shape[-2:])  # [B, h, w]
+        pos = sine_positions(mask, self.input_proj.out_channels, offset=0)  # [B, T, D]
+        mask = mask.flatten(1)  # [B, T]
+
+        src = self.input_proj(features).flatten(2).transpose(1, 2)  # [B, T, D]
+        memory = self.encoder(src, pos, mask)  # [B, T, D]
+        query_pos = self.query_embed.weight.expand(len(images), -1, -1)  # [B, Q, D]
+        hs = self.decoder(query_pos, memory, pos, mask)  # [S, B, Q, D]
+        return {"logits": self.class_head(hs), "boxes": self.box_head(hs).sigmoid()}
+
+
+def build(num_classes, **options):
+    """The model, with the paper's values as defaults; options are the arguments of DETR.
+
+    Boxes come out as (cx, cy, w, h) in [0, 1] of the image without padding. Raises ValueError for a wrong value and
+    TypeError for an unknown option.
+    """
+    return DETR(num_classes, **options)
+
+
+# Official parameter names (regular expressions) and ours.
+OFFICIAL_NAMES = (
+    (r"^backbone\.0\.body\.", "backbone.body."),
+    (r"^transformer\.", ""),
+    (r"self_attn\.in_proj_", "sa_proj.in_proj."),
+    (r"multihead_attn\.in_proj_", "ca_proj.in_proj."),
+    (r"multihead_attn\.", "cross_attn."),
+    (r"\.(linear[12])\.", r".ffn.\1."),
+    (r"(encoder\.layers\.\d+)\.norm2\.", r"\1.ffn.norm."),
+    (r"(decoder\.layers\.\d+)\.norm3\.", r"\1.ffn.norm."),
+    (r"^class_embed\.", "class_head."),
+    (r"^bbox_embed\.", "box_head."),
+)
+
+
+def load_official(model, checkpoint):
+    """Copy an official checkpoint ({"model": state_dict}, or the state_dict itself) into the model.
+
+    Strict: raises RuntimeError that lists every missing, unknown or misshapen parameter.
+    """
+    state = {}
+    for name, tensor in checkpoint.get("model", checkpoint).items():
+        for official, ours in OFFICIAL_NAMES:
+            name = re.sub(official, ours, name)
+        state[name] = tensor
+    model.load_state_dict(state)
+
+
+# ---- python THIS_FILE.py: a walk through the network on random images ----------------------------------------------
+def walk(model):
+    """Print the shape of what every part of the model returns for two random images, the second one padded."""
+    def shape(x):
+        if isinstance(x, torch.Tensor):
+            return list(x.shape)
+        return {k: shape(v) for k, v in x.items()} if isinstance(x, dict) else [shape(v) for v in x]
+
+    def show(name):
+        return lambda module, inputs, output: print(f"  {name:12} {shape(output)}")
+
+    images, mask = torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool)
+    mask[1, 192:], mask[1, :, 256:] = True, True
+    for name, module in model.named_children():
+        module.register_forward_hook(show(name))
+    print(f"{type(model).__name__} on images {shape(images)}, padding mask {shape(mask)}")
+    with torch.no_grad():
+        out = model.eval()(images, mask)
+    print(f"returns {shape(out)}")
+    count = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{count:,} parameters, {trained:,} of them trained")
+
+
+if __name__ == "__main__":
+    walk(build(num_classes=91, pretrained_backbone=False))

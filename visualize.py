@@ -1,0 +1,2 @@
+def draw_predictions(*a): pass
+def draw_curves(*a): pass
