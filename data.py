@@ -1,42 +1,80 @@
-"""Data for all five detectors: images in, padded batches out, COCO numbers at the end."""
+"""Data for all five detectors: images in, padded batches out, COCO numbers at the end.
+
+    load()                      the embedded data set `shapes`: nothing to download, drawn when asked for
+    load("my/folder")           your own images with COCO annotations; LAYOUTS says how a folder may look
+    dataset[index]              one image and its target; dataset[epoch, index] also chooses the augmentation
+    collate(batch)              images of different sizes -> one padded tensor and its mask
+    postprocess, coco_eval      what the model says -> scored boxes in pixels -> the 12 COCO numbers
+
+Legend: B images, Q queries, C classes, n objects in one image, k scored boxes in one image, H x W pixels.
+Boxes are (cx, cy, w, h) in [0, 1] of the unpadded image; `boxes_xyxy` are two corners in pixels.
+Whatever is wrong with somebody's data ends in a DataError, a single line for the person who runs the program.
+"""
 import contextlib
 import copy
 import io
+import json
+import math
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import Dataset
+from torchvision import tv_tensors
 from torchvision.ops import box_convert
-from torchvision.transforms.v2 import functional as F
+from torchvision.transforms import v2
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class DataError(Exception):
-    """Something is wrong with the data."""
+    """Something is wrong with the data: what, where (file, image id, annotation id), and what to do."""
 
 
-def load(data=None, *, train_json=None, train_images=None, val_json=None, val_images=None, size=None,
-         augment="laptop", seed=0, splits=("train", "val")):
-    sets = {"train": Shapes(20000, size or 128, seed, "train"), "val": Shapes(250, size or 128, 0, "val")}
-    return {split: sets[split] for split in splits}
+def one_line(error):
+    """The message of a DataError. From a DataLoader worker it comes as a traceback, whose last line it is."""
+    return str(error).strip().splitlines()[-1].split("DataError: ", 1)[-1]
 
 
+@dataclass
+class Picture:
+    """One image and what is on it, in pixels of the image as it was annotated."""
+    id: int
+    path: str
+    height: int
+    width: int
+    labels: np.ndarray  # [n] int64, 0..C-1
+    boxes_xyxy: np.ndarray  # [n, 4] float32, inside the image
+    areas: np.ndarray  # [n], square pixels: of the object's outline if the file knows it, else of its box
+    crowd: np.ndarray  # [n] bool: one box around many objects; not trained on, ignored by the evaluation
+
+
+# ---- Shapes: the embedded data set -------------------------------------------------------------------------
 SHAPE_NAMES = ["circle", "square", "triangle", "cross", "ring"]
-CROSS = np.array([(1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1),
-                  (-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1)]) / 10 ** 0.5  # [12, 2] in the unit circle
+DIAMETERS = (11, 64)  # pixels in an image of 128; log-uniform, so half of the objects are below 27
+MAX_OBJECTS = 8
+EMPTY_SHARE = 0.06  # images without any object: a detector must be able to say "nothing"
+LEAST_VISIBLE = 0.6  # share of every object that the later ones leave uncovered
+CROSS = [(1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1),
+         (-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1)]  # its 12 corners
 
 
 class Shapes(Dataset):
-    class_names = SHAPE_NAMES
-    category_ids = [1, 2, 3, 4, 5]
-    max_boxes = 8
+    """Coloured shapes over clutter. A picture depends on seed, split and its number alone: it never changes.
+
+    Height and width are each between 3/4 of `size` and `size` pixels, so batches need padding. Attributes and
+    items are those of CocoFolder, which explains them.
+    """
+    class_names, category_ids, max_boxes = SHAPE_NAMES, [1, 2, 3, 4, 5], MAX_OBJECTS
 
     def __init__(self, num_images, size=128, seed=0, split="train"):
-        self.items = range(num_images)
+        self.items = range(num_images)  # picture numbers
         self.size, self.seed, self.split = size, seed, split
         self.name, self.notes = f"shapes {split}", []
         self._coco = None
@@ -45,183 +83,516 @@ class Shapes(Dataset):
         return len(self.items)
 
     def __getitem__(self, key):
-        number = self.items[key[1] if isinstance(key, tuple) else key]
-        image, labels, boxes_xyxy, _ = self.draw(number)
-        height, width = image.shape[:2]
-        image = torch.from_numpy(image).permute(2, 0, 1).contiguous()  # [3, H, W]
-        return finish(image, torch.from_numpy(boxes_xyxy), torch.from_numpy(labels), number, (height, width))
+        image, picture, _ = self.draw(self.items[key[1] if isinstance(key, tuple) else key])
+        image = torch.from_numpy(image).permute(2, 0, 1)  # [3, H, W]
+        return finish(image, picture.boxes_xyxy, picture.labels, picture)
 
     def draw(self, number):
+        """Returns image, uint8 [H, W, 3]; Picture; owner [H, W], the object that a pixel shows (-1: none).
+
+        A box is tight around what is still visible of its object, as in COCO.
+        """
         rng = np.random.default_rng([self.seed, self.split == "val", number])
         height, width = (int(side) for side in rng.integers(self.size * 3 // 4, self.size + 1, 2))
-        image = draw_background(rng, height, width)
+        image = draw_background(rng, height, width)  # [H, W, 3]
         owner = np.full((height, width), -1)
         labels, areas = [], []
-        wanted = 0 if rng.random() < 0.06 else int(rng.integers(1, self.max_boxes + 1))
-        for _ in range(4 * wanted):
+        wanted = 0 if rng.random() < EMPTY_SHARE else int(rng.integers(1, MAX_OBJECTS + 1))
+        for _ in range(4 * wanted):  # some attempts find no room, so a few pictures have fewer objects
             if len(labels) == wanted:
                 break
             label = int(rng.integers(len(SHAPE_NAMES)))
-            diameter = self.size / 128 * float(np.exp(rng.uniform(np.log(11), np.log(64))))
+            diameter = max(4, self.size / 128 * math.exp(rng.uniform(*np.log(DIAMETERS))))
             alpha = draw_shape(SHAPE_NAMES[label], diameter, rng.uniform(0, 2 * np.pi))  # [h, w]
             h, w = alpha.shape
-            y, x = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
-            here = np.s_[y:y + h, x:x + w]
-            hidden = np.bincount(owner[here][alpha > 0.5] + 1, minlength=len(labels) + 1)[1:]
-            visible = np.bincount(owner.ravel() + 1, minlength=len(labels) + 1)[1:]
-            if any(visible[k] - hidden[k] < 0.6 * areas[k] for k in range(len(labels)) if hidden[k]):
+            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            here, solid = np.s_[top:top + h, left:left + w], alpha > 0.5
+            below = np.bincount(owner[here][solid] + 1, minlength=len(labels) + 1)[1:]  # pixels it would hide
+            visible = np.bincount(owner.ravel() + 1, minlength=len(labels) + 1)[1:] - below
+            if any((below > 0) & (visible < LEAST_VISIBLE * np.array(areas))):
                 continue
-            colour = pick_colour(rng, image[here].mean((0, 1)))
-            image[here] += alpha[:, :, None] * (colour * texture(rng, h, w)[:, :, None] - image[here])
-            owner[here][alpha > 0.5] = len(labels)
+            paint = pick_colour(rng, image[here].mean((0, 1))) * texture(rng, h, w)[:, :, None]  # [h, w, 3]
+            image[here] += alpha[:, :, None] * (paint - image[here])
+            owner[here][solid] = len(labels)
             labels.append(label)
-            areas.append((alpha > 0.5).sum())
-        boxes = np.zeros((len(labels), 4), np.float32)
+            areas.append(solid.sum())
+        boxes_xyxy = np.zeros((len(labels), 4), np.float32)
         for k in range(len(labels)):
             ys, xs = np.nonzero(owner == k)
-            boxes[k] = xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
-        return image.clip(0, 255).astype(np.uint8), np.array(labels, np.int64), boxes, owner
+            boxes_xyxy[k] = xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
+        areas = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(1)
+        picture = Picture(number, "", height, width, np.array(labels, np.int64), boxes_xyxy, areas, areas < 0)
+        return image.clip(0, 255).astype(np.uint8), picture, owner
 
-    def num_boxes_of(self, number):
-        return len(self.draw(number)[1])
+    def count_boxes(self, number):
+        return len(self.draw(number)[1].labels)
 
     @property
     def num_boxes(self):
-        some = self.items[:200]
-        return round(len(self) * sum(self.num_boxes_of(n) for n in some) / max(1, len(some)))
+        """Exact for up to 250 images, else an estimate from the first 250: counting means drawing."""
+        some = self.items[:250]
+        return round(len(self) / len(some) * sum(map(self.count_boxes, some)))
 
     @property
     def coco(self):
         if self._coco is None:
-            images, annotations = [], []
-            for number in self.items:
-                image, labels, boxes, _ = self.draw(number)
-                images.append({"id": number, "height": image.shape[0], "width": image.shape[1]})
-                for label, (x0, y0, x1, y1) in zip(labels.tolist(), boxes.tolist()):
-                    annotations.append({"id": len(annotations) + 1, "image_id": number,
-                                        "category_id": self.category_ids[label], "iscrowd": 0,
-                                        "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)})
-            self._coco = to_coco(self, images, annotations)
+            self._coco = to_coco(self, (self.draw(number)[1] for number in self.items))
         return self._coco
 
 
 def draw_background(rng, height, width):
-    coarse = rng.integers(50, 206, 3) + rng.normal(0, 22, (5, 5, 3))
-    image = Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    """Soft blobs of similar colours, up to 4 thin lines, grain: float32 [H, W, 3] in about 0..255."""
+    coarse = (rng.integers(50, 206, 3) + rng.normal(0, 22, (5, 5, 3))).clip(0, 255).astype(np.uint8)
+    image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(image)
     for _ in range(rng.integers(5)):
         ends = rng.integers(-20, max(height, width) + 20, 4).tolist()
-        pen.line(ends, fill=tuple(rng.integers(0, 256, 3).tolist()), width=1)
-    return np.asarray(image, np.float32) + rng.normal(0, 6) * rng.standard_normal((height, width, 1), np.float32)
+        pen.line(ends, fill=tuple(rng.integers(0, 256, 3).tolist()))
+    grain = rng.normal(0, 6) * rng.standard_normal((height, width, 1), np.float32)
+    return np.asarray(image, np.float32) + grain
 
 
 def draw_shape(name, diameter, angle):
-    zoom, side = 3, int(diameter) + 3
-    corners = {"triangle": 3, "square": 4}.get(name, 40)
-    steps = 2 * np.pi * np.arange(corners) / corners
-    points = CROSS if name == "cross" else np.stack([np.cos(steps), np.sin(steps)], 1)
-    cos, sin = np.cos(angle), np.sin(angle)
-    points = points @ np.array([[cos, sin], [-sin, cos]]) * diameter / 2
+    """The share of each pixel that the shape covers: float32 [h, w], cropped to the pixels above 0.5."""
+    if name == "cross":
+        cos, sin = np.cos(angle), np.sin(angle)
+        corners = np.array(CROSS) / 10 ** 0.5 @ [(cos, sin), (-sin, cos)]
+    else:
+        turns = angle + np.linspace(0, 2 * np.pi, {"triangle": 3, "square": 4}.get(name, 40), endpoint=False)
+        corners = np.stack([np.cos(turns), np.sin(turns)], 1)
+    corners = corners * diameter / 2  # [corners, 2], pixels from the centre
+    zoom, side = 3, int(diameter) + 3  # drawn three times as large, then averaged: smooth edges
     canvas = Image.new("L", (side * zoom, side * zoom))
     pen = ImageDraw.Draw(canvas)
-    pen.polygon([tuple(p) for p in ((points + side / 2) * zoom).tolist()], fill=255)
+    pen.polygon([tuple(xy) for xy in ((corners + side / 2) * zoom).tolist()], fill=255)
     if name == "ring":
-        pen.polygon([tuple(p) for p in ((points * 0.55 + side / 2) * zoom).tolist()], fill=0)
+        pen.polygon([tuple(xy) for xy in ((corners * 0.55 + side / 2) * zoom).tolist()], fill=0)
     alpha = np.asarray(canvas.reduce(zoom), np.float32) / 255
     rows, columns = np.nonzero((alpha > 0.5).any(1))[0], np.nonzero((alpha > 0.5).any(0))[0]
     return alpha[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
 
 
 def pick_colour(rng, background):
-    for _ in range(20):
+    """A random colour, float32 [3] in 0..255, that differs from `background` clearly in some channel."""
+    while True:
         colour = rng.uniform(0, 255, 3).astype(np.float32)
-        if np.abs(colour - background).max() > 70:
-            break
-    return colour
+        if abs(colour - background).max() > 70:
+            return colour
 
 
 def texture(rng, h, w):
+    """Plain, striped, shaded or speckled: a factor per pixel, float32 [h, w] in [0.65, 1]."""
+    angle = rng.uniform(0, 2 * np.pi)
+    ramp = (np.cos(angle) * np.arange(w) + np.sin(angle) * np.arange(h)[:, None]).astype(np.float32)
     kind = rng.integers(4)
-    angle, y, x = rng.uniform(0, 2 * np.pi), np.arange(h, dtype=np.float32)[:, None], np.arange(w, dtype=np.float32)
-    ramp = np.float32(np.cos(angle)) * x + np.float32(np.sin(angle)) * y
     if kind == 0:
-        return np.ones((h, w), np.float32)
+        return np.ones_like(ramp)
     if kind == 1:
         return np.where(ramp % 6 < 3, np.float32(1), np.float32(0.65))
     if kind == 2:
-        return 0.65 + 0.35 * (ramp - ramp.min()) / np.float32(np.ptp(ramp) + 1e-6)
+        return 0.65 + 0.35 * (ramp - ramp.min()) / np.ptp(ramp)
     return rng.uniform(0.65, 1, (h, w)).astype(np.float32)
 
 
-def finish(image, boxes_xyxy, labels, image_id, size):
+# ---- COCO folders: read and clean the annotations ----------------------------------------------------------
+LAYOUTS = [  # (annotations, images) below the folder; {} is train or val, or valid as Roboflow says
+    ("annotations/instances_{}2017.json", "{}2017"),
+    ("annotations/instances_{}.json", "{}"),
+    ("{}/_annotations.coco.json", "{}"),
+]
+SMALLEST_SIDE = 0.1  # pixels; float32 arithmetic leaves nothing of a box that is thinner
+THINNEST = 30  # an image longer than this many times its short side may have no pixels left when made small
+
+
+class CocoFolder(Dataset):
+    """Images with COCO annotations.
+
+    class_names, category_ids   lists by class index 0..C-1: the name, and the id in the annotation file
+    name, notes                 for messages; `notes` says what was repaired or left out, a line each
+    num_boxes, max_boxes        in all images; in the fullest one. Without crowds.
+    coco                        the ground truth as a pycocotools object, in original pixels and ids
+
+    dataset[key], key an index or (epoch, index), returns the image, float32 [3, H, W] with ImageNet's mean
+    and std taken out, and a target: labels int64 [n]; boxes float32 [n, 4]; image_id; size, the original
+    (height, width). Random numbers depend on (seed, epoch, index) alone, whichever worker draws them, and no
+    global generator moves. Raises DataError for an image that cannot be used.
+    """
+
+    def __init__(self, name, pictures, categories, notes, train, augment, size, seed):
+        self.name, self.items, self.notes = name, pictures, notes
+        self.category_ids, self.class_names = list(categories), list(categories.values())
+        self.augment, self.size, self.seed = augment, size, seed
+        self.transform = make_transform(train, augment, size)
+        self._coco = None
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, key):
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        picture = self.items[index]
+        image = tv_tensors.Image(v2.functional.pil_to_tensor(load_image(picture)))  # uint8 [3, H, W]
+        boxes = tv_tensors.BoundingBoxes(picture.boxes_xyxy[~picture.crowd], format="XYXY",
+                                         canvas_size=(picture.height, picture.width))  # [n, 4]
+        target = {"boxes": boxes, "labels": torch.from_numpy(picture.labels[~picture.crowd])}
+        seed = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)
+        with torch.random.fork_rng(devices=[]):  # v2 draws from torch's global generator; this puts it back
+            torch.default_generator.manual_seed(int(seed[0]))  # torch.manual_seed would reseed the GPUs, too
+            image, target = self.transform(image, target)
+        return finish(image, target["boxes"], target["labels"], picture)
+
+    def count_boxes(self, picture):
+        return int((~picture.crowd).sum())
+
+    @property
+    def num_boxes(self):
+        return sum(map(self.count_boxes, self.items))
+
+    @property
+    def max_boxes(self):
+        return max(map(self.count_boxes, self.items))
+
+    @property
+    def coco(self):
+        if self._coco is None:
+            self._coco = to_coco(self, self.items)
+        return self._coco
+
+
+def read_json(path):
+    """An annotation file as a dict, its three lists checked to be lists of dicts. Raises DataError."""
+    try:
+        contents = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: bad JSON; it says line and column
+        raise DataError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(contents, dict):
+        raise DataError(f"{path}: is a {type(contents).__name__}, but COCO annotations are an object with "
+                        "images, annotations and categories (is this a file of results?)")
+    for key in ("images", "annotations", "categories"):
+        entries = contents.get(key)
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise DataError(f'{path}: "{key}" should be a list of objects, it is {str(entries)[:40]}')
+    return contents
+
+
+def whole(entry, key, where):
+    """entry[key] if it is a whole number; `where` tells the reader which entry of which file this is."""
+    value = entry.get(key)
+    if type(value) is not int or abs(value) >= 2 ** 53:  # not isinstance: True is an int as well
+        raise DataError(f'{where}: "{key}" should be a whole number, it is {str(value)[:40]!r}')
+    return value
+
+
+def by_id(entries, what, path):
+    """{id: entry}, in the order of the file. DataError if an id is not a whole number or occurs twice."""
+    found = {}
+    for k, entry in enumerate(entries):
+        i = whole(entry, "id", f"{path}: {what} number {k + 1}")
+        if i in found:
+            raise DataError(f"{path}: {what} id {i} occurs twice; ids must be unique")
+        found[i] = entry
+    return found
+
+
+def read_categories(contents, path):
+    """{category id: name} sorted by id: the position is the class index that models see."""
+    categories = by_id(contents["categories"], "category", path)
+    if not categories:
+        raise DataError(f"{path}: the list of categories is empty")
+    return {i: str(categories[i].get("name", i)) for i in sorted(categories)}
+
+
+def read_images(contents, path, folder):
+    """{image id: (file, height, width)}. Every file must exist; sizes the JSON lacks come from the files."""
+    images, missing = {}, []
+    for i, entry in by_id(contents["images"], "image", path).items():
+        if not isinstance(entry.get("file_name"), str):
+            raise DataError(f'{path}: image id {i} has no "file_name"')
+        file = os.path.join(folder, entry["file_name"])
+        if not os.path.isfile(file):
+            missing.append(file)
+        elif entry.get("height") and entry.get("width"):
+            images[i] = file, *(whole(entry, key, f"{path}: image id {i}") for key in ("height", "width"))
+            if min(images[i][1:]) < 1:
+                raise DataError(f"{path}: image id {i} has a negative width or height")
+        else:
+            images[i] = file, *file_size(file, i)
+    if missing:
+        raise DataError(f"{path}: {len(missing)} of {len(contents['images'])} image files do not exist: "
+                        f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}")
+    if not images:
+        raise DataError(f"{path}: the list of images is empty")
+    return images
+
+
+def clean_box(bbox, height, width, where):
+    """COCO's [x, y, width, height] -> (x0, y0, x1, y1) within the image or None; what was wrong or None."""
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(type(v) in (int, float) for v in bbox):
+        raise DataError(f'{where}: "bbox" should be numbers [x, y, width, height], it is {str(bbox)[:60]}')
+    x, y, w, h = bbox
+    if not all(abs(v) < 1e9 for v in bbox) or min(w, h) < SMALLEST_SIDE:  # "not <" and not ">=": NaN
+        return None, "boxes that are not finite or have no width or height, dropped"
+    x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
+    if min(x1 - x0, y1 - y0) < SMALLEST_SIDE:
+        return None, "boxes outside their image, dropped"
+    excess = max(x0 - x, y0 - y, x + w - x1, y + h - y1)  # up to half a pixel is rounding, common in COCO
+    return (x0, y0, x1, y1), "boxes reaching over the image edge, clipped" if excess > 0.5 else None
+
+
+def read_pictures(contents, path, folder, categories):
+    """(pictures, notes) of one annotation file: cleaned, and what was cleaned. Raises DataError."""
+    images = read_images(contents, path, folder)
+    label_of = {category_id: label for label, category_id in enumerate(categories)}
+    by_id([entry for entry in contents["annotations"] if entry.get("id") is not None], "annotation", path)
+    objects, problems = defaultdict(list), defaultdict(list)
+    for k, entry in enumerate(contents["annotations"]):
+        # ids of annotations serve messages only, so one without is as good
+        name = f"annotation id {entry['id']}" if entry.get("id") is not None else f"annotation number {k + 1}"
+        image_id = whole(entry, "image_id", f"{path}: {name}")
+        category_id = whole(entry, "category_id", f"{path}: {name}")
+        where = f"image id {image_id} {name}"
+        if image_id not in images:
+            raise DataError(f"{path}: {name} is for image id {image_id}, which is not among the images")
+        if category_id not in label_of:
+            raise DataError(f"{path}: {where} has category id {category_id}, not one of the categories")
+        box, problem = clean_box(entry.get("bbox"), *images[image_id][1:], f"{path}: {where}")
+        if problem:
+            problems[problem].append(where)
+        if box is None:
+            continue
+        crowd = entry.get("iscrowd") == 1
+        if crowd:
+            problems["crowd regions, not trained on and not counted in the evaluation"].append(where)
+        area, whole_box = entry.get("area"), (box[2] - box[0]) * (box[3] - box[1])
+        if type(area) not in (int, float) or not 0 < area < whole_box:  # missing, nonsense, not clipped
+            area = whole_box
+        objects[image_id].append((label_of[category_id], box, area, crowd))
+    pictures = []
+    for image_id, (file, height, width) in images.items():
+        columns = zip(*objects[image_id]) if objects[image_id] else [(), (), (), ()]
+        labels, boxes, areas, crowd = map(np.array, columns, (np.int64, np.float32, float, bool))
+        pictures.append(Picture(image_id, file, height, width, labels, boxes.reshape(-1, 4), areas, crowd))
+        if len(labels) == 0:
+            problems["images without boxes, kept"].append(f"image id {image_id}")
+    return pictures, [f"{path}: {what}: {len(cases)} (first: {cases[0]})" for what, cases in problems.items()]
+
+
+# ---- Read images -------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def readable(path, image_id):
+    """Whatever PIL raises for a damaged file becomes a DataError: OSError, SyntaxError, struct.error, ..."""
+    try:
+        yield
+    except Exception as error:
+        reason = one_line(error) if str(error) else repr(error)
+        raise DataError(f"{path} (image id {image_id}): {reason}; repair or remove it") from None
+
+
+def file_size(path, image_id):
+    """(height, width) of an image file as a viewer shows it, from its header alone."""
+    with readable(path, image_id), Image.open(path) as image:
+        width, height = image.size
+        quarter_turn = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return (width, height) if quarter_turn else (height, width)
+
+
+def load_image(picture):
+    """The picture as a PIL image in RGB. DataError if it is damaged or not of the size it was annotated at.
+
+    A camera stores what its sensor saw, plus an EXIF note "turn me". Tools that obey the note draw boxes on
+    the turned image, others on the raw one: the annotated size tells which. Where it does not (half a turn, a
+    mirror, a square) we obey, as nearly all tools do.
+    """
+    with readable(picture.path, picture.id), Image.open(picture.path) as raw:
+        size, turned = (picture.width, picture.height), ImageOps.exif_transpose(raw)
+        if size not in (turned.size, raw.size):
+            raise DataError(f"the file has {turned.width} x {turned.height} pixels, its annotations say "
+                            f"{picture.width} x {picture.height}")
+        if max(size) > THINNEST * min(size):
+            raise DataError(f"{picture.width} x {picture.height} pixels are too thin to be resized")
+        return to_rgb(turned if turned.size == size else raw)
+
+
+def to_rgb(image):
+    """Any PIL image -> RGB. 16 bits are scaled to 8, not clipped; transparent parts become white."""
+    if image.mode == "F":
+        raise DataError("floating-point pixels have no agreed range; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # "I;16", or "I": 32 bits, in which some versions of PIL hold 16
+        values = np.asarray(image).clip(0).astype(float)
+        image = Image.fromarray((values * 255 / max(65535, values.max())).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+# ---- Augmentation ------------------------------------------------------------------------------------------
+class RandomSizeCrop(torch.nn.Module):
+    """Cuts out a window with sides of smallest..largest pixels, each uniform, as far as the image reaches.
+
+    An object of which less than a pixel is left disappears together with its label.
+    """
+
+    def __init__(self, smallest, largest):
+        super().__init__()
+        self.smallest, self.largest = smallest, largest
+
+    def forward(self, image, target):
+        height, width = (int(torch.randint(min(self.smallest, side), min(self.largest, side) + 1, ()))
+                         for side in image.shape[-2:])
+        return v2.SanitizeBoundingBoxes()(*v2.RandomCrop((height, width))(image, target))
+
+
+def make_transform(train, augment, size):
+    """What happens to an image before the network: a function (image, target) -> (image, target).
+
+    "none"    the image is resized to just fit into size x size pixels, its shape kept
+    "laptop"  the same; in training also mirrored, lighter or darker, and half the time magnified and cut
+    "paper"   DETR's: short side 800 (training: 480 to 800), long side up to 1333; in training also mirrored,
+              and half the time cut to 384 to 600 before. `size` stands for the 800 and scales all of these.
+    """
+    if augment == "paper":
+        scale = size / 800
+        longest = round(1333 * scale)
+        if not train:
+            return v2.RandomShortestSize([size], longest)
+        resize = v2.RandomShortestSize([round(side * scale) for side in range(480, 801, 32)], longest)
+        cut = [v2.RandomShortestSize([round(side * scale) for side in (400, 500, 600)]),
+               RandomSizeCrop(round(384 * scale), round(600 * scale)), resize]
+        return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomChoice([resize, v2.Compose(cut)])])
+
+    fit = v2.Resize(size=None, max_size=size)
+    if augment == "none" or not train:
+        return fit
+    magnify = [v2.Resize(size=None, max_size=round(size * zoom)) for zoom in (1.0, 1.2, 1.4, 1.6)]
+    cut = [v2.RandomChoice(magnify), RandomSizeCrop(round(size * 0.7), size)]
+    return v2.Compose([
+        v2.RandomHorizontalFlip(),  # not upside down: right for cells, wrong for people and most of the world
+        v2.RandomChoice([fit, v2.Compose(cut)]),
+        v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),  # not hue: it may tell classes apart
+    ])
+
+
+def finish(image, boxes_xyxy, labels, picture):
+    """uint8 image [3, H, W] and boxes in its pixels -> what model and losses expect (see CocoFolder)."""
     height, width = image.shape[-2:]
-    boxes = (boxes_xyxy / torch.tensor([width, height, width, height])).clamp(0, 1)
-    image = F.normalize(F.to_dtype(image, torch.float32, scale=True), IMAGENET_MEAN, IMAGENET_STD)
-    return image, {"labels": labels, "boxes": box_convert(boxes, "xyxy", "cxcywh"), "image_id": image_id, "size": size}
+    image = v2.functional.to_dtype(image.as_subclass(torch.Tensor), torch.float32, scale=True)
+    image = v2.functional.normalize(image, IMAGENET_MEAN, IMAGENET_STD)
+    boxes_xyxy = torch.as_tensor(boxes_xyxy) / torch.tensor([width, height, width, height])
+    boxes = box_convert(boxes_xyxy.clamp(0, 1), "xyxy", "cxcywh")  # clamp: rounding errors only
+    return image, {"labels": torch.as_tensor(labels), "boxes": boxes,
+                   "image_id": picture.id, "size": (picture.height, picture.width)}
 
 
+# ---- Batches -----------------------------------------------------------------------------------------------
 def collate(batch):
+    """List of (image, target) -> images [B, 3, H, W], mask [B, H, W] bool, list of B targets.
+
+    Each image sits in the top left corner of a common canvas. The rest is zeros (ImageNet's mean colour),
+    where the mask is True: without it the network could not tell padding from a grey wall.
+    """
     images, targets = zip(*batch)
-    height, width = (max(image.shape[d] for image in images) for d in (1, 2))
+    height, width = max(image.shape[1] for image in images), max(image.shape[2] for image in images)
     padded = torch.zeros(len(images), 3, height, width)  # [B, 3, H, W]
     mask = torch.ones(len(images), height, width, dtype=torch.bool)  # [B, H, W]
-    for k, image in enumerate(images):
-        padded[k, :, :image.shape[1], :image.shape[2]] = image
-        mask[k, :image.shape[1], :image.shape[2]] = False
+    for image, canvas, padding in zip(images, padded, mask):
+        canvas[:, :image.shape[1], :image.shape[2]] = image
+        padding[:image.shape[1], :image.shape[2]] = False
     return padded, mask, list(targets)
 
 
 def first(dataset, n, augment=False):
+    """The first n images that have boxes, as a data set of their own; not augmented unless asked for."""
     small = copy.copy(dataset)
     small.items, small._coco = [], None
     for item in dataset.items:
-        if len(small.items) < n and dataset.num_boxes_of(item):
-            small.items.append(item)
         if len(small.items) == n:
             break
+        if dataset.count_boxes(item):
+            small.items.append(item)
+    if not augment and isinstance(dataset, CocoFolder):  # shapes never are
+        small.transform = make_transform(False, dataset.augment, dataset.size)
     return small
 
 
+# ---- Evaluation --------------------------------------------------------------------------------------------
 @torch.no_grad()
 def postprocess(logits, boxes, sizes, softmax):
+    """Outputs of one stage -> scored boxes. Low scores stay: AP is about the ranking, without a threshold.
+
+    logits [B, Q, C] (with softmax C + 1, the last is no-object) and boxes [B, Q, 4] as the model gives them;
+    sizes: B pairs (height, width) of the original images. Returns B dicts: scores [k], labels [k], boxes [k,
+    4] xyxy in original pixels. softmax: the best class of each query, k = Q. Else the best 100 of all Q * C
+    pairs, so that a query may give two answers.
+    """
     logits, boxes = logits.float(), boxes.float()
     if softmax:
         scores, labels = logits.softmax(-1)[..., :-1].max(-1)  # [B, Q]
     else:
-        C = logits.shape[-1]
-        scores, pairs = logits.sigmoid().flatten(1).topk(min(100, logits[0].numel()))  # [B, 100]
+        B, Q, C = logits.shape
+        scores, pairs = logits.sigmoid().flatten(1).topk(min(100, Q * C))  # [B, k]
         labels = pairs % C
-        boxes = torch.stack([b[p // C] for b, p in zip(boxes, pairs)])
-    boxes_xyxy = box_convert(boxes, "cxcywh", "xyxy")
+        boxes = boxes.take_along_dim((pairs // C)[:, :, None], 1)  # [B, k, 4]
     scale = torch.tensor([(w, h, w, h) for h, w in sizes], dtype=torch.float32, device=boxes.device)  # [B, 4]
-    boxes_xyxy = boxes_xyxy * scale[:, None]
+    boxes_xyxy = box_convert(boxes, "cxcywh", "xyxy") * scale[:, None]
     return [{"scores": s, "labels": l, "boxes": b} for s, l, b in zip(scores, labels, boxes_xyxy)]
 
 
-def to_coco(dataset, images, annotations):
+def to_coco(dataset, pictures, scores=None):
+    """pycocotools' form of a list of pictures; with `scores`, one list per picture, they are detections."""
+    images, annotations = [], []
+    for k, picture in enumerate(pictures):
+        images.append({"id": picture.id, "height": picture.height, "width": picture.width})
+        boxes = box_convert(torch.as_tensor(picture.boxes_xyxy), "xyxy", "xywh").tolist()
+        for i, (label, box) in enumerate(zip(picture.labels.tolist(), boxes)):
+            annotations.append({
+                "id": len(annotations) + 1,  # not the file's: COCOeval takes a match with id 0 for no match
+                "image_id": picture.id,
+                "category_id": dataset.category_ids[label],
+                "bbox": box,
+                "area": float(picture.areas[i]),
+                "iscrowd": int(picture.crowd[i]),
+                "score": scores[k][i] if scores else 1.0,
+            })
     coco = COCO()
-    coco.dataset = {"images": images, "annotations": annotations,
-                    "categories": [{"id": i, "name": n} for i, n in zip(dataset.category_ids, dataset.class_names)]}
-    with contextlib.redirect_stdout(io.StringIO()):
+    coco.dataset = {"images": images, "annotations": annotations, "categories": [
+        {"id": i, "name": name} for i, name in zip(dataset.category_ids, dataset.class_names)]}
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         coco.createIndex()
     return coco
 
 
-METRICS = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
-           "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"]
+METRICS = {
+    "AP": "average precision, mean over IoU 0.50, 0.55, ... 0.95: the number that papers call AP",
+    "AP50": "the same if a box counts as right from IoU 0.50 on",
+    "AP75": "from IoU 0.75 on: needs tight boxes",
+    "AP_small": "AP of objects up to 32 x 32 pixels in area",
+    "AP_medium": "from 32 x 32 to 96 x 96",
+    "AP_large": "from 96 x 96 on",
+    "AR1": "average recall, same IoUs, when only the best box per image and class counts",
+    "AR10": "the best 10",
+    "AR100": "the best 100",
+    "AR_small": "AR100 of small objects",
+    "AR_medium": "of medium ones",
+    "AR_large": "of large ones",
+}
 
 
 def coco_eval(dataset, predictions, image_ids=None):
-    found = []
-    for image_id, p in predictions.items():
-        boxes = box_convert(p["boxes"].cpu(), "xyxy", "xywh").tolist()
-        for score, label, box in zip(p["scores"].tolist(), p["labels"].tolist(), boxes):
-            found.append({"id": len(found) + 1, "image_id": image_id, "category_id": dataset.category_ids[label],
-                          "bbox": box, "area": box[2] * box[3], "iscrowd": 0, "score": score})
+    """METRICS as {name: number} for {image id: dict from `postprocess`}, over `image_ids` or else all images.
+
+    An image without an entry counts as one in which nothing was found.
+    """
+    truth, found = dataset.coco, []
+    for image_id, one in predictions.items():
+        boxes_xyxy, size = one["boxes"].cpu(), truth.imgs[image_id]
+        areas = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(1)  # [k]
+        found.append(Picture(image_id, "", size["height"], size["width"], one["labels"], boxes_xyxy, areas,
+                             torch.zeros_like(areas)))
+    scores = [one["scores"].tolist() for one in predictions.values()]
+    judge = COCOeval(truth, to_coco(dataset, found, scores), "bbox")
+    judge.params.imgIds = sorted(truth.imgs if image_ids is None else image_ids)
     with contextlib.redirect_stdout(io.StringIO()):
-        judge = COCOeval(dataset.coco, to_coco(dataset, dataset.coco.dataset["images"], found), "bbox")
-        if image_ids is not None:
-            judge.params.imgIds = sorted(image_ids)
         judge.evaluate()
         judge.accumulate()
         judge.summarize()
@@ -229,4 +600,81 @@ def coco_eval(dataset, predictions, image_ids=None):
 
 
 def explain(metrics):
-    return "\n".join(f"{k:10s} {v:.3f}" for k, v in metrics.items())
+    """The 12 numbers as a table in words."""
+    rows = [f"{name:<10} {metrics[name]:6.3f}  {meaning}" for name, meaning in METRICS.items()]
+    return "\n".join(rows + ["-1 = no ground truth of that size. Pixels are those of the original images."])
+
+
+# ---- Load --------------------------------------------------------------------------------------------------
+def find(split, data, json_path, image_folder):
+    """(annotation file, image folder) of a split: as given, or the first of LAYOUTS that exists in `data`."""
+    if data is None:
+        if json_path is None or image_folder is None:
+            raise DataError(f"without a data folder, --{split}-json and --{split}-images are both needed")
+        return Path(json_path), Path(image_folder)
+    names = {"train": ["train"], "val": ["val", "valid"]}[split]
+    tried = [(json_name.format(name), folder.format(name)) for name in names for json_name, folder in LAYOUTS]
+    for json_name, folder in tried:
+        if Path(data, json_name).is_file():
+            return Path(data, json_name), Path(data, folder)
+    looked_for = ", ".join(json_name for json_name, _ in tried)
+    raise DataError(f"{data}: no {split} annotations here; looked for {looked_for}. For another layout give "
+                    "--train-json, --train-images, --val-json and --val-images")
+
+
+def check_categories(own, own_path, categories, path):
+    """The same id must mean the same class in both files, and val may have no class that was not trained."""
+    for i, name in own.items():
+        if categories.get(i) != name:
+            known = f"is {categories[i]!r}" if i in categories else "does not exist"
+            raise DataError(f"{own_path}: category id {i} is {name!r}, but in {path} it {known}")
+
+
+def load(data=None, *, train_json=None, train_images=None, val_json=None, val_images=None, size=None,
+         augment="laptop", seed=0, splits=("train", "val")):
+    """{"train": data set, "val": data set}, or only those that `splits` names. Raises DataError.
+
+    data      None or "shapes": the embedded set. Else a folder in one of LAYOUTS; or give the four paths
+    size      pixels, see make_transform. By default 128 for shapes; for folders 256, with "paper" 800
+    augment   "laptop", "paper" or "none", see make_transform; not for shapes, of which there are enough
+    seed      of the augmentation, and of the shapes to train on. The shapes to validate on never change: runs
+              with different seeds compare.
+    """
+    if augment not in ("laptop", "paper", "none"):
+        raise DataError(f'augment can be "laptop", "paper" or "none", not {augment!r}')
+    if size is not None and size < 32 or seed < 0:
+        raise DataError(f"size must be at least 32 pixels (it is {size}) and seed at least 0 (it is {seed})")
+    given = {"train": (train_json, train_images), "val": (val_json, val_images)}
+    explicit = any(path is not None for pair in given.values() for path in pair)
+    if data in (None, "shapes") and not explicit:
+        size = size or 128
+        shapes = {"train": Shapes(20000, size, seed, "train"), "val": Shapes(250, size, 0, "val")}
+        return {split: shapes[split] for split in splits}
+    if data is not None and explicit:
+        raise DataError("give a data folder or the four paths (--train-json, ...), not both")
+    if data is not None and not Path(data).is_dir():
+        raise DataError(f'{data}: no such folder (and not "shapes", the embedded data set)')
+
+    paths = {split: find(split, data, *given[split]) for split in splits}
+    try:  # classes are those of the training set even if only val is asked for: a model knows no others
+        classes_path = find("train", data, *given["train"])[0]
+    except DataError:  # only val was asked for, and only val is there
+        classes_path = paths["val"][0]
+    contents = {path: read_json(path) for path in {classes_path, *(path for path, _ in paths.values())}}
+    categories = read_categories(contents[classes_path], classes_path)
+    datasets = {}
+    for split, (path, folder) in paths.items():
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder; it should hold the images of {path}")
+        check_categories(read_categories(contents[path], path), path, categories, classes_path)
+        pictures, notes = read_pictures(contents[path], path, folder, categories)
+        present = np.unique(np.concatenate([picture.labels[~picture.crowd] for picture in pictures]))
+        if split == "train" and len(present) == 0:
+            raise DataError(f"{path}: not a single usable box to train on in {len(pictures)} images")
+        absent = [name for label, name in enumerate(categories.values()) if label not in present]
+        if absent:
+            notes.append(f"{path}: no box of class {', '.join(absent)}")
+        name = f"{path.stem if data is None else Path(data).resolve().name} {split}"
+        datasets[split] = CocoFolder(name, pictures, categories, notes, split == "train", augment,
+                                     size or (800 if augment == "paper" else 256), seed)
+    return datasets

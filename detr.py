@@ -40,9 +40,9 @@ RECIPE = dict(
     w_giou=2,
 )
 
-# What train.py --preset laptop changes for this file: with one feature map, stride 16 instead of 32.
+# What train.py --preset laptop changes for this file: the one feature map is C4 (stride 16), small images need that.
 LAPTOP = dict(
-    dilation=True,
+    last_stage=3,
 )
 
 # Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of H*W),
@@ -54,24 +54,29 @@ class Backbone(nn.Module):
     """torchvision ResNet without pooling and classifier.
 
     In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5 at
-    16 with dilation). Raises ValueError for what is not a ResNet and for an unknown norm.
+    16 with dilation; no C5 with last_stage=3, which is cheap). Raises ValueError for what is not a ResNet and so on.
     Source: official models/backbone.py; ImageNet weights V1, from which all five papers start.
     """
 
-    def __init__(self, name, pretrained, norm, dilation):
+    def __init__(self, name, pretrained, norm, dilation, last_stage):
         super().__init__()
         if norm not in ("frozen", "batch"):
             raise ValueError(f'backbone_norm is {norm!r}, it must be "frozen" or "batch"')
         if name not in torchvision.models.list_models(include="*resne*t*"):
             raise ValueError(f'backbone is {name!r}, it must be a torchvision ResNet such as "resnet50"')
+        if last_stage not in (3, 4):
+            raise ValueError(f"last_stage is {last_stage!r}, it must be 4 (C5, as in the papers) or 3 (C4)")
         norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
         weights = "IMAGENET1K_V1" if pretrained else None
         body = torchvision.models.get_model(name, weights=weights, norm_layer=norm_layer)
         c5 = body.fc.in_features
-        self.channels = [c5 // 4, c5 // 2, c5]
+        self.channels = [c5 // 4, c5 // 2, c5][:last_stage - 1]
+        self.stages = ["layer2", "layer3", "layer4"][:last_stage - 1]
         del body.avgpool, body.fc
         if dilation:
             self.dilate(body.layer4)
+        if last_stage == 3:
+            del body.layer4
         if norm == "frozen":
             # Batches of one or two images per GPU give useless statistics, so the papers keep ImageNet's, and with
             # them the first layers. From random weights such a network cannot learn: use norm="batch" there.
@@ -92,10 +97,12 @@ class Backbone(nn.Module):
     def forward(self, images):
         x = images.contiguous(memory_format=torch.channels_last)
         x = self.body.maxpool(self.body.relu(self.body.bn1(self.body.conv1(x))))  # [B, 64, H/4, W/4]
-        c3 = self.body.layer2(self.body.layer1(x))  # [B, C3, H/8, W/8]
-        c4 = self.body.layer3(c3)  # [B, C4, H/16, W/16]
-        c5 = self.body.layer4(c4)  # [B, C5, H/32, W/32]
-        return [c3, c4, c5]
+        x = self.body.layer1(x)  # [B, C2, H/4, W/4]
+        features = []
+        for stage in self.stages:
+            x = getattr(self.body, stage)(x)  # C3 [B, ., H/8, W/8], C4 [B, ., H/16, W/16], C5 [B, ., H/32, W/32]
+            features.append(x)
+        return features
 
 
 def check_input(images, mask):
@@ -290,6 +297,7 @@ class DETR(nn.Module):
         pretrained_backbone=True,
         backbone_norm="frozen",
         dilation=False,
+        last_stage=4,
         hidden_dim=256,
         nheads=8,
         enc_layers=6,
@@ -299,7 +307,7 @@ class DETR(nn.Module):
         num_queries=100,
     ):
         super().__init__()
-        self.backbone = Backbone(backbone, pretrained_backbone, backbone_norm, dilation)
+        self.backbone = Backbone(backbone, pretrained_backbone, backbone_norm, dilation, last_stage)
         self.input_proj = nn.Conv2d(self.backbone.channels[-1], hidden_dim, kernel_size=1)
         self.encoder = Encoder(enc_layers, hidden_dim, nheads, dim_feedforward, dropout)
         self.query_embed = nn.Embedding(num_queries, hidden_dim)

@@ -1,0 +1,507 @@
+"""Conditional DETR for Fast Training Convergence.
+
+Depu Meng, Xiaokang Chen, Zejia Fan, Gang Zeng, Houqiang Li, Yuhui Yuan, Lei Sun, Jingdong Wang.
+ICCV 2021, arXiv:2108.06152. Official code: github.com/Atten4Vis/ConditionalDETR (Apache-2.0).
+
+The idea: in DETR one dot product mixes what a query wants with where it looks, so good content has to be learned before
+attention finds the extremities of a box. Here the two are concatenated, and the spatial part is a reference point,
+scaled by what the previous layer knows: every head soon looks at its own side of the box.
+
+Diff me against: detr.py. Independent of the idea are 300 queries and the focal loss, which came with it.
+
+Departures from the official code (numbers are the same, tests/test_golden.py holds them):
+    dilation (DC5) works for ResNet-18 and -34 too; torchvision refuses it there.
+    backbone_norm="batch" trains everything with live BatchNorm, which training from scratch needs.
+    spatial_query, transform and reference are the paper's ablations; the official code has the defaults only.
+Left out on purpose: segmentation heads; the pre-norm variant, which raises NotImplementedError in the official code.
+"""
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+# How the paper trains it (section 4.1). train.py reads this.
+RECIPE = dict(
+    epochs=50,
+    lr_drop=40,
+    batch_size=16,
+    lr=1e-4,
+    lr_backbone=1e-5,
+    slow_parameters=(),
+    weight_decay=1e-4,
+    clip_norm=0.1,
+    class_loss="focal",
+    w_class=2,
+    w_l1=5,
+    w_giou=2,
+)
+
+# What train.py --preset laptop changes for this file: the one feature map is C4 (stride 16), small images need that.
+LAPTOP = dict(
+    last_stage=3,
+)
+
+# Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of H*W),
+# S supervised stages. Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding. Masks are True on padding.
+
+
+# ---- Shared blocks: the same text in all five files ----------------------------------------------------------------
+class Backbone(nn.Module):
+    """torchvision ResNet without pooling and classifier.
+
+    In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5 at
+    16 with dilation; no C5 with last_stage=3, which is cheap). Raises ValueError for what is not a ResNet and so on.
+    Source: official models/backbone.py; ImageNet weights V1, from which all five papers start.
+    """
+
+    def __init__(self, name, pretrained, norm, dilation, last_stage):
+        super().__init__()
+        if norm not in ("frozen", "batch"):
+            raise ValueError(f'backbone_norm is {norm!r}, it must be "frozen" or "batch"')
+        if name not in torchvision.models.list_models(include="*resne*t*"):
+            raise ValueError(f'backbone is {name!r}, it must be a torchvision ResNet such as "resnet50"')
+        if last_stage not in (3, 4):
+            raise ValueError(f"last_stage is {last_stage!r}, it must be 4 (C5, as in the papers) or 3 (C4)")
+        norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
+        weights = "IMAGENET1K_V1" if pretrained else None
+        body = torchvision.models.get_model(name, weights=weights, norm_layer=norm_layer)
+        c5 = body.fc.in_features
+        self.channels = [c5 // 4, c5 // 2, c5][:last_stage - 1]
+        self.stages = ["layer2", "layer3", "layer4"][:last_stage - 1]
+        del body.avgpool, body.fc
+        if dilation:
+            self.dilate(body.layer4)
+        if last_stage == 3:
+            del body.layer4
+        if norm == "frozen":
+            # Batches of one or two images per GPU give useless statistics, so the papers keep ImageNet's, and with
+            # them the first layers. From random weights such a network cannot learn: use norm="batch" there.
+            for module in (body.conv1, body.layer1):
+                module.requires_grad_(False)
+        self.body = body.to(memory_format=torch.channels_last)  # same numbers, faster convolutions
+
+    @staticmethod
+    def dilate(stage):
+        """DC5: the last stage keeps C4's resolution; its stride becomes dilation, from its second block on."""
+        for module in stage.modules():
+            if isinstance(module, nn.Conv2d):
+                module.stride = (1, 1)
+        for module in stage[1:].modules():
+            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+                module.dilation = module.padding = (2, 2)
+
+    def forward(self, images):
+        x = images.contiguous(memory_format=torch.channels_last)
+        x = self.body.maxpool(self.body.relu(self.body.bn1(self.body.conv1(x))))  # [B, 64, H/4, W/4]
+        x = self.body.layer1(x)  # [B, C2, H/4, W/4]
+        features = []
+        for stage in self.stages:
+            x = getattr(self.body, stage)(x)  # C3 [B, ., H/8, W/8], C4 [B, ., H/16, W/16], C5 [B, ., H/32, W/32]
+            features.append(x)
+        return features
+
+
+def check_input(images, mask):
+    """Raises ValueError unless images are [B, 3, H, W] and mask [B, H, W] bool; only shapes are looked at."""
+    if images.ndim != 4 or images.shape[1] != 3 or mask.shape != (images.shape[0], *images.shape[2:]):
+        raise ValueError(f"images {tuple(images.shape)} and mask {tuple(mask.shape)} must be [B, 3, H, W] and "
+                         f"[B, H, W]; put a single image into a batch with image[None]")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask is {mask.dtype}, it must be bool, True on padding")
+
+
+def resize_mask(mask, size):
+    """The padding mask [B, H, W] at a feature map's size (h, w), nearest neighbour: cell i reads floor(i * H / h)."""
+    return F.interpolate(mask[:, None].float(), size=size)[:, 0].bool()  # [B, h, w]
+
+
+def sine(x, dim):
+    """Sine encoding of coordinates x [...] in [0, 1]: [..., dim], sin and cos interleaved, temperature 10000."""
+    i = torch.arange(dim // 2, device=x.device, dtype=torch.float32)
+    angle = x.float()[..., None] * 2 * math.pi / 10000 ** (2 * i / dim)  # [..., dim/2]
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)  # [..., dim]
+
+
+def sine_positions(mask, dim, offset):
+    """Position of every cell of a feature map, relative to the part of the map that is not padding.
+
+    mask [B, H, W] bool -> [B, H*W, dim], the first half encodes y, the second x. `offset` 0.5 encodes pixel
+    centres (Deformable DETR, SAM-DETR), 0 pixel corners (DETR, Conditional DETR).
+    The order of the additions matters to SAM-DETR alone: in rows that are all padding N is 0, the quotient
+    is rounding noise, and its RoIAlign reads the outcome. Source: official models/position_encoding.py.
+    """
+    def normalised(n, axis):
+        last = n.narrow(axis, -1, 1)
+        return (n - offset) / (((last - offset) + 1e-6) + offset)
+
+    y = normalised((~mask).cumsum(1, dtype=torch.float32), 1)  # [B, H, W]
+    x = normalised((~mask).cumsum(2, dtype=torch.float32), 2)  # [B, H, W]
+    return torch.cat([sine(y, dim // 2), sine(x, dim // 2)], dim=-1).flatten(1, 2)  # [B, H*W, dim]
+
+
+class MLP(nn.Module):
+    """`depth` linear layers with ReLU between them: [..., in_dim] -> [..., out_dim]."""
+
+    def __init__(self, in_dim, hidden_dim, out_dim, depth):
+        super().__init__()
+        dims = [in_dim] + [hidden_dim] * (depth - 1) + [out_dim]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims, dims[1:]))
+
+    def forward(self, x):
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()
+        return self.layers[-1](x)
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(E/M)) v in M heads, and the output projection; q, k, v come in already projected.
+
+    q [B, Q, E], k [B, T, E], v [B, T, D], mask [B, T] bool, bias [B, M, Q, T] added to the scores -> [B, Q, D].
+    E may differ from D: the score needs equal widths of q and k only.
+    """
+
+    def __init__(self, hidden_dim, nheads, dropout):
+        super().__init__()
+        self.nheads = nheads
+        self.dropout = dropout
+        self.out_proj = nn.Linear(hidden_dim, hidden_dim)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, q, k, v, mask=None, bias=None):
+        # [B, T, E] -> [B, T, M, E/M] -> [B, M, T, E/M]
+        q, k, v = (x.unflatten(-1, (self.nheads, -1)).transpose(1, 2) for x in (q, k, v))
+        if mask is not None:
+            attend = ~mask[:, None, None]  # [B, 1, 1, T], True = look here
+            bias = attend if bias is None else bias.masked_fill(~attend, -math.inf)
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)  # [B, M, Q, D/M]
+        return self.out_proj(out.transpose(1, 2).flatten(2))  # [B, Q, D]
+
+
+class QKVProjection(nn.Module):
+    """The three input maps of attention, stored as one [3D, D] matrix as in nn.MultiheadAttention."""
+
+    def __init__(self, hidden_dim):
+        super().__init__()
+        self.in_proj = nn.Linear(hidden_dim, 3 * hidden_dim)  # packed: Xavier initialisation sees 3D x D
+        nn.init.zeros_(self.in_proj.bias)
+
+    def forward(self, q, k, v):
+        weights, biases = self.in_proj.weight.chunk(3), self.in_proj.bias.chunk(3)
+        return [F.linear(x, w, b) for x, w, b in zip((q, k, v), weights, biases)]
+
+
+class FeedForward(nn.Module):
+    """Two linear layers, residual and post-norm: [..., D] -> [..., D]."""
+
+    def __init__(self, hidden_dim, dim_feedforward, dropout):
+        super().__init__()
+        self.linear1 = nn.Linear(hidden_dim, dim_feedforward)
+        self.linear2 = nn.Linear(dim_feedforward, hidden_dim)
+        self.norm = nn.LayerNorm(hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        y = self.linear2(self.dropout(self.linear1(x).relu()))
+        return self.norm(x + self.dropout(y))
+
+
+def xavier_uniform(module):
+    """Xavier-uniform on every matrix of a module (official Transformer._reset_parameters)."""
+    for p in module.parameters():
+        if p.dim() > 1:
+            nn.init.xavier_uniform_(p)
+
+
+# ---- Encoder: global self-attention over the feature map (paper, section 3.2) ---------------------------------------
+class EncoderLayer(nn.Module):
+    def __init__(self, hidden_dim, nheads, dim_feedforward, dropout):
+        super().__init__()
+        self.sa_proj = QKVProjection(hidden_dim)
+        self.self_attn = Attention(hidden_dim, nheads, dropout)
+        self.norm1 = nn.LayerNorm(hidden_dim)
+        self.ffn = FeedForward(hidden_dim, dim_feedforward, dropout)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, src, pos, mask):
+        # Positions go into queries and keys of every layer and never into values: they steer where to look.
+        q, k, v = self.sa_proj(src + pos, src + pos, src)  # 3 x [B, T, D]
+        src = self.norm1(src + self.dropout(self.self_attn(q, k, v, mask)))
+        return self.ffn(src)
+
+
+class Encoder(nn.Module):
+    def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout):
+        super().__init__()
+        layers = [EncoderLayer(hidden_dim, nheads, dim_feedforward, dropout) for _ in range(num_layers)]
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, src, pos, mask):
+        for layer in self.layers:
+            src = layer(src, pos, mask)
+        return src
+
+
+# ---- Conditional cross-attention: the spatial query (paper, sections 3.3 to 3.5) ------------------------------------
+def sine_xy(xy, dim):
+    """Sine encoding of points [..., 2], (x, y) in [0, 1]: [..., dim], y first as in sine_positions."""
+    return torch.cat([sine(xy[..., 1], dim // 2), sine(xy[..., 0], dim // 2)], dim=-1)  # [..., dim]
+
+
+def concat_heads(content, position, nheads):
+    """Concatenate inside every head, [B, T, D] twice -> [B, T, 2D]: the score becomes c_q^T c_k + p_q^T p_k, Eq. (2)."""
+    pair = [x.unflatten(-1, (nheads, -1)) for x in (content, position)]  # 2 x [B, T, M, D/M]
+    return torch.cat(pair, dim=-1).flatten(-2)  # [B, T, 2D]
+
+
+class SpatialQuery(nn.Module):
+    """p_q = T p_s, Eq. (4): the reference point's encoding p_s, transformed by what the decoder knows, f.
+
+    form (paper, table 3): "csq" T from the previous layer's output, "csq-i" from this layer's self-attention, "csq-p"
+    p_s alone, "csq-t" the diagonal of T alone, "csq-c" f alone. transform (figure 5) says what T is; "diagonal", lambda_q,
+    is the paper's choice. In layer 1 nothing is known yet and T is 1. Raises ValueError for other names.
+    """
+
+    def __init__(self, hidden_dim, nheads, form, transform):
+        super().__init__()
+        if form not in ("csq", "csq-i", "csq-p", "csq-t", "csq-c"):
+            raise ValueError(f'spatial_query is {form!r}, it must be "csq", "csq-i", "csq-p", "csq-t" or "csq-c"')
+        block = hidden_dim // nheads  # 32 in the paper
+        sizes = {"identity": 0, "scalar": 1, "diagonal": hidden_dim, "block": hidden_dim * block,
+                 "full": hidden_dim * hidden_dim}
+        if transform not in sizes:
+            raise ValueError(f"transform is {transform!r}, it must be one of {', '.join(sizes)}")
+        size = {"csq-t": hidden_dim, "csq-p": 0, "csq-c": 0}.get(form, sizes[transform])
+        self.form, self.transform, self.block = form, transform, block
+        self.scale = MLP(hidden_dim, hidden_dim, size, depth=2) if size else None  # T = FFN(f), Eq. (3)
+
+    def forward(self, p_s, f, after_self_attn, first):
+        """p_s, f and the self-attention's output, all [B, Q, D] -> p_q [B, Q, D]."""
+        if self.form == "csq-c":
+            return f
+        if self.form == "csq-t":
+            return self.scale(f)
+        if first or self.scale is None:
+            return p_s
+        t = self.scale(after_self_attn if self.form == "csq-i" else f)  # [B, Q, size of T]
+        if self.transform in ("scalar", "diagonal"):
+            return t * p_s  # lambda_q * p_s
+        width = p_s.shape[-1] if self.transform == "full" else self.block
+        t = t.unflatten(-1, (-1, width, width))  # [B, Q, blocks, width, width]
+        p_s = p_s.unflatten(-1, (-1, width, 1))  # [B, Q, blocks, width, 1]
+        return (t @ p_s).flatten(2)  # [B, Q, D]
+
+
+class ReferencePoints(nn.Module):
+    """s in logit space: kind "query" s = FFN(query position), "learned" one per query, "origin" (0, 0), as in DETR."""
+
+    def __init__(self, hidden_dim, num_queries, kind):
+        super().__init__()
+        if kind not in ("query", "learned", "origin"):
+            raise ValueError(f'reference is {kind!r}, it must be "query", "learned" or "origin"')
+        self.head = MLP(hidden_dim, hidden_dim, 2, depth=2) if kind == "query" else None
+        self.points = nn.Parameter(torch.randn(num_queries, 2)) if kind == "learned" else None
+
+    def forward(self, query_pos):
+        if self.head is not None:
+            return self.head(query_pos)  # [B, Q, 2]
+        points = query_pos.new_zeros(query_pos.shape[1], 2) if self.points is None else self.points
+        return points.expand(len(query_pos), -1, -1)  # [B, Q, 2]
+
+
+# ---- Decoder: queries look at each other, then at the image (paper, section 3.2) ------------------------------------
+class DecoderLayer(nn.Module):
+    def __init__(self, hidden_dim, nheads, dim_feedforward, dropout, first):
+        super().__init__()
+        # Content and position have their own maps in self-attention too; the paper shows cross-attention only.
+        self.sa_q_content = nn.Linear(hidden_dim, hidden_dim)
+        self.sa_q_pos = nn.Linear(hidden_dim, hidden_dim)
+        self.sa_k_content = nn.Linear(hidden_dim, hidden_dim)
+        self.sa_k_pos = nn.Linear(hidden_dim, hidden_dim)
+        self.sa_v = nn.Linear(hidden_dim, hidden_dim)
+        self.self_attn = Attention(hidden_dim, nheads, dropout)
+        self.norm1 = nn.LayerNorm(hidden_dim)
+        self.ca_q_content = nn.Linear(hidden_dim, hidden_dim)
+        self.ca_q_pos = nn.Linear(hidden_dim, hidden_dim) if first else None
+        self.ca_q_sine = nn.Linear(hidden_dim, hidden_dim)
+        self.ca_k_content = nn.Linear(hidden_dim, hidden_dim)
+        self.ca_k_pos = nn.Linear(hidden_dim, hidden_dim)
+        self.ca_v = nn.Linear(hidden_dim, hidden_dim)
+        self.cross_attn = Attention(hidden_dim, nheads, dropout)
+        self.norm2 = nn.LayerNorm(hidden_dim)
+        self.ffn = FeedForward(hidden_dim, dim_feedforward, dropout)
+        self.dropout = nn.Dropout(dropout)
+        self.nheads = nheads
+        self.first = first
+
+    def forward(self, tgt, query_pos, p_s, spatial_query, memory, pos, mask):
+        # In the first layer tgt is zero, so this self-attention gives every query the same vector (quirk).
+        f = tgt
+        q = self.sa_q_content(tgt) + self.sa_q_pos(query_pos)  # [B, Q, D]
+        k = self.sa_k_content(tgt) + self.sa_k_pos(query_pos)  # [B, Q, D]
+        v = self.sa_v(tgt)  # [B, Q, D]
+        tgt = self.norm1(tgt + self.dropout(self.self_attn(q, k, v)))
+
+        # c_q^T c_k + p_q^T p_k: content and position have a dot product each, Eq. (2)
+        c_q, c_k, v = self.ca_q_content(tgt), self.ca_k_content(memory), self.ca_v(memory)
+        p_q = spatial_query(p_s, f, tgt, self.first)  # [B, Q, D]
+        p_k = self.ca_k_pos(pos)  # [B, T, D]
+        if self.first:
+            # Section 3.5, and official `is_first`: layer 1 has no content to go by, so positions are added as in DETR.
+            c_q, c_k = c_q + self.ca_q_pos(query_pos), c_k + p_k
+        q = concat_heads(c_q, self.ca_q_sine(p_q), self.nheads)  # [B, Q, 2D]
+        k = concat_heads(c_k, p_k, self.nheads)  # [B, T, 2D]
+        tgt = self.norm2(tgt + self.dropout(self.cross_attn(q, k, v, mask)))
+        return self.ffn(tgt)
+
+
+class Decoder(nn.Module):
+    def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout, spatial_query):
+        super().__init__()
+        layers = [
+            DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, first=i == 0) for i in range(num_layers)
+        ]
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.LayerNorm(hidden_dim)
+        self.spatial_query = spatial_query  # one for all layers
+
+    def forward(self, query_pos, p_s, memory, pos, mask):
+        tgt = torch.zeros_like(query_pos)  # "object queries" are positions; what they hold starts empty
+        outputs = []
+        for layer in self.layers:
+            # The layer takes tgt before the norm, the heads after it (quirk); T is computed from the former.
+            tgt = layer(tgt, query_pos, p_s, self.spatial_query, memory, pos, mask)
+            outputs.append(self.norm(tgt))  # one norm for all layers, in front of the shared heads
+        return torch.stack(outputs)  # [S, B, Q, D]
+
+
+# ---- The model ------------------------------------------------------------------------------------------------------
+class ConditionalDETR(nn.Module):
+    recipe = RECIPE
+
+    def __init__(
+        self,
+        num_classes,
+        backbone="resnet50",
+        pretrained_backbone=True,
+        backbone_norm="frozen",
+        dilation=False,
+        last_stage=4,
+        hidden_dim=256,
+        nheads=8,
+        enc_layers=6,
+        dec_layers=6,
+        dim_feedforward=2048,
+        dropout=0.1,
+        num_queries=300,
+        spatial_query="csq",
+        transform="diagonal",
+        reference="query",
+    ):
+        super().__init__()
+        self.backbone = Backbone(backbone, pretrained_backbone, backbone_norm, dilation, last_stage)
+        self.input_proj = nn.Conv2d(self.backbone.channels[-1], hidden_dim, kernel_size=1)
+        self.encoder = Encoder(enc_layers, hidden_dim, nheads, dim_feedforward, dropout)
+        self.query_embed = nn.Embedding(num_queries, hidden_dim)
+        self.reference = ReferencePoints(hidden_dim, num_queries, reference)
+        transform = transform if dec_layers > 1 else "identity"  # layer 1 has no T
+        spatial_query = SpatialQuery(hidden_dim, nheads, spatial_query, transform)
+        self.decoder = Decoder(dec_layers, hidden_dim, nheads, dim_feedforward, dropout, spatial_query)
+        self.class_head = nn.Linear(hidden_dim, num_classes)
+        self.box_head = MLP(hidden_dim, hidden_dim, 4, depth=3)
+        xavier_uniform(self.encoder)
+        xavier_uniform(self.reference)
+        xavier_uniform(self.decoder)
+        nn.init.constant_(self.class_head.bias, -math.log(99))  # every class starts at p = 0.01 (focal loss paper)
+        nn.init.zeros_(self.box_head.layers[-1].weight)
+        nn.init.zeros_(self.box_head.layers[-1].bias)
+
+    def forward(self, images, mask):
+        """images [B, 3, H, W], mask [B, H, W] -> {"logits": [S, B, Q, C], "boxes": [S, B, Q, 4]}, S = dec_layers."""
+        check_input(images, mask)
+        features = self.backbone(images)[-1]  # [B, C5, h, w]
+        mask = resize_mask(mask, features.shape[-2:])  # [B, h, w]
+        pos = sine_positions(mask, self.input_proj.out_channels, offset=0)  # [B, T, D]
+        mask = mask.flatten(1)  # [B, T]
+
+        src = self.input_proj(features).flatten(2).transpose(1, 2)  # [B, T, D]
+        memory = self.encoder(src, pos, mask)  # [B, T, D]
+        query_pos = self.query_embed.weight.expand(len(images), -1, -1)  # [B, Q, D]
+        s = self.reference(query_pos)  # [B, Q, 2], reference point before the sigmoid; not detached, same for all layers
+        p_s = sine_xy(s.sigmoid(), query_pos.shape[-1])  # [B, Q, D]
+        hs = self.decoder(query_pos, p_s, memory, pos, mask)  # [S, B, Q, D]
+        boxes = self.box_head(hs) + F.pad(s, (0, 2))  # Eq. (1): the centre is relative to s, width and height are not
+        return {"logits": self.class_head(hs), "boxes": boxes.sigmoid()}
+
+
+def build(num_classes, **options):
+    """The model, with the paper's values as defaults; options are the arguments of ConditionalDETR.
+
+    Boxes come out as (cx, cy, w, h) in [0, 1] of the image without padding. Raises ValueError for a wrong value and
+    TypeError for an unknown option.
+    """
+    return ConditionalDETR(num_classes, **options)
+
+
+# Official parameter names (regular expressions) and ours.
+OFFICIAL_NAMES = (
+    (r"^backbone\.0\.body\.", "backbone.body."),
+    (r"^transformer\.", ""),
+    (r"self_attn\.in_proj_", "sa_proj.in_proj."),
+    (r"\.(sa|ca)_([qk])content_proj\.", r".\1_\2_content."),
+    (r"\.(sa|ca)_([qk])pos_proj\.", r".\1_\2_pos."),
+    (r"\.(sa|ca)_v_proj\.", r".\1_v."),
+    (r"\.ca_qpos_sine_proj\.", ".ca_q_sine."),
+    (r"^decoder\.query_scale\.", "decoder.spatial_query.scale."),
+    (r"^decoder\.ref_point_head\.", "reference.head."),
+    (r"\.(linear[12])\.", r".ffn.\1."),
+    (r"(encoder\.layers\.\d+)\.norm2\.", r"\1.ffn.norm."),
+    (r"(decoder\.layers\.\d+)\.norm3\.", r"\1.ffn.norm."),
+    (r"^class_embed\.", "class_head."),
+    (r"^bbox_embed\.", "box_head."),
+)
+
+
+def load_official(model, checkpoint):
+    """Copy an official checkpoint ({"model": state_dict}, or the state_dict itself) into the model.
+
+    Strict: raises RuntimeError that lists every missing, unknown or misshapen parameter.
+    """
+    state = {}
+    for name, tensor in checkpoint.get("model", checkpoint).items():
+        for official, ours in OFFICIAL_NAMES:
+            name = re.sub(official, ours, name)
+        state[name] = tensor
+    model.load_state_dict(state)
+
+
+# ---- python THIS_FILE.py: a walk through the network on random images ----------------------------------------------
+def walk(model):
+    """Print the shape of what every part of the model returns for two random images, the second one padded."""
+    def shape(x):
+        if isinstance(x, torch.Tensor):
+            return list(x.shape)
+        return {k: shape(v) for k, v in x.items()} if isinstance(x, dict) else [shape(v) for v in x]
+
+    def show(name):
+        return lambda module, inputs, output: print(f"  {name:12} {shape(output)}")
+
+    images, mask = torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool)
+    mask[1, 192:], mask[1, :, 256:] = True, True
+    for name, module in model.named_children():
+        module.register_forward_hook(show(name))
+    print(f"{type(model).__name__} on images {shape(images)}, padding mask {shape(mask)}")
+    with torch.no_grad():
+        out = model.eval()(images, mask)
+    print(f"returns {shape(out)}")
+    count = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{count:,} parameters, {trained:,} of them trained")
+
+
+if __name__ == "__main__":
+    walk(build(num_classes=91, pretrained_backbone=False))

@@ -1,0 +1,88 @@
+"""Read the numbers that the official code produced (tests/golden, see its README) and redo their weights and inputs."""
+import json
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+FOLDER = Path(__file__).parent / "golden"
+TOLERANCES = json.loads((FOLDER / "tolerances.json").read_text())["fields"]
+
+
+class Case:
+    """One stored case: .json (dict) and .npz arrays as tensors."""
+
+    def __init__(self, name):
+        self.name = name
+        self.json = json.loads((FOLDER / f"{name}.json").read_text())
+        npz = FOLDER / f"{name}.npz"
+        self.arrays = {k: torch.from_numpy(v) for k, v in np.load(npz).items()} if npz.exists() else {}
+
+    def targets(self):
+        return [{"labels": torch.tensor(t["labels"], dtype=torch.int64),
+                 "boxes": torch.tensor(t["boxes_cxcywh"], dtype=torch.float32).reshape(-1, 4)}
+                for t in self.json["targets"]]
+
+    def batch(self):
+        """(images, mask), README section 3: normal noise, padded at the bottom right."""
+        rng = np.random.RandomState(self.json["case"]["seed"])
+        images = [rng.standard_normal(shape).astype(np.float32) for shape in self.json["case"]["images"]]
+        H, W = (max(i.shape[d] for i in images) for d in (1, 2))
+        batch, mask = torch.zeros(len(images), 3, H, W), torch.ones(len(images), H, W, dtype=torch.bool)
+        for b, image in enumerate(images):
+            _, h, w = image.shape
+            batch[b, :, :h, :w] = torch.from_numpy(image)
+            mask[b, :h, :w] = False
+        return batch, mask
+
+    def state_dict(self):
+        """The official state_dict, every entry drawn by README section 2."""
+        seed = self.json["case"]["seed"]
+        return {name: fill(shape, kind, used, seed) for name, shape, kind, used, _ in self.json["state"]}
+
+
+def fill(shape, kind, name, seed):
+    x = np.random.RandomState((zlib.crc32(name.encode()) ^ seed) & 0xFFFFFFFF).standard_normal(shape)
+    x = x.astype(np.float32)
+    fan_in = x.size / shape[0]
+    if kind == "dense_centred":
+        mean = x.astype(np.float64).reshape(shape[0], -1).mean(1).reshape(-1, *[1] * (x.ndim - 1))
+        x = x - mean.astype(np.float32)
+    if kind == "dense_packed":  # [3D, D]: queries and keys three times as large as values
+        rows = shape[0] * 2 // 3
+        return torch.from_numpy(np.concatenate([x[:rows] * np.float32(3 / np.sqrt(fan_in)),
+                                                x[rows:] * np.float32(1 / np.sqrt(fan_in))]))
+    scaled = {
+        "conv": lambda: x * np.float32(np.sqrt(2 / fan_in)),
+        "bn3_weight": lambda: np.float32(0.25) * (1 + np.float32(0.1) * x),
+        "norm_weight": lambda: 1 + np.float32(0.1) * x,
+        "bias": lambda: np.float32(0.1) * x,
+        "bn_var": lambda: 1 + np.float32(0.1) * np.abs(x),
+        "offset_bias": lambda: np.float32(2) * x,
+        "embedding": lambda: x,
+        "dense_weak": lambda: x * np.float32(0.3 / np.sqrt(fan_in)),
+        "dense_sharp": lambda: x * np.float32(3 / np.sqrt(fan_in)),
+        "dense": lambda: x * np.float32(1 / np.sqrt(fan_in)),
+        "dense_centred": lambda: x * np.float32(1 / np.sqrt(fan_in)),
+    }
+    return torch.from_numpy(scaled[kind]())
+
+
+def our_name(module, name):
+    """The parameter of ours that an official name stands for."""
+    for official, ours in module.OFFICIAL_NAMES:
+        name = re.sub(official, ours, name)
+    return name
+
+
+def assert_close(what, ours, stored, field):
+    """|ours - stored| <= abs + rel |stored|, with the tolerances of the golden set."""
+    absolute, relative = TOLERANCES[field]
+    ours = torch.as_tensor(ours, dtype=torch.float64)
+    stored = torch.as_tensor(stored, dtype=torch.float64)
+    assert ours.shape == stored.shape, f"{what}: shape {list(ours.shape)}, the official code has {list(stored.shape)}"
+    error = (ours - stored).abs()
+    worst = (error - relative * stored.abs()).max().item() if error.numel() else 0
+    assert worst <= absolute, f"{what}: off by {error.max().item():.2e}, allowed is {absolute} + {relative} * value"

@@ -1,0 +1,194 @@
+"""Every model computes what the official code computes, with the same weights on the same images."""
+import importlib
+
+import pytest
+import torch
+from golden import FOLDER, Case, assert_close, our_name
+
+import train
+
+# case -> our file, and options that the golden README describes and case.args does not spell out as ours
+CASES = {
+    "detr": ("detr", {}),
+    "detr_dc5": ("detr", {}),
+}
+OUR_OPTION = {"with_box_refine": "box_refine", "enc_n_points": "enc_points", "dec_n_points": "dec_points"}
+LOSS = {"class": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou"}
+
+
+def options_of(args, extra):
+    return {**{OUR_OPTION.get(k, k): v for k, v in args.items() if k != "epochs"}, **extra}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def run(request):
+    """The case, our module and model, and what one evaluation and one training step gave."""
+    file, extra = CASES[request.param]
+    case, module = Case(request.param), importlib.import_module(file)
+    options = options_of(case.json["case"]["args"], extra)
+    model = module.build(case.json["case"]["num_classes"], pretrained_backbone=False, **options)
+    module.load_official(model, {"model": case.state_dict()})
+    seen = {}
+    for name, part in model.named_children():
+        part.register_forward_hook(lambda m, i, o, name=name: seen.__setitem__(name, o))
+    images, mask = case.batch()
+    with torch.no_grad():
+        out = model.eval()(images, mask)
+    inside = dict(seen)
+    criterion = train.SetCriterion(model)
+    train_out = model.train()(images, mask)
+    losses = criterion(train_out, case.targets())
+    losses["total"].backward()
+    return dict(case=case, module=module, model=model, mask=mask, out=out, inside=inside, criterion=criterion,
+                train_out=train_out, losses=losses)
+
+
+def test_logits_and_boxes_of_every_layer(run):
+    for name in ("logits", "boxes"):
+        assert_close(name, run["out"][name], run["case"].arrays[name], name)
+
+
+def test_masks_and_positions_of_the_feature_map(run):
+    case, module = run["case"], run["module"]
+    stored = case.arrays["mask_0"].bool()
+    mask = module.resize_mask(run["mask"], stored.shape[-2:])
+    assert mask.equal(stored), "the padding mask of the feature map is not the nearest neighbour's"
+    pos = module.sine_positions(mask, 256, offset=0).unflatten(1, mask.shape[1:])  # [B, h, w, D]
+    pos = pos[..., ::17][..., :16].permute(0, 3, 1, 2)  # the channels that are stored
+    inside = ~mask[:, None].expand_as(pos)
+    assert_close("positions", pos[inside], case.arrays["pos_0"][inside], "pos")
+
+
+def test_encoder_and_decoder_outputs(run):
+    case = run["case"]
+    tokens, inside = case.arrays["memory_slice_token"], case.arrays["memory_slice_unpadded"].bool()
+    memory = run["inside"]["encoder"][:, tokens, :16]
+    assert_close("memory", memory[inside], case.arrays["memory_slice"][inside], "memory_slice")
+    assert_close("decoder output", run["inside"]["decoder"], case.arrays["hs"], "hs")
+
+
+def test_matching_of_every_stage(run):
+    stored, out = run["case"].json["matching"], run["train_out"]
+    matches = run["criterion"].match_stages(out["logits"], out["boxes"], run["case"].targets())
+    for stage, match in enumerate(matches):
+        ours = [[q.tolist(), g.tolist()] for q, g in match]
+        assert ours == stored[str(stage)], f"stage {stage} is matched differently"
+
+
+def test_every_loss_term_and_the_total(run):
+    stored, losses = run["case"].json, run["losses"]
+    stages = len(losses["class"])
+    for ours, official in LOSS.items():
+        for s in range(stages):
+            name = official if s == stages - 1 else f"{official}_{s}"
+            assert_close(f"{ours} of stage {s}", losses[ours][s].detach(), stored["loss_raw"][name], "loss")
+    assert_close("total", losses["total"].detach(), stored["loss_total"], "loss")
+
+
+def test_gradient_norm_of_every_parameter(run):
+    """Forward passes can agree while a detach is missing: gradients tell."""
+    stored, model = run["case"].json, run["model"]
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    total = stored["grad_l2_total"]
+    for name, norm in stored["grad_l2"].items():
+        gradient = gradients.pop(our_name(run["module"], name))
+        error = abs(gradient.norm().item() - norm)
+        assert error <= 1e-6 * total + 0.002 * norm, f"gradient of {name} has norm {gradient.norm():.6g}, not {norm:.6g}"
+    assert not gradients, f"trained here but not in the official code: {', '.join(gradients)}"
+
+
+def test_parameter_counts_of_the_small_models(run):
+    model, stored = run["model"], run["case"].json
+    assert sum(p.numel() for p in model.parameters()) == stored["n_params"]
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == stored["n_params_trainable"]
+
+
+# params_*.json: our file, and how its variants' options are called here
+COUNTS = {"params_detr": "detr"}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameter_counts_at_the_papers_size(name):
+    case, module = Case(name), importlib.import_module(COUNTS[name])
+    for variant, stored in case.json["counts"].items():
+        options = options_of(stored["options"], {})
+        with torch.device("meta"):  # shapes only
+            model = module.build(stored["num_classes"], pretrained_backbone=False, **options)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        buffers = sum(b.numel() for b in model.buffers())
+        assert sum(p.numel() for p in model.parameters()) == stored["n_params"], variant
+        assert (trained, buffers) == (stored["n_params_trainable"], stored["n_buffers"]), variant
+
+
+def test_load_official_refuses_what_it_does_not_know():
+    import detr
+
+    model = detr.build(7, pretrained_backbone=False, **Case("detr").json["case"]["args"])
+    state = Case("detr").state_dict()
+    with pytest.raises(RuntimeError, match="mystery"):
+        detr.load_official(model, {"model": {**state, "mystery.weight": torch.zeros(1)}})
+    del state["class_embed.bias"]
+    with pytest.raises(RuntimeError, match="class_head.bias"):
+        detr.load_official(model, {"model": state})
+
+
+# ---- The criterion and the matcher alone -----------------------------------------------------------------------------
+class Recipe:
+    """What SetCriterion needs to know of a model."""
+
+    def __init__(self, repo):
+        softmax = repo == "detr"
+        self.recipe = dict(class_loss="softmax" if softmax else "focal", w_class=1 if softmax else 2, w_l1=5, w_giou=2)
+
+
+@pytest.mark.parametrize("name", ["matcher_softmax", "matcher_focal"])
+def test_the_matcher_alone(name):
+    case = Case(name)
+    criterion = train.SetCriterion(Recipe(case.json["case"]["repo"]))
+    logits, boxes, targets = case.arrays["logits"], case.arrays["boxes"], case.targets()
+    for b, target in enumerate(targets):
+        cost = criterion.cost(logits[None, b], boxes[None, b], target)[0]
+        assert_close(f"cost of image {b}", cost, case.arrays[f"cost_{b}"], "cost")
+    ours = [[q.tolist(), g.tolist()] for q, g in criterion.match(logits, boxes, targets)]
+    assert ours == case.json["matching"]
+    nothing = [{"labels": t["labels"][:0], "boxes": t["boxes"][:0]} for t in targets]
+    ours = [[q.tolist(), g.tolist()] for q, g in criterion.match(logits, boxes, nothing)]
+    assert ours == case.json["matching_without_any_target"]
+
+
+@pytest.mark.parametrize("given", ["given", "empty"])
+@pytest.mark.parametrize("name", ["criterion_detr", "criterion_conditional", "criterion_deformable", "criterion_sam"])
+def test_the_criterion_alone(name, given):
+    """Losses and gradients, with the targets of the file and when no image has an object."""
+    case = Case(name)
+    stored = case.json[given]
+    criterion = train.SetCriterion(Recipe(case.json["case"]["repo"]))
+    leaves = {k: v.clone().requires_grad_() for k, v in case.arrays.items()
+              if k in ("logits", "boxes", "enc_logits", "enc_boxes")}
+    out = {"logits": leaves["logits"], "boxes": leaves["boxes"]}
+    if "enc_logits" in leaves:
+        out["proposals"] = {"logits": leaves["enc_logits"], "boxes": leaves["enc_boxes"]}
+    targets = case.targets()
+    if given == "empty":
+        targets = [{"labels": t["labels"][:0], "boxes": t["boxes"][:0]} for t in targets]
+    losses = criterion(out, targets)
+    stages = len(losses["class"])
+    for ours, official in LOSS.items():
+        for s in range(stages):
+            key = official if s == stages - 1 else f"{official}_{s}"
+            assert_close(f"{ours} of stage {s}", losses[ours][s].detach(), stored["loss_raw"][key], "loss")
+        if "proposals" in out:
+            ours_value = losses[f"proposal_{ours}"][0].detach()
+            assert_close(f"proposal {ours}", ours_value, stored["loss_raw"][f"{official}_enc"], "loss")
+    assert_close("total", losses["total"].detach(), stored["loss_total"], "loss")
+    losses["total"].backward()
+    for key, leaf in leaves.items():
+        gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        assert_close(f"gradient of {key}", gradient, case.arrays[f"{given}_grad_{key}"], "criterion_grad")
+
+
+def test_the_golden_files_are_complete():
+    stored = {p.stem for p in FOLDER.glob("*.json")} - {"tolerances"}
+    tested = {*CASES, *COUNTS, "matcher_softmax", "matcher_focal", "postprocess_softmax", "postprocess_focal",
+              "criterion_detr", "criterion_conditional", "criterion_deformable", "criterion_sam"}
+    assert stored == tested, "a golden file is committed but not tested, or the other way round"
