@@ -1,4 +1,4 @@
-"""data.py: what goes in, right or wrong, and what comes out. Every data set here is made on the spot, a few kB."""
+"""data.py: what goes in, right or wrong, and what comes out. All data sets here are made on the spot."""
 import json
 import pickle
 
@@ -10,12 +10,13 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
+from torchvision import tv_tensors
 from torchvision.ops import box_convert
 
 import data
 from data import DataError
 
-CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]  # neither sorted, nor from 0, nor without gaps
+CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]  # not sorted, not from 0, not without gaps
 
 
 # ---- Small data sets -------------------------------------------------------------------------------------
@@ -30,11 +31,11 @@ def write_image(path, width=64, height=48, box=None):
 
 
 def annotations_of(boxes, **size):
-    """COCO contents with one image per box (None: an image without boxes); ids count from 1, classes alternate."""
+    """COCO contents, one image per box (None: an image without boxes); ids from 1, classes in turn."""
     images = [{"id": k, "file_name": f"{k}.png", "width": 64, "height": 48} | size
               for k in range(1, len(boxes) + 1)]
-    annotations = [{"id": k, "image_id": k, "category_id": (7, 3)[k % 2], "bbox": box, "area": box[2] * box[3],
-                    "iscrowd": 0} for k, box in enumerate(boxes, 1) if box]
+    annotations = [{"id": k, "image_id": k, "category_id": (7, 3)[k % 2], "bbox": box, "iscrowd": 0,
+                    "area": box[2] * box[3]} for k, box in enumerate(boxes, 1) if box]
     return {"images": images, "annotations": annotations, "categories": CATEGORIES}
 
 
@@ -66,7 +67,7 @@ def change(folder, how, split="train"):
 
 
 def bright(image):
-    """(x0, y0, x1, y1) around the pixels of a normalised image that are nearer to white than to black, or None."""
+    """(x0, y0, x1, y1) around the pixels that are nearer to white than to black; None without any."""
     grey = image.mean(0)
     if grey.max() - grey.min() < 1:
         return None
@@ -107,10 +108,10 @@ def test_shapes_have_what_a_detector_needs_to_be_tested_on():
     sides = np.concatenate([picture.areas for _, picture, _ in drawn]) ** 0.5
     counts = [len(picture.labels) for _, picture, _ in drawn]
     assert min(np.bincount(labels, minlength=5)) > 0.1 * len(labels), "every class should be common"
-    assert sides.min() < 13 and 15 < np.median(sides) < 30 and sides.max() > 50, "sizes should vary, many small"
+    assert sides.min() < 13 and 15 < np.median(sides) < 30 and sides.max() > 50, "sizes: varied, many small"
     assert 4 < counts.count(0) < 30 and max(counts) == 8, "some empty images, at most 8 objects"
     heights, widths = zip(*(image.shape[:2] for image, _, _ in drawn))
-    assert min(heights) == min(widths) == 96 and max(heights) == max(widths) == 128, "3/4 of the size to the size"
+    assert (min(heights), max(heights)) == (min(widths), max(widths)) == (96, 128), "3/4 to all of size"
     assert dataset.num_boxes == sum(counts) and dataset.max_boxes >= max(counts)
     for _, picture, owner in drawn:
         for k in range(len(picture.labels)):
@@ -122,8 +123,10 @@ def test_shapes_depend_on_seed_split_and_number_only():
     two["train"][7], two["val"][3]  # drawing something else in between changes nothing
     assert_same(one["train"][0, 2], two["train"][9, 2], "the same shape picture in another epoch")
     assert_same(one["val"][2], data.load(size=64, seed=6)["val"][2], "validation pictures under another seed")
-    assert not torch.equal(one["train"][2][0], data.load(size=64, seed=6)["train"][2][0]), "other seed, same picture"
-    assert not torch.equal(one["train"][2][0], one["val"][2][0]), "val must not repeat training pictures"
+    other = data.load(size=64, seed=6)["train"]
+    assert not torch.equal(one["train"][2][0], other[2][0]), "another seed, the same picture"
+    default = data.load(size=64)
+    assert not torch.equal(default["train"][2][0], default["val"][2][0]), "val should not repeat train"
     assert (len(one["train"]), len(one["val"])) == (20000, 250)
 
 
@@ -162,15 +165,15 @@ def assert_targets_are_right(sets):
         for k, box in enumerate(boxes, 1):
             image, target = dataset[k - 1]
             assert image.shape[0] == 3 and image.dtype == torch.float32 and max(image.shape[1:]) <= 64
-            assert type(image) is type(target["boxes"]) is type(target["labels"]) is torch.Tensor, "no tv_tensors"
+            assert type(image) is type(target["boxes"]) is torch.Tensor, "no tv_tensors outside data.py"
             assert (target["image_id"], target["size"]) == (k, (48, 64))
-            assert target["labels"].tolist() == ([(1, 0)[k % 2]] if box else []), "category ids 7, 3 are classes 1, 0"
+            assert target["labels"].tolist() == ([(1, 0)[k % 2]] if box else []), "id 7 is class 1, 3 is 0"
             if not box:
                 assert target["boxes"].shape == (0, 4), "an empty image still has a [0, 4] tensor of boxes"
             elif dataset is sets["val"]:
                 x, y, w, h = box
                 expected = torch.tensor([[(x + w / 2) / 64, (y + h / 2) / 48, w / 64, h / 48]])
-                assert torch.allclose(target["boxes"], expected, atol=1e-6), "(cx, cy, w, h) over the image size"
+                assert torch.allclose(target["boxes"], expected, atol=1e-6), "(cx, cy, w, h) over image size"
 
 
 def test_val_alone_keeps_the_classes_of_the_training_set(folder):
@@ -183,7 +186,7 @@ def test_val_alone_keeps_the_classes_of_the_training_set(folder):
     with pytest.raises(DataError, match="instances_train.json"):
         data.load(folder, splits=("val",))  # guessing the classes could give wrong results without a word
     (folder / "annotations/instances_train.json").unlink()
-    assert data.load(folder, splits=("val",))["val"].class_names == ["cat"], "without train, val is all there is"
+    assert data.load(folder, splits=("val",))["val"].class_names == ["cat"], "val is all there is"
 
 
 # ---- Bad input: one clear line ---------------------------------------------------------------------------
@@ -272,7 +275,7 @@ def test_missing_things_are_named(folder):
 
 def test_val_must_not_know_other_classes_than_train(folder):
     change(folder, lambda c: c["categories"].append({"id": 9, "name": "cow"}), "val")
-    with pytest.raises(DataError, match="category id 9 is 'cow', but in .*instances_train.json it does not exist"):
+    with pytest.raises(DataError, match="category id 9 is 'cow', but in .*_train.json it does not exist"):
         data.load(folder)
     change(folder, lambda c: c.update(categories=[{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]), "val")
     with pytest.raises(DataError, match="category id 3 is 'cat', but in .* it is 'dog'"):
@@ -280,8 +283,8 @@ def test_val_must_not_know_other_classes_than_train(folder):
 
 
 def test_bad_boxes_are_repaired_or_dropped_and_reported_once(folder):
-    bad = [[-5, -5, 20, 20], [60, 40, 20, 20], [100, 0, 5, 5], [3, 3, 0, 5], [3, 3, -4, 5], [0, 0, float("nan"), 5],
-           [0, 0, float("inf"), 5], [0, 0, 10 ** 400, 5], [0.2, 0.2, 63.9, 47.9]]
+    bad = [[-5, -5, 20, 20], [60, 40, 20, 20], [100, 0, 5, 5], [3, 3, 0, 5], [3, 3, -4, 5],
+           [0, 0, float("nan"), 5], [0, 0, float("inf"), 5], [0, 0, 10 ** 400, 5], [0.2, 0.2, 63.9, 47.9]]
     change(folder, lambda c: c.update(annotations=[
         {"id": k, "image_id": 1, "category_id": 7, "bbox": box} for k, box in enumerate(bad, 50)]))
     dataset = data.load(folder)["train"]
@@ -292,14 +295,26 @@ def test_bad_boxes_are_repaired_or_dropped_and_reported_once(folder):
     assert notes == {
         "boxes reaching over the image edge, clipped: 2 (first: image id 1 annotation id 50)",
         "boxes outside their image, dropped: 1 (first: image id 1 annotation id 52)",
-        "boxes that are not finite or have no width or height, dropped: 5 (first: image id 1 annotation id 53)",
+        "boxes that are not finite or have no width or height, dropped: 5 "
+        "(first: image id 1 annotation id 53)",
         "images without boxes, kept: 2 (first: image id 2)",
         "no box of class dog",
     }, "the ninth box is off by a tenth of a pixel: rounding, not worth a note"
 
 
+def test_several_objects_keep_their_order_and_their_classes(folder):
+    objects = [(7, [1, 1, 10, 10]), (3, [20, 5, 8, 30]), (3, [40, 2, 20, 6])]
+    change(folder, lambda c: c.update(annotations=[
+        {"image_id": 2, "category_id": category_id, "bbox": box} for category_id, box in objects]), "val")
+    target = data.load(folder)["val"][1][1]
+    assert target["labels"].tolist() == [1, 0, 0]
+    boxes = box_convert(target["boxes"], "cxcywh", "xywh") * torch.tensor([64, 48, 64, 48])
+    assert torch.allclose(boxes, torch.tensor([box for _, box in objects]).float(), atol=1e-4)
+
+
 def test_missing_fields_are_filled_in(folder):
-    change(folder, lambda c: c.update(annotations=[{"image_id": 1, "category_id": 7, "bbox": [1, 2, 30, 40]}] * 2))
+    bare = {"image_id": 1, "category_id": 7, "bbox": [1, 2, 30, 40]}
+    change(folder, lambda c: c.update(annotations=[bare, bare]))
     change(folder, edit("images", 0, width=..., height=0))
     dataset = data.load(folder)["train"]
     truth = dataset.coco.dataset["annotations"]
@@ -310,7 +325,7 @@ def test_missing_fields_are_filled_in(folder):
 def test_outline_area_is_kept_and_nonsense_is_not(folder):
     areas = [100, -3, 0, "big", 10 ** 6, None]
     change(folder, lambda c: c.update(annotations=[
-        {"id": k, "image_id": 1, "category_id": 7, "bbox": [1, 2, 30, 40], "area": a} for k, a in enumerate(areas)]))
+        {"image_id": 1, "category_id": 7, "bbox": [1, 2, 30, 40], "area": area} for area in areas]))
     assert data.load(folder)["train"].items[0].areas.tolist() == [100] + [1200] * 5
 
 
@@ -353,11 +368,11 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, image, name, expected):
     pixels = load_single(tmp_path, image, name)
     assert pixels.shape == (6, 8, 3)
     assert np.abs(pixels.astype(int) - expected).max() <= 2, \
-        f"{image.mode} gave {pixels[0, 0]}, not {expected}; 30000 of 65535 is 117 of 255, and clear means white"
+        f"{image.mode} gave {pixels[0, 0]}, not {expected}; 30000 of 65535 is 117 of 255; clear is white"
 
 
-TO_STORED = {1: None, 2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
-             7: "TRANSVERSE", 8: "ROTATE_270"}  # what turns an upright image into what such a camera stores
+TO_STORED = {1: None, 2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
+             6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}  # makes an upright image what a camera stores
 
 
 @pytest.mark.parametrize("orientation", TO_STORED)
@@ -399,10 +414,11 @@ def test_an_image_of_another_size_than_annotated_is_refused(folder):
     (lambda path: path.write_bytes(path.read_bytes()[:-60]), []),
     (lambda path: path.write_bytes(b"not an image"), []),
     (lambda path: path.write_bytes(b""), []),
-    (lambda path: Image.fromarray(np.zeros((48, 64), np.float32)).save(path, format="TIFF"), ["floating-point"]),
+    (lambda path: Image.new("F", (64, 48)).save(path, format="TIFF"), ["floating-point"]),
 ])
 def test_a_damaged_image_gives_one_line(folder, spoil, words):
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)).save(folder / "train/1.png")
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "train/1.png")
     spoil(folder / "train/1.png")
     with pytest.raises(DataError) as error:
         data.load(folder)["train"][0]
@@ -442,7 +458,7 @@ def test_box_and_pixels_go_the_same_way(folder, augment, size):
             if len(boxes) == 0:
                 assert seen is None or (seen[2:] - seen[:2]).min() <= 3, "an object in sight has lost its box"
                 continue
-            assert (seen - boxes[0]).abs().max() < 2, f"epoch {epoch}: box {boxes[0]} but white pixels in {seen}"
+            assert (seen - boxes[0]).abs().max() < 2, f"epoch {epoch}: box {boxes[0]}, white pixels {seen}"
             whole = abs((seen[2] - seen[0]) / (seen[3] - seen[1]) / (w / h) - 1) < 0.1
             cut.add(not whole)
             if whole and image.shape[2] * 48 == image.shape[1] * 64:
@@ -451,6 +467,18 @@ def test_box_and_pixels_go_the_same_way(folder, augment, size):
         assert mirrored == cut == {False}, '"none" should only resize'
     else:
         assert mirrored == cut == {True, False}, "80 draws should hold all kinds of images"
+
+
+def test_an_object_cut_away_takes_its_label_along():
+    image = tv_tensors.Image(torch.zeros(3, 40, 40, dtype=torch.uint8))
+    boxes = tv_tensors.BoundingBoxes([[0., 0, 9, 9], [31, 31, 40, 40]], format="XYXY", canvas_size=(40, 40))
+    torch.manual_seed(0)
+    counts = set()
+    for _ in range(50):
+        _, target = data.RandomSizeCrop(15, 25)(image, {"boxes": boxes, "labels": torch.tensor([5, 6])})
+        counts.add(len(target["boxes"]))
+        assert len(target["labels"]) == len(target["boxes"]) and (target["boxes"][:, 2:] > 0).all()
+    assert counts == {0, 1}, "a window of at most 25 pixels holds one of the two or none, never both"
 
 
 @pytest.mark.parametrize("augment, size, shape", [
@@ -477,7 +505,7 @@ def test_augmentation_depends_on_seed_epoch_and_index_only(folder):
         assert_same(item, again[key], f"epoch and index {key}, asked for in another order")
     assert len({tuple(item[0].shape) + (item[0].sum().item(),) for item in wanted}) == 6, "6 keys, 6 images"
     other = data.load(folder, size=64, seed=4)["train"]
-    assert any(not torch.equal(other[key][0], item[0]) for key, item in zip(keys, wanted)), "the seed has no effect"
+    assert any(not torch.equal(other[key][0], item[0]) for key, item in zip(keys, wanted)), "seed ignored"
 
 
 def test_the_number_of_workers_changes_nothing(folder):
@@ -494,7 +522,7 @@ def test_loading_leaves_every_global_generator_alone(folder):
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
     for dataset in datasets:
         dataset[2, 1]
-    assert torch.equal(before, torch.get_rng_state()), "torch's generator moved: initialisation would depend on data"
+    assert torch.equal(before, torch.get_rng_state()), "torch's generator moved: dropout would depend on data"
     assert (numpy_before == np.random.get_state()[1]).all(), "numpy's generator moved"
 
 
@@ -513,11 +541,11 @@ def test_padding_is_zero_and_masked_and_nothing_else_is():
 
 
 def test_first_takes_images_with_boxes_and_stops_augmenting(folder):
-    change(folder, lambda c: c | {"annotations": c["annotations"][1:]})  # now image 1 is empty, 2 is not, 3 is
+    change(folder, lambda c: c | {"annotations": c["annotations"][1:]})  # images 1 and 3 are empty
     dataset = data.load(folder, size=64)["train"]
     small = data.first(dataset, 1)
     assert (len(small), len(dataset), small.num_boxes, list(small.coco.imgs)) == (1, 3, 1, [2])
-    assert all(torch.equal(small[epoch, 0][0], small[0][0]) for epoch in range(5)), "--overfit must not augment"
+    assert all(torch.equal(small[epoch, 0][0], small[0][0]) for epoch in range(5)), "should hold still"
     moving = data.first(dataset, 1, augment=True)
     assert any(not torch.equal(moving[epoch, 0][0], small[0][0]) for epoch in range(5))
     shapes = data.first(data.load(size=64)["train"], 4)
@@ -546,23 +574,25 @@ def test_postprocess_agrees_with_the_official_code(name, softmax):
 def test_postprocess_with_few_queries_keeps_all_pairs():
     logits, boxes = torch.randn(1, 3, 2), torch.rand(1, 3, 4)
     (result,) = data.postprocess(logits, boxes, [(10, 20)], softmax=False)
-    assert len(result["scores"]) == 6 and result["scores"].diff().max() <= 0, "3 queries x 2 classes, best first"
+    assert len(result["scores"]) == 6 and result["scores"].diff().max() <= 0, "3 queries x 2 classes, sorted"
 
 
 def answer(*found):
     """Predictions for one image from (score, class index, [x, y, width, height])."""
     scores, labels, boxes = zip(*found) if found else ((), (), ())
-    return {"scores": torch.tensor(scores, dtype=torch.float32), "labels": torch.tensor(labels, dtype=torch.int64),
+    return {"scores": torch.tensor(scores, dtype=torch.float32),
+            "labels": torch.tensor(labels, dtype=torch.int64),
             "boxes": box_convert(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), "xywh", "xyxy")}
 
 
 def perfect(dataset):
-    """The targets of all images as predictions: back from [0, 1] to original pixels by postprocess's own rule."""
+    """The targets of all images as predictions, so back from [0, 1] to original pixels."""
     predictions = {}
     for _, target in (dataset[i] for i in range(len(dataset))):
         height, width = target["size"]
         boxes = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor([width, height, width, height])
-        predictions[target["image_id"]] = {"scores": torch.ones(len(boxes)), "labels": target["labels"], "boxes": boxes}
+        predictions[target["image_id"]] = {"scores": torch.ones(len(boxes)), "labels": target["labels"],
+                                           "boxes": boxes}
     return predictions
 
 
@@ -597,11 +627,11 @@ def test_ap_of_cases_computed_by_hand(folder):
         return data.coco_eval(dataset, predictions, **how)[name]
 
     hit, miss = (0.9, 0, [0, 0, 10, 10]), (0.95, 0, [30, 30, 10, 10])
-    assert ap({1: answer(hit), 2: answer(hit)}) == pytest.approx(1), "annotation id 0 must count like any other"
+    assert ap({1: answer(hit), 2: answer(hit)}) == pytest.approx(1), "annotation id 0 counts like any other"
     assert ap({1: answer(hit)}) == pytest.approx(51 / 101), "recall 0.5 reaches 51 of the 101 recall levels"
     assert ap({1: answer(hit)}, image_ids=[1]) == pytest.approx(1), "image 2 was not asked about"
     assert ap({1: answer(hit, miss), 2: answer(hit)}) == pytest.approx(2 / 3), \
-        "a miss ranked first: precision 1/2, then 2/3, and AP takes the best precision at that recall or beyond"
+        "a miss ranked first: precision 1/2, then 2/3; AP takes the best precision at that recall or beyond"
     narrow = {i: answer((0.9, 0, [0, 0, 6.2, 10])) for i in (1, 2)}  # IoU 0.62
     assert (ap(narrow), ap(narrow, "AP50"), ap(narrow, "AP75")) == pytest.approx((0.3, 1, 0)), \
         "IoU 0.62 passes 0.50, 0.55 and 0.60 of ten thresholds"
@@ -612,8 +642,10 @@ def test_ap_of_cases_computed_by_hand(folder):
 def test_crowds_are_not_trained_on_and_forgiven_in_the_evaluation(folder):
     change(folder, edit("annotations", 0, iscrowd=1, category_id=7), "val")
     dataset = data.load(folder)["val"]
-    assert len(dataset[0][1]["labels"]) == 0 and dataset.num_boxes == 1
+    assert dataset.num_boxes == 1
     assert [a["iscrowd"] for a in dataset.coco.dataset["annotations"]] == [1, 0]
+    for field in (dataset[0][1]["boxes"], dataset[0][1]["labels"]):
+        assert len(field) == 0, "the crowd box should be gone together with its label"
     found = {1: answer((0.99, 1, [10, 10, 8, 8]), (0.98, 1, [20, 20, 8, 8])), 2: answer((0.9, 1, VAL[1]))}
     assert data.coco_eval(dataset, found)["AP"] == pytest.approx(1), \
         "what is found inside a crowd is neither right nor wrong"
@@ -624,8 +656,9 @@ def test_evaluation_agrees_with_pycocotools_on_the_files_themselves(folder, tmp_
     rng = np.random.default_rng(0)
     boxes = rng.integers(1, 24, (60, 4))
     change(folder, lambda c: c.update(annotations=[
-        {"id": k, "image_id": 1 + k % 2, "category_id": (3, 7)[k % 3 > 0], "bbox": box, "area": box[2] * box[3],
-         "iscrowd": int(k % 15 == 0)} for k, box in enumerate(boxes[:30].tolist(), 1)]), "val")
+        {"id": k, "image_id": 1 + k % 2, "category_id": (3, 7)[k % 3 > 0], "bbox": box,
+         "area": box[2] * box[3], "iscrowd": int(k % 15 == 0)}
+        for k, box in enumerate(boxes[:30].tolist(), 1)]), "val")
     dataset = data.load(folder)["val"]
     noisy = (boxes + rng.normal(0, 1, boxes.shape)).clip(0.5)
     found = {i: answer(*[(float(np.float32(rng.random())), (0, 1)[k % 3 > 0], noisy[k - 1].tolist())
