@@ -57,8 +57,9 @@ class Picture:
 
 # ---- Shapes: the embedded data set -------------------------------------------------------------------------
 SHAPE_NAMES = ["circle", "square", "triangle", "cross", "ring"]
-DIAMETERS = (11, 64)  # pixels in an image of 128; log-uniform, so half of the objects are below 27
-MAX_OBJECTS = 8
+DIAMETERS = (16, 72)  # pixels in an image of 128; log-uniform, so half of the objects are below 34
+MAX_OBJECTS = 6
+TILT = 0.35  # radians to either side; turned freely, small crosses and squares need long training to tell apart
 EMPTY_SHARE = 0.06  # images without any object: a detector must be able to say "nothing"
 LEAST_VISIBLE = 0.6  # share of every object that the later ones leave uncovered
 CROSS = [(1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1),
@@ -103,7 +104,7 @@ class Shapes(Dataset):
                 break
             label = int(rng.integers(len(SHAPE_NAMES)))
             diameter = max(4, self.size / 128 * math.exp(rng.uniform(*np.log(DIAMETERS))))
-            alpha = draw_shape(SHAPE_NAMES[label], diameter, rng.uniform(0, 2 * np.pi))  # [h, w]
+            alpha = draw_shape(SHAPE_NAMES[label], diameter, rng.uniform(-TILT, TILT))  # [h, w]
             h, w = alpha.shape
             top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
             here, solid = np.s_[top:top + h, left:left + w], alpha > 0.5
@@ -158,7 +159,8 @@ def draw_shape(name, diameter, angle):
         cos, sin = np.cos(angle), np.sin(angle)
         corners = np.array(CROSS) / 10 ** 0.5 @ [(cos, sin), (-sin, cos)]
     else:
-        turns = angle + np.linspace(0, 2 * np.pi, {"triangle": 3, "square": 4}.get(name, 40), endpoint=False)
+        count, start = {"triangle": (3, -np.pi / 2), "square": (4, np.pi / 4)}.get(name, (40, 0))  # upright
+        turns = angle + start + np.linspace(0, 2 * np.pi, count, endpoint=False)
         corners = np.stack([np.cos(turns), np.sin(turns)], 1)
     corners = corners * diameter / 2  # [corners, 2], pixels from the centre
     zoom, side = 3, int(diameter) + 3  # drawn three times as large, then averaged: smooth edges
