@@ -3,9 +3,9 @@
 Depu Meng, Xiaokang Chen, Zejia Fan, Gang Zeng, Houqiang Li, Yuhui Yuan, Lei Sun, Jingdong Wang.
 ICCV 2021, arXiv:2108.06152. Official code: github.com/Atten4Vis/ConditionalDETR (Apache-2.0).
 
-The idea: in DETR one dot product mixes what a query wants with where it looks, so good content has to be learned before
-attention finds the extremities of a box. Here the two are concatenated, and the spatial part is a reference point,
-scaled by what the previous layer knows: every head soon looks at its own side of the box.
+The idea: in DETR one dot product mixes what a query wants with where it looks, so good content has to be
+learned before attention finds the extremities of a box. Here the two are concatenated, and the spatial part is
+a reference point, scaled by what the previous layer knows: every head soon looks at its own side of the box.
 
 Diff me against: detr.py. Independent of the idea are 300 queries and the focal loss, which came with it.
 
@@ -13,7 +13,7 @@ Departures from the official code (numbers are the same, tests/test_golden.py ho
     dilation (DC5) works for ResNet-18 and -34 too; torchvision refuses it there.
     backbone_norm="batch" trains everything with live BatchNorm, which training from scratch needs.
     spatial_query, transform and reference are the paper's ablations; the official code has the defaults only.
-Left out on purpose: segmentation heads; the pre-norm variant, which raises NotImplementedError in the official code.
+Left out on purpose: segmentation heads; the pre-norm variant, which the official code refuses to run.
 """
 import math
 import re
@@ -40,21 +40,22 @@ RECIPE = dict(
     w_giou=2,
 )
 
-# What train.py --preset laptop changes for this file: the one feature map is C4 (stride 16), small images need that.
+# What train.py --preset laptop changes for this file: small images need C4 (stride 16) as the feature map.
 LAPTOP = dict(
     last_stage=3,
 )
 
-# Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of H*W),
-# S supervised stages. Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding. Masks are True on padding.
+# Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of
+# H*W), S supervised stages. Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding.
+# Masks are True on padding.
 
 
-# ---- Shared blocks: the same text in all five files ----------------------------------------------------------------
+# ---- Shared blocks: the same text in all five files --------------------------------------------------------
 class Backbone(nn.Module):
     """torchvision ResNet without pooling and classifier.
 
-    In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5 at
-    16 with dilation; no C5 with last_stage=3, which is cheap). Raises ValueError for what is not a ResNet and so on.
+    In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5
+    at 16 with dilation; no C5 with last_stage=3, which is cheap). Raises ValueError for unknown values.
     Source: official models/backbone.py; ImageNet weights V1, from which all five papers start.
     """
 
@@ -78,15 +79,15 @@ class Backbone(nn.Module):
         if last_stage == 3:
             del body.layer4
         if norm == "frozen":
-            # Batches of one or two images per GPU give useless statistics, so the papers keep ImageNet's, and with
-            # them the first layers. From random weights such a network cannot learn: use norm="batch" there.
+            # Batches of one or two images per GPU give useless statistics, so the papers keep ImageNet's, and
+            # with them the first layers. From random weights such a network cannot learn: norm="batch" there.
             for module in (body.conv1, body.layer1):
                 module.requires_grad_(False)
         self.body = body.to(memory_format=torch.channels_last)  # same numbers, faster convolutions
 
     @staticmethod
     def dilate(stage):
-        """DC5: the last stage keeps C4's resolution; its stride becomes dilation, from its second block on."""
+        """DC5: the last stage keeps C4's resolution; stride becomes dilation, from its second block on."""
         for module in stage.modules():
             if isinstance(module, nn.Conv2d):
                 module.stride = (1, 1)
@@ -100,7 +101,7 @@ class Backbone(nn.Module):
         x = self.body.layer1(x)  # [B, C2, H/4, W/4]
         features = []
         for stage in self.stages:
-            x = getattr(self.body, stage)(x)  # C3 [B, ., H/8, W/8], C4 [B, ., H/16, W/16], C5 [B, ., H/32, W/32]
+            x = getattr(self.body, stage)(x)  # [B, ., H/8, W/8], then H/16, then H/32
             features.append(x)
         return features
 
@@ -108,19 +109,19 @@ class Backbone(nn.Module):
 def check_input(images, mask):
     """Raises ValueError unless images are [B, 3, H, W] and mask [B, H, W] bool; only shapes are looked at."""
     if images.ndim != 4 or images.shape[1] != 3 or mask.shape != (images.shape[0], *images.shape[2:]):
-        raise ValueError(f"images {tuple(images.shape)} and mask {tuple(mask.shape)} must be [B, 3, H, W] and "
-                         f"[B, H, W]; put a single image into a batch with image[None]")
+        raise ValueError(f"images {tuple(images.shape)} and mask {tuple(mask.shape)} must be [B, 3, H, W] "
+                         f"and [B, H, W]; put a single image into a batch with image[None]")
     if mask.dtype != torch.bool:
         raise ValueError(f"mask is {mask.dtype}, it must be bool, True on padding")
 
 
 def resize_mask(mask, size):
-    """The padding mask [B, H, W] at a feature map's size (h, w), nearest neighbour: cell i reads floor(i * H / h)."""
+    """Padding mask [B, H, W] at a map's size (h, w), nearest neighbour: cell i reads floor(i * H / h)."""
     return F.interpolate(mask[:, None].float(), size=size)[:, 0].bool()  # [B, h, w]
 
 
 def sine(x, dim):
-    """Sine encoding of coordinates x [...] in [0, 1]: [..., dim], sin and cos interleaved, temperature 10000."""
+    """Encoding of coordinates x [...] in [0, 1]: [..., dim], sin and cos interleaved, temperature 10000."""
     i = torch.arange(dim // 2, device=x.device, dtype=torch.float32)
     angle = x.float()[..., None] * 2 * math.pi / 10000 ** (2 * i / dim)  # [..., dim/2]
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)  # [..., dim]
@@ -160,7 +161,7 @@ class MLP(nn.Module):
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(E/M)) v in M heads, and the output projection; q, k, v come in already projected.
 
-    q [B, Q, E], k [B, T, E], v [B, T, D], mask [B, T] bool, bias [B, M, Q, T] added to the scores -> [B, Q, D].
+    q [B, Q, E], k [B, T, E], v [B, T, D], mask [B, T] bool, bias [B, M, Q, T] added to scores -> [B, Q, D].
     E may differ from D: the score needs equal widths of q and k only.
     """
 
@@ -217,7 +218,7 @@ def xavier_uniform(module):
             nn.init.xavier_uniform_(p)
 
 
-# ---- Encoder: global self-attention over the feature map (paper, section 3.2) ---------------------------------------
+# ---- Encoder: global self-attention over the feature map (paper, section 3.2) ------------------------------
 class EncoderLayer(nn.Module):
     def __init__(self, hidden_dim, nheads, dim_feedforward, dropout):
         super().__init__()
@@ -246,14 +247,14 @@ class Encoder(nn.Module):
         return src
 
 
-# ---- Conditional cross-attention: the spatial query (paper, sections 3.3 to 3.5) ------------------------------------
+# ---- Conditional cross-attention: the spatial query (paper, sections 3.3 to 3.5) ---------------------------
 def sine_xy(xy, dim):
     """Sine encoding of points [..., 2], (x, y) in [0, 1]: [..., dim], y first as in sine_positions."""
     return torch.cat([sine(xy[..., 1], dim // 2), sine(xy[..., 0], dim // 2)], dim=-1)  # [..., dim]
 
 
 def concat_heads(content, position, nheads):
-    """Concatenate inside every head, [B, T, D] twice -> [B, T, 2D]: the score becomes c_q^T c_k + p_q^T p_k, Eq. (2)."""
+    """Concatenate inside every head, [B, T, D] twice -> [B, T, 2D]: c_q^T c_k + p_q^T p_k, Eq. (2)."""
     pair = [x.unflatten(-1, (nheads, -1)) for x in (content, position)]  # 2 x [B, T, M, D/M]
     return torch.cat(pair, dim=-1).flatten(-2)  # [B, T, 2D]
 
@@ -261,15 +262,15 @@ def concat_heads(content, position, nheads):
 class SpatialQuery(nn.Module):
     """p_q = T p_s, Eq. (4): the reference point's encoding p_s, transformed by what the decoder knows, f.
 
-    form (paper, table 3): "csq" T from the previous layer's output, "csq-i" from this layer's self-attention, "csq-p"
-    p_s alone, "csq-t" the diagonal of T alone, "csq-c" f alone. transform (figure 5) says what T is; "diagonal", lambda_q,
-    is the paper's choice. In layer 1 nothing is known yet and T is 1. Raises ValueError for other names.
+    form (paper, table 3): "csq" T from the previous layer's output, "csq-i" from this layer's self-attention,
+    "csq-p" p_s alone, "csq-t" the diagonal of T alone, "csq-c" f alone. transform (figure 5) says what T is;
+    the paper chooses "diagonal", lambda_q. In layer 1 nothing is known yet and T is 1. Raises ValueError.
     """
 
     def __init__(self, hidden_dim, nheads, form, transform):
         super().__init__()
         if form not in ("csq", "csq-i", "csq-p", "csq-t", "csq-c"):
-            raise ValueError(f'spatial_query is {form!r}, it must be "csq", "csq-i", "csq-p", "csq-t" or "csq-c"')
+            raise ValueError(f"spatial_query is {form!r}, it must be csq, csq-i, csq-p, csq-t or csq-c")
         block = hidden_dim // nheads  # 32 in the paper
         sizes = {"identity": 0, "scalar": 1, "diagonal": hidden_dim, "block": hidden_dim * block,
                  "full": hidden_dim * hidden_dim}
@@ -297,7 +298,7 @@ class SpatialQuery(nn.Module):
 
 
 class ReferencePoints(nn.Module):
-    """s in logit space: kind "query" s = FFN(query position), "learned" one per query, "origin" (0, 0), as in DETR."""
+    """s, before the sigmoid: "query" FFN(query position), "learned" one each, "origin" (0, 0) as in DETR."""
 
     def __init__(self, hidden_dim, num_queries, kind):
         super().__init__()
@@ -313,11 +314,11 @@ class ReferencePoints(nn.Module):
         return points.expand(len(query_pos), -1, -1)  # [B, Q, 2]
 
 
-# ---- Decoder: queries look at each other, then at the image (paper, section 3.2) ------------------------------------
+# ---- Decoder: queries look at each other, then at the image (paper, section 3.2) ---------------------------
 class DecoderLayer(nn.Module):
     def __init__(self, hidden_dim, nheads, dim_feedforward, dropout, first):
         super().__init__()
-        # Content and position have their own maps in self-attention too; the paper shows cross-attention only.
+        # Content and position have their own maps in self-attention, too; the paper shows cross-attention.
         self.sa_q_content = nn.Linear(hidden_dim, hidden_dim)
         self.sa_q_pos = nn.Linear(hidden_dim, hidden_dim)
         self.sa_k_content = nn.Linear(hidden_dim, hidden_dim)
@@ -351,7 +352,7 @@ class DecoderLayer(nn.Module):
         p_q = spatial_query(p_s, f, tgt, self.first)  # [B, Q, D]
         p_k = self.ca_k_pos(pos)  # [B, T, D]
         if self.first:
-            # Section 3.5, and official `is_first`: layer 1 has no content to go by, so positions are added as in DETR.
+            # Section 3.5, official `is_first`: layer 1 has no content yet; positions are added as in DETR.
             c_q, c_k = c_q + self.ca_q_pos(query_pos), c_k + p_k
         q = concat_heads(c_q, self.ca_q_sine(p_q), self.nheads)  # [B, Q, 2D]
         k = concat_heads(c_k, p_k, self.nheads)  # [B, T, 2D]
@@ -363,7 +364,8 @@ class Decoder(nn.Module):
     def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout, spatial_query):
         super().__init__()
         layers = [
-            DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, first=i == 0) for i in range(num_layers)
+            DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, first=i == 0)
+            for i in range(num_layers)
         ]
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(hidden_dim)
@@ -379,7 +381,7 @@ class Decoder(nn.Module):
         return torch.stack(outputs)  # [S, B, Q, D]
 
 
-# ---- The model ------------------------------------------------------------------------------------------------------
+# ---- The model ---------------------------------------------------------------------------------------------
 class ConditionalDETR(nn.Module):
     recipe = RECIPE
 
@@ -416,12 +418,12 @@ class ConditionalDETR(nn.Module):
         xavier_uniform(self.encoder)
         xavier_uniform(self.reference)
         xavier_uniform(self.decoder)
-        nn.init.constant_(self.class_head.bias, -math.log(99))  # every class starts at p = 0.01 (focal loss paper)
+        nn.init.constant_(self.class_head.bias, -math.log(99))  # every class starts at p = 0.01
         nn.init.zeros_(self.box_head.layers[-1].weight)
         nn.init.zeros_(self.box_head.layers[-1].bias)
 
     def forward(self, images, mask):
-        """images [B, 3, H, W], mask [B, H, W] -> {"logits": [S, B, Q, C], "boxes": [S, B, Q, 4]}, S = dec_layers."""
+        """images [B, 3, H, W], mask [B, H, W] -> {"logits": [S, B, Q, C], "boxes": [S, B, Q, 4]}."""
         check_input(images, mask)
         features = self.backbone(images)[-1]  # [B, C5, h, w]
         mask = resize_mask(mask, features.shape[-2:])  # [B, h, w]
@@ -431,17 +433,17 @@ class ConditionalDETR(nn.Module):
         src = self.input_proj(features).flatten(2).transpose(1, 2)  # [B, T, D]
         memory = self.encoder(src, pos, mask)  # [B, T, D]
         query_pos = self.query_embed.weight.expand(len(images), -1, -1)  # [B, Q, D]
-        s = self.reference(query_pos)  # [B, Q, 2], reference point before the sigmoid; not detached, same for all layers
+        s = self.reference(query_pos)  # [B, Q, 2], before the sigmoid; not detached, the same for all layers
         p_s = sine_xy(s.sigmoid(), query_pos.shape[-1])  # [B, Q, D]
         hs = self.decoder(query_pos, p_s, memory, pos, mask)  # [S, B, Q, D]
-        boxes = self.box_head(hs) + F.pad(s, (0, 2))  # Eq. (1): the centre is relative to s, width and height are not
+        boxes = self.box_head(hs) + F.pad(s, (0, 2))  # Eq. (1): only the centre is relative to s
         return {"logits": self.class_head(hs), "boxes": boxes.sigmoid()}
 
 
 def build(num_classes, **options):
     """The model, with the paper's values as defaults; options are the arguments of ConditionalDETR.
 
-    Boxes come out as (cx, cy, w, h) in [0, 1] of the image without padding. Raises ValueError for a wrong value and
+    Boxes are (cx, cy, w, h) in [0, 1] of the image without padding. Raises ValueError for a wrong value and
     TypeError for an unknown option.
     """
     return ConditionalDETR(num_classes, **options)
@@ -479,9 +481,9 @@ def load_official(model, checkpoint):
     model.load_state_dict(state)
 
 
-# ---- python THIS_FILE.py: a walk through the network on random images ----------------------------------------------
+# ---- python THIS_FILE.py: a walk through the network on random images --------------------------------------
 def walk(model):
-    """Print the shape of what every part of the model returns for two random images, the second one padded."""
+    """Print the shapes that the parts of the model return for two random images, the second one padded."""
     def shape(x):
         if isinstance(x, torch.Tensor):
             return list(x.shape)

@@ -3,9 +3,9 @@
 Xizhou Zhu, Weijie Su, Lewei Lu, Bin Li, Xiaogang Wang, Jifeng Dai.
 ICLR 2021, arXiv:2010.04159. Official code: github.com/fundamentalvision/Deformable-DETR (Apache-2.0).
 
-The idea: do not compare a query with every pixel. Each head looks at K points per feature level around a reference
-point; where they lie and how much they count are linear maps of the query. The cost no longer grows with the square of
-the pixels, so the encoder can work on several resolutions at once, which is what small objects need.
+The idea: do not compare a query with every pixel. Each head looks at K points per feature level around a
+reference point; where they lie and how much they count are linear maps of the query. The cost no longer grows
+with the square of the pixels, so the encoder can work on several resolutions, which small objects need.
 
 Diff me against: detr.py. Independent of the idea are 300 queries, the focal loss and the shorter schedule.
 
@@ -47,16 +47,17 @@ LAPTOP = dict(
     box_refine=True,
 )
 
-# Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of H*W),
-# S supervised stages. Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding. Masks are True on padding.
+# Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of
+# H*W), S supervised stages. Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding.
+# Masks are True on padding.
 
 
-# ---- Shared blocks: the same text in all five files ----------------------------------------------------------------
+# ---- Shared blocks: the same text in all five files --------------------------------------------------------
 class Backbone(nn.Module):
     """torchvision ResNet without pooling and classifier.
 
-    In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5 at
-    16 with dilation; no C5 with last_stage=3, which is cheap). Raises ValueError for what is not a ResNet and so on.
+    In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5
+    at 16 with dilation; no C5 with last_stage=3, which is cheap). Raises ValueError for unknown values.
     Source: official models/backbone.py; ImageNet weights V1, from which all five papers start.
     """
 
@@ -80,15 +81,15 @@ class Backbone(nn.Module):
         if last_stage == 3:
             del body.layer4
         if norm == "frozen":
-            # Batches of one or two images per GPU give useless statistics, so the papers keep ImageNet's, and with
-            # them the first layers. From random weights such a network cannot learn: use norm="batch" there.
+            # Batches of one or two images per GPU give useless statistics, so the papers keep ImageNet's, and
+            # with them the first layers. From random weights such a network cannot learn: norm="batch" there.
             for module in (body.conv1, body.layer1):
                 module.requires_grad_(False)
         self.body = body.to(memory_format=torch.channels_last)  # same numbers, faster convolutions
 
     @staticmethod
     def dilate(stage):
-        """DC5: the last stage keeps C4's resolution; its stride becomes dilation, from its second block on."""
+        """DC5: the last stage keeps C4's resolution; stride becomes dilation, from its second block on."""
         for module in stage.modules():
             if isinstance(module, nn.Conv2d):
                 module.stride = (1, 1)
@@ -102,7 +103,7 @@ class Backbone(nn.Module):
         x = self.body.layer1(x)  # [B, C2, H/4, W/4]
         features = []
         for stage in self.stages:
-            x = getattr(self.body, stage)(x)  # C3 [B, ., H/8, W/8], C4 [B, ., H/16, W/16], C5 [B, ., H/32, W/32]
+            x = getattr(self.body, stage)(x)  # [B, ., H/8, W/8], then H/16, then H/32
             features.append(x)
         return features
 
@@ -110,19 +111,19 @@ class Backbone(nn.Module):
 def check_input(images, mask):
     """Raises ValueError unless images are [B, 3, H, W] and mask [B, H, W] bool; only shapes are looked at."""
     if images.ndim != 4 or images.shape[1] != 3 or mask.shape != (images.shape[0], *images.shape[2:]):
-        raise ValueError(f"images {tuple(images.shape)} and mask {tuple(mask.shape)} must be [B, 3, H, W] and "
-                         f"[B, H, W]; put a single image into a batch with image[None]")
+        raise ValueError(f"images {tuple(images.shape)} and mask {tuple(mask.shape)} must be [B, 3, H, W] "
+                         f"and [B, H, W]; put a single image into a batch with image[None]")
     if mask.dtype != torch.bool:
         raise ValueError(f"mask is {mask.dtype}, it must be bool, True on padding")
 
 
 def resize_mask(mask, size):
-    """The padding mask [B, H, W] at a feature map's size (h, w), nearest neighbour: cell i reads floor(i * H / h)."""
+    """Padding mask [B, H, W] at a map's size (h, w), nearest neighbour: cell i reads floor(i * H / h)."""
     return F.interpolate(mask[:, None].float(), size=size)[:, 0].bool()  # [B, h, w]
 
 
 def sine(x, dim):
-    """Sine encoding of coordinates x [...] in [0, 1]: [..., dim], sin and cos interleaved, temperature 10000."""
+    """Encoding of coordinates x [...] in [0, 1]: [..., dim], sin and cos interleaved, temperature 10000."""
     i = torch.arange(dim // 2, device=x.device, dtype=torch.float32)
     angle = x.float()[..., None] * 2 * math.pi / 10000 ** (2 * i / dim)  # [..., dim/2]
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)  # [..., dim]
@@ -162,7 +163,7 @@ class MLP(nn.Module):
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(E/M)) v in M heads, and the output projection; q, k, v come in already projected.
 
-    q [B, Q, E], k [B, T, E], v [B, T, D], mask [B, T] bool, bias [B, M, Q, T] added to the scores -> [B, Q, D].
+    q [B, Q, E], k [B, T, E], v [B, T, D], mask [B, T] bool, bias [B, M, Q, T] added to scores -> [B, Q, D].
     E may differ from D: the score needs equal widths of q and k only.
     """
 
@@ -219,14 +220,14 @@ def xavier_uniform(module):
             nn.init.xavier_uniform_(p)
 
 
-# ---- Deformable attention (paper, section 4.1) ----------------------------------------------------------------------
+# ---- Deformable attention (paper, section 4.1) -------------------------------------------------------------
 def deformable_sampling(value, spatial_shapes, locations, weights):
     """Bilinear samples of every level, weighted and summed: the inner sums of Eq. (3).
 
-    value [B, T, M, D/M], spatial_shapes [(h, w), ...] of L levels, locations [B, Q, M, L, K, 2] as (x, y) in [0, 1] of
-    the padded map (outside is zero), weights [B, Q, M, L, K] -> [B, Q, D].
-    Source: official ms_deform_attn_core_pytorch. That one keeps the samples of all levels to weigh them together; here
-    the sum grows level by level, which needs less memory and time.
+    value [B, T, M, D/M], spatial_shapes [(h, w), ...] of L levels, locations [B, Q, M, L, K, 2] as (x, y) in
+    [0, 1] of the padded map (outside is zero), weights [B, Q, M, L, K] -> [B, Q, D].
+    Source: official ms_deform_attn_core_pytorch, which keeps the samples of all levels and weighs them
+    together; here the sum grows level by level, which needs less memory and time.
     """
     B, Q, M, L, K, _ = locations.shape
     grid = 2 * locations - 1  # grid_sample counts from -1 to 1
@@ -254,7 +255,7 @@ class MSDeformAttn(nn.Module):
         self.output_proj = nn.Linear(hidden_dim, hidden_dim)
 
     def reset_parameters(self):
-        """Start as a star: head m looks in direction 2 pi m / M, point k lies k steps away, all count the same."""
+        """Start as a star: head m looks towards angle 2 pi m / M, point k is k steps away; equal weights."""
         M, L, K = self.shape
         angle = torch.arange(M) * (2 * math.pi / M)
         ray = torch.stack([angle.cos(), angle.sin()], dim=-1)  # [M, 2]
@@ -269,21 +270,21 @@ class MSDeformAttn(nn.Module):
         nn.init.zeros_(self.output_proj.bias)
 
     def locations_and_weights(self, query, reference, spatial_shapes):
-        """Where to look and how much it counts: [B, Q, M, L, K, 2] in [0, 1] of the padded maps, [B, Q, M, L, K]."""
+        """Where to look, [B, Q, M, L, K, 2] in [0, 1] of the padded maps, and its weight [B, Q, M, L, K]."""
         M, L, K = self.shape
         offsets = self.sampling_offsets(query).unflatten(-1, (M, L, K, 2))  # [B, Q, M, L, K, 2]
         weights = self.attention_weights(query).unflatten(-1, (M, L * K))  # [B, Q, M, L*K]
-        weights = weights.softmax(-1).unflatten(-1, (L, K))  # [B, Q, M, L, K]; sums to 1 over levels and points
+        weights = weights.softmax(-1).unflatten(-1, (L, K))  # [B, Q, M, L, K]; 1 over all levels and points
         reference = reference[:, :, None, :, None]  # [B, Q, 1, L, 1, 2 or 4]
         if reference.shape[-1] == 2:
             # Offsets are in pixels of their level. (w, h) and not (h, w): the first release had that wrong.
             size = torch.tensor([(w, h) for h, w in spatial_shapes], device=query.device)  # [L, 2]
             return reference + offsets / size[:, None], weights
-        # Relative to a box: point K of the star starts on its border, hence 1/K and half the width (A.4, quirk).
+        # Relative to a box: the star's last point starts on its border, hence 1/K and half the width (A.4).
         return reference[..., :2] + offsets / K * reference[..., 2:] * 0.5, weights
 
     def forward(self, query, reference, value, spatial_shapes, mask):
-        """query [B, Q, D], reference [B, Q, L, 2 or 4] in [0, 1], value [B, T, D], mask [B, T] -> [B, Q, D]."""
+        """query [B, Q, D], reference [B, Q, L, 2 or 4], value [B, T, D], mask [B, T] -> [B, Q, D]."""
         value = self.value_proj(value).masked_fill(mask[..., None], 0)  # padding contributes nothing
         value = value.unflatten(-1, (self.shape[0], -1))  # [B, T, M, D/M]
         locations, weights = self.locations_and_weights(query, reference, spatial_shapes)
@@ -300,14 +301,14 @@ def pixel_centres(spatial_shapes, valid_ratios):
     """Centre of every token in [0, 1] of the image without padding, as (x, y): [B, T, 2]."""
     centres = []
     for level, (h, w) in enumerate(spatial_shapes):
-        y, x = torch.meshgrid(torch.arange(h, device=valid_ratios.device), torch.arange(w, device=valid_ratios.device),
-                              indexing="ij")
-        centre = (torch.stack([x, y], dim=-1).flatten(0, 1) + 0.5) / torch.tensor([w, h], device=x.device)  # [h*w, 2]
+        y = (torch.arange(h, device=valid_ratios.device) + 0.5) / h  # [h]
+        x = (torch.arange(w, device=valid_ratios.device) + 0.5) / w  # [w]
+        centre = torch.stack([x.repeat(h), y.repeat_interleave(w)], dim=-1)  # [h*w, 2]
         centres.append(centre / valid_ratios[:, None, level])  # [B, h*w, 2]
     return torch.cat(centres, dim=1)
 
 
-# ---- Encoder: every pixel of every level is a query (paper, section 4.1) --------------------------------------------
+# ---- Encoder: every pixel of every level is a query (paper, section 4.1) -----------------------------------
 class DeformableEncoderLayer(nn.Module):
     def __init__(self, hidden_dim, nheads, dim_feedforward, dropout, levels, points):
         super().__init__()
@@ -332,14 +333,15 @@ class DeformableEncoder(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def forward(self, src, pos, spatial_shapes, valid_ratios, mask):
-        # Divided by its own level's ratio, multiplied by that of the level looked at: no no-op, levels round differently.
-        reference = pixel_centres(spatial_shapes, valid_ratios)[:, :, None] * valid_ratios[:, None]  # [B, T, L, 2]
+        # Divided by its own level's ratio, multiplied by that of the level looked at: they round differently
+        centres = pixel_centres(spatial_shapes, valid_ratios)  # [B, T, 2]
+        reference = centres[:, :, None] * valid_ratios[:, None]  # [B, T, L, 2]
         for layer in self.layers:
             src = layer(src, pos, reference, spatial_shapes, mask)
         return src
 
 
-# ---- Where queries come from: learned, or the encoder's proposals (appendix A.4) ------------------------------------
+# ---- Where queries come from: learned, or the encoder's proposals (appendix A.4) ---------------------------
 class Queries(nn.Module):
     """One stage: learned content and position per query, and from the position a reference point."""
 
@@ -373,8 +375,8 @@ class Proposals(nn.Module):
         side = torch.cat(side).to(centre).expand_as(centre)  # [B, T, 2]
         anchor = torch.cat([centre, side], dim=-1)  # [B, T, 4]
         invalid = mask | ~((anchor > 0.01) & (anchor < 0.99)).all(-1)  # [B, T]
-        # Infinite logits make the box (1, 1, 1, 1). Such tokens stay in the loss; only their score keeps them out of
-        # the top Q.
+        # Infinite logits make the box (1, 1, 1, 1). Such tokens stay in the loss; only their score keeps them
+        # out of the top Q.
         anchor = anchor.logit().masked_fill(invalid[..., None], math.inf)
         tokens = self.enc_output_norm(self.enc_output(memory.masked_fill(invalid[..., None], 0)))  # [B, T, D]
         logits, boxes_logit = class_head(tokens), box_head(tokens) + anchor  # [B, T, C], [B, T, 4]
@@ -387,7 +389,7 @@ class Proposals(nn.Module):
         return tgt, query_pos, reference, {"proposals": {"logits": logits, "boxes": boxes_logit.sigmoid()}}
 
 
-# ---- Decoder: queries look at each other, then at the image (paper, section 4.1) ------------------------------------
+# ---- Decoder: queries look at each other, then at the image (paper, section 4.1) ---------------------------
 class DecoderLayer(nn.Module):
     def __init__(self, hidden_dim, nheads, dim_feedforward, dropout, levels, points):
         super().__init__()
@@ -413,19 +415,20 @@ class Decoder(nn.Module):
     def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout, levels, points, box_refine):
         super().__init__()
         layers = [
-            DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, levels, points) for _ in range(num_layers)
+            DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, levels, points)
+            for _ in range(num_layers)
         ]
         self.layers = nn.ModuleList(layers)
         self.box_refine = box_refine
 
     def forward(self, tgt, query_pos, reference, box_heads, memory, spatial_shapes, valid_ratios, mask):
-        """tgt, query_pos [B, Q, D], reference [B, Q, 2 or 4] -> hs [S, B, Q, D], boxes [S, B, Q, 4], both in [0, 1]."""
+        """tgt, query_pos [B, Q, D], reference [B, Q, 2 or 4] -> hs [S, B, Q, D], boxes [S, B, Q, 4]."""
         outputs, boxes = [], []
         for layer, box_head in zip(self.layers, box_heads):
             ratios = valid_ratios.repeat(1, 1, reference.shape[-1] // 2)  # [B, L, 2 or 4]
             tgt = layer(tgt, query_pos, reference[:, :, None] * ratios[:, None], memory, spatial_shapes, mask)
             outputs.append(tgt)  # no final norm (DETR has one)
-            # Eq. in A.2: relative to the reference point, in logit space; a point says nothing about width and height
+            # A.3: relative to the reference, in logit space; a point says nothing about width and height
             logit = reference.logit(eps=1e-5)
             boxes.append((box_head(tgt) + F.pad(logit, (0, 4 - logit.shape[-1]))).sigmoid())
             if self.box_refine:
@@ -433,7 +436,7 @@ class Decoder(nn.Module):
         return torch.stack(outputs), torch.stack(boxes)
 
 
-# ---- The model ------------------------------------------------------------------------------------------------------
+# ---- The model ---------------------------------------------------------------------------------------------
 class DeformableDETR(nn.Module):
     recipe = RECIPE
 
@@ -469,17 +472,19 @@ class DeformableDETR(nn.Module):
         convs += [nn.Conv2d(c, hidden_dim, kernel_size=3, stride=2, padding=1) for c in extra]
         self.input_proj = nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(32, hidden_dim)) for conv in convs)
         self.level_embed = nn.Parameter(torch.randn(levels, hidden_dim))
-        self.encoder = DeformableEncoder(enc_layers, hidden_dim, nheads, dim_feedforward, dropout, levels, enc_points)
+        self.encoder = DeformableEncoder(
+            enc_layers, hidden_dim, nheads, dim_feedforward, dropout, levels, enc_points
+        )
         self.queries = Proposals(hidden_dim, num_queries) if two_stage else Queries(hidden_dim, num_queries)
         self.decoder = Decoder(
             dec_layers, hidden_dim, nheads, dim_feedforward, dropout, levels, dec_points, box_refine
         )
         class_head = nn.Linear(hidden_dim, num_classes)
         box_head = MLP(hidden_dim, hidden_dim, 4, depth=3)
-        nn.init.constant_(class_head.bias, -math.log(99))  # every class starts at p = 0.01 (focal loss paper)
+        nn.init.constant_(class_head.bias, -math.log(99))  # every class starts at p = 0.01
         nn.init.zeros_(box_head.layers[-1].weight)
         nn.init.zeros_(box_head.layers[-1].bias)
-        # Shared by all layers, or with refinement one for each; the last one of two_stage scores the proposals.
+        # Shared by all layers, or with refinement one for each; with two_stage one more, for the proposals
         count = dec_layers + two_stage
         copies = copy.deepcopy if box_refine else lambda head: head
         self.class_head = nn.ModuleList(copies(class_head) for _ in range(count))
@@ -505,7 +510,7 @@ class DeformableDETR(nn.Module):
         return src
 
     def forward(self, images, mask):
-        """images [B, 3, H, W], mask [B, H, W] -> {"logits": [S, B, Q, C], "boxes": [S, B, Q, 4]}, S = dec_layers.
+        """images [B, 3, H, W], mask [B, H, W] -> {"logits": [S, B, Q, C], "boxes": [S, B, Q, 4]}.
 
         With two_stage also "proposals": {"logits": [B, T, C], "boxes": [B, T, 4]} of every encoder token.
         """
@@ -532,7 +537,7 @@ class DeformableDETR(nn.Module):
 def build(num_classes, **options):
     """The model, with the paper's values as defaults; options are the arguments of DeformableDETR.
 
-    Boxes come out as (cx, cy, w, h) in [0, 1] of the image without padding. Raises ValueError for a wrong value and
+    Boxes are (cx, cy, w, h) in [0, 1] of the image without padding. Raises ValueError for a wrong value and
     TypeError for an unknown option.
     """
     return DeformableDETR(num_classes, **options)
@@ -542,7 +547,7 @@ def build(num_classes, **options):
 OFFICIAL_NAMES = (
     (r"^backbone\.0\.body\.", "backbone.body."),
     (r"^transformer\.decoder\.(class|bbox)_embed\.", r"\1_embed."),  # the same heads, listed twice
-    (r"^transformer\.(reference_points|enc_output|enc_output_norm|pos_trans|pos_trans_norm)\.", r"queries.\1."),
+    (r"^transformer\.(reference_points|enc_output\w*|pos_trans\w*)\.", r"queries.\1."),
     (r"^transformer\.", ""),
     (r"^query_embed\.", "queries.query_embed."),
     (r"self_attn\.in_proj_", "sa_proj.in_proj."),
@@ -570,9 +575,9 @@ def load_official(model, checkpoint):
     model.load_state_dict(state)
 
 
-# ---- python THIS_FILE.py: a walk through the network on random images ----------------------------------------------
+# ---- python THIS_FILE.py: a walk through the network on random images --------------------------------------
 def walk(model):
-    """Print the shape of what every part of the model returns for two random images, the second one padded."""
+    """Print the shapes that the parts of the model return for two random images, the second one padded."""
     def shape(x):
         if isinstance(x, torch.Tensor):
             return list(x.shape)

@@ -4,16 +4,16 @@ Nicolas Carion, Francisco Massa, Gabriel Synnaeve, Nicolas Usunier, Alexander Ki
 ECCV 2020, arXiv:2005.12872. Official code: github.com/facebookresearch/detr (Apache-2.0).
 
 The idea: detection is predicting a set. A transformer decoder turns a fixed number of learned queries into
-boxes in parallel, and every ground-truth box is matched to exactly one of them (train.py, Hungarian matching), so
-that neither anchors nor non-maximum suppression are needed. Queries tell each other apart by self-attention.
+boxes in parallel, and every ground-truth box is matched to exactly one of them (train.py).
+Neither anchors nor non-maximum suppression are needed: self-attention lets queries agree on who takes what.
 
-Diff me against: nothing, I am the root. conditional_detr.py and deformable_detr.py are diffs against this file.
+Diff me against: nothing, I am the root. Diff conditional_detr.py and deformable_detr.py against me.
 
 Departures from the official code (numbers are the same, tests/test_golden.py holds them):
     dilation (DC5) works for ResNet-18 and -34 too; torchvision refuses it there.
     backbone_norm="batch" trains everything with live BatchNorm, which training from scratch needs.
-Left out on purpose: segmentation heads, the pre-norm variant (it doubles every layer), position embeddings that
-are learned (the paper's ablation, 0.6 AP lower with learned embeddings).
+Left out on purpose: segmentation heads; the pre-norm variant, which doubles every layer; learned position
+embeddings.
 """
 import math
 import re
@@ -40,21 +40,22 @@ RECIPE = dict(
     w_giou=2,
 )
 
-# What train.py --preset laptop changes for this file: the one feature map is C4 (stride 16), small images need that.
+# What train.py --preset laptop changes for this file: small images need C4 (stride 16) as the feature map.
 LAPTOP = dict(
     last_stage=3,
 )
 
-# Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of H*W),
-# S supervised stages. Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding. Masks are True on padding.
+# Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of
+# H*W), S supervised stages. Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding.
+# Masks are True on padding.
 
 
-# ---- Shared blocks: the same text in all five files ----------------------------------------------------------------
+# ---- Shared blocks: the same text in all five files --------------------------------------------------------
 class Backbone(nn.Module):
     """torchvision ResNet without pooling and classifier.
 
-    In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5 at
-    16 with dilation; no C5 with last_stage=3, which is cheap). Raises ValueError for what is not a ResNet and so on.
+    In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5
+    at 16 with dilation; no C5 with last_stage=3, which is cheap). Raises ValueError for unknown values.
     Source: official models/backbone.py; ImageNet weights V1, from which all five papers start.
     """
 
@@ -78,15 +79,15 @@ class Backbone(nn.Module):
         if last_stage == 3:
             del body.layer4
         if norm == "frozen":
-            # Batches of one or two images per GPU give useless statistics, so the papers keep ImageNet's, and with
-            # them the first layers. From random weights such a network cannot learn: use norm="batch" there.
+            # Batches of one or two images per GPU give useless statistics, so the papers keep ImageNet's, and
+            # with them the first layers. From random weights such a network cannot learn: norm="batch" there.
             for module in (body.conv1, body.layer1):
                 module.requires_grad_(False)
         self.body = body.to(memory_format=torch.channels_last)  # same numbers, faster convolutions
 
     @staticmethod
     def dilate(stage):
-        """DC5: the last stage keeps C4's resolution; its stride becomes dilation, from its second block on."""
+        """DC5: the last stage keeps C4's resolution; stride becomes dilation, from its second block on."""
         for module in stage.modules():
             if isinstance(module, nn.Conv2d):
                 module.stride = (1, 1)
@@ -100,7 +101,7 @@ class Backbone(nn.Module):
         x = self.body.layer1(x)  # [B, C2, H/4, W/4]
         features = []
         for stage in self.stages:
-            x = getattr(self.body, stage)(x)  # C3 [B, ., H/8, W/8], C4 [B, ., H/16, W/16], C5 [B, ., H/32, W/32]
+            x = getattr(self.body, stage)(x)  # [B, ., H/8, W/8], then H/16, then H/32
             features.append(x)
         return features
 
@@ -108,19 +109,19 @@ class Backbone(nn.Module):
 def check_input(images, mask):
     """Raises ValueError unless images are [B, 3, H, W] and mask [B, H, W] bool; only shapes are looked at."""
     if images.ndim != 4 or images.shape[1] != 3 or mask.shape != (images.shape[0], *images.shape[2:]):
-        raise ValueError(f"images {tuple(images.shape)} and mask {tuple(mask.shape)} must be [B, 3, H, W] and "
-                         f"[B, H, W]; put a single image into a batch with image[None]")
+        raise ValueError(f"images {tuple(images.shape)} and mask {tuple(mask.shape)} must be [B, 3, H, W] "
+                         f"and [B, H, W]; put a single image into a batch with image[None]")
     if mask.dtype != torch.bool:
         raise ValueError(f"mask is {mask.dtype}, it must be bool, True on padding")
 
 
 def resize_mask(mask, size):
-    """The padding mask [B, H, W] at a feature map's size (h, w), nearest neighbour: cell i reads floor(i * H / h)."""
+    """Padding mask [B, H, W] at a map's size (h, w), nearest neighbour: cell i reads floor(i * H / h)."""
     return F.interpolate(mask[:, None].float(), size=size)[:, 0].bool()  # [B, h, w]
 
 
 def sine(x, dim):
-    """Sine encoding of coordinates x [...] in [0, 1]: [..., dim], sin and cos interleaved, temperature 10000."""
+    """Encoding of coordinates x [...] in [0, 1]: [..., dim], sin and cos interleaved, temperature 10000."""
     i = torch.arange(dim // 2, device=x.device, dtype=torch.float32)
     angle = x.float()[..., None] * 2 * math.pi / 10000 ** (2 * i / dim)  # [..., dim/2]
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)  # [..., dim]
@@ -160,7 +161,7 @@ class MLP(nn.Module):
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(E/M)) v in M heads, and the output projection; q, k, v come in already projected.
 
-    q [B, Q, E], k [B, T, E], v [B, T, D], mask [B, T] bool, bias [B, M, Q, T] added to the scores -> [B, Q, D].
+    q [B, Q, E], k [B, T, E], v [B, T, D], mask [B, T] bool, bias [B, M, Q, T] added to scores -> [B, Q, D].
     E may differ from D: the score needs equal widths of q and k only.
     """
 
@@ -217,7 +218,7 @@ def xavier_uniform(module):
             nn.init.xavier_uniform_(p)
 
 
-# ---- Encoder: global self-attention over the feature map (paper, section 3.2) ---------------------------------------
+# ---- Encoder: global self-attention over the feature map (paper, section 3.2) ------------------------------
 class EncoderLayer(nn.Module):
     def __init__(self, hidden_dim, nheads, dim_feedforward, dropout):
         super().__init__()
@@ -246,7 +247,7 @@ class Encoder(nn.Module):
         return src
 
 
-# ---- Decoder: queries look at each other, then at the image (paper, section 3.2) ------------------------------------
+# ---- Decoder: queries look at each other, then at the image (paper, section 3.2) ---------------------------
 class DecoderLayer(nn.Module):
     def __init__(self, hidden_dim, nheads, dim_feedforward, dropout):
         super().__init__()
@@ -286,7 +287,7 @@ class Decoder(nn.Module):
         return torch.stack(outputs)  # [S, B, Q, D]
 
 
-# ---- The model ------------------------------------------------------------------------------------------------------
+# ---- The model ---------------------------------------------------------------------------------------------
 class DETR(nn.Module):
     recipe = RECIPE
 
@@ -318,7 +319,7 @@ class DETR(nn.Module):
         xavier_uniform(self.decoder)
 
     def forward(self, images, mask):
-        """images [B, 3, H, W], mask [B, H, W] -> {"logits": [S, B, Q, C+1], "boxes": [S, B, Q, 4]}, S = dec_layers."""
+        """images [B, 3, H, W], mask [B, H, W] -> {"logits": [S, B, Q, C+1], "boxes": [S, B, Q, 4]}."""
         check_input(images, mask)
         features = self.backbone(images)[-1]  # [B, C5, h, w]
         mask = resize_mask(mask, features.shape[-2:])  # [B, h, w]
@@ -335,7 +336,7 @@ class DETR(nn.Module):
 def build(num_classes, **options):
     """The model, with the paper's values as defaults; options are the arguments of DETR.
 
-    Boxes come out as (cx, cy, w, h) in [0, 1] of the image without padding. Raises ValueError for a wrong value and
+    Boxes are (cx, cy, w, h) in [0, 1] of the image without padding. Raises ValueError for a wrong value and
     TypeError for an unknown option.
     """
     return DETR(num_classes, **options)
@@ -369,9 +370,9 @@ def load_official(model, checkpoint):
     model.load_state_dict(state)
 
 
-# ---- python THIS_FILE.py: a walk through the network on random images ----------------------------------------------
+# ---- python THIS_FILE.py: a walk through the network on random images --------------------------------------
 def walk(model):
-    """Print the shape of what every part of the model returns for two random images, the second one padded."""
+    """Print the shapes that the parts of the model return for two random images, the second one padded."""
     def shape(x):
         if isinstance(x, torch.Tensor):
             return list(x.shape)
