@@ -4,7 +4,7 @@ Depu Meng, Xiaokang Chen, Zejia Fan, Gang Zeng, Houqiang Li, Yuhui Yuan, Lei Sun
 ICCV 2021, arXiv:2108.06152. Official code: github.com/Atten4Vis/ConditionalDETR (Apache-2.0).
 
 The idea: in DETR one dot product mixes what a query wants with where it looks, so good content has to be
-learned before attention finds the extremities of a box. Here the two are concatenated, and the spatial part is
+learned before attention finds the extremities of a box. Here the two are concatenated; the spatial part is
 a reference point, scaled by what the previous layer knows: every head soon looks at its own side of the box.
 
 Diff me against: detr.py. Independent of the idea are 300 queries and the focal loss, which came with it.

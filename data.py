@@ -57,11 +57,11 @@ class Picture:
 
 # ---- Shapes: the embedded data set -------------------------------------------------------------------------
 SHAPE_NAMES = ["circle", "square", "triangle", "cross", "ring"]
-DIAMETERS = (16, 72)  # pixels in an image of 128; log-uniform, so half of the objects are below 34
-MAX_OBJECTS = 6
-TILT = 0.35  # radians to either side; turned freely, small crosses and squares need long training to tell apart
+DIAMETERS = (20, 72)  # pixels in an image of 128; log-uniform, so half of the objects are below 38
+MAX_OBJECTS = 5
+TILT = 0.35  # radians to either side; turned freely, small crosses and squares take long to tell apart
 EMPTY_SHARE = 0.06  # images without any object: a detector must be able to say "nothing"
-LEAST_VISIBLE = 0.6  # share of every object that the later ones leave uncovered
+LEAST_VISIBLE = 0.75  # share of every object that the later ones leave uncovered
 CROSS = [(1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1),
          (-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1)]  # its 12 corners
 
@@ -74,7 +74,7 @@ class Shapes(Dataset):
     """
     class_names, category_ids, max_boxes = SHAPE_NAMES, [1, 2, 3, 4, 5], MAX_OBJECTS
 
-    def __init__(self, num_images, size=128, seed=0, split="train"):
+    def __init__(self, num_images, size=96, seed=0, split="train"):
         self.items = range(num_images)  # picture numbers
         self.size, self.seed, self.split = size, seed, split
         self.name, self.notes = f"shapes {split}", []
@@ -637,7 +637,7 @@ def load(data=None, *, train_json=None, train_images=None, val_json=None, val_im
     """{"train": data set, "val": data set}, or only those that `splits` names. Raises DataError.
 
     data      None or "shapes": the embedded set. Else a folder in one of LAYOUTS; or give the four paths
-    size      pixels, see make_transform. By default 128 for shapes; for folders 256, with "paper" 800
+    size      pixels, see make_transform. By default 96 for shapes; for folders 256, with "paper" 800
     augment   "laptop", "paper" or "none", see make_transform; not for shapes, of which there are enough
     seed      of the augmentation, and of the shapes to train on. The shapes to validate on never change: runs
               with different seeds compare.
@@ -649,7 +649,7 @@ def load(data=None, *, train_json=None, train_images=None, val_json=None, val_im
     given = {"train": (train_json, train_images), "val": (val_json, val_images)}
     explicit = any(path is not None for pair in given.values() for path in pair)
     if data in (None, "shapes") and not explicit:
-        size = size or 128
+        size = size or 96
         shapes = {"train": Shapes(20000, size, seed, "train"), "val": Shapes(250, size, 0, "val")}
         return {split: shapes[split] for split in splits}
     if data is not None and explicit:

@@ -1,13 +1,13 @@
 """Train, evaluate and resume any of the detectors in this folder, or your own file that keeps their contract.
 
-    python train.py --model detr                         embedded data set, small model, ends by itself
-    python train.py --model detr --data DIR              your COCO-format folder
-    python train.py --model detr --overfit 2             two images: must reach AP close to 1, or something is broken
-    python train.py --resume runs/detr-shapes            go on after Ctrl-C or a crash, exactly where it stopped
+    python train.py --model detr                   embedded data set, small model, ends by itself
+    python train.py --model detr --data DIR        your COCO-format folder
+    python train.py --model detr --overfit 2       two images: AP must come close to 1, or something is broken
+    python train.py --resume runs/detr-shapes      go on after Ctrl-C or a crash, exactly where it stopped
     python train.py --eval --weights runs/detr-shapes/best.pt
-    python train.py --model detr --preset paper --data COCO --batch-size 2 --accumulate 2
+    python train.py --model detr --preset paper --data COCO --batch-size 16 --accumulate 4
 
-Reading order: SetCriterion (matching and losses), then train(). What is about data is in data.py, what is about
+Reading order: SetCriterion (matching and losses), then train(). What is about data is in data.py, about
 pictures in visualize.py. A model file gives RECIPE (how the paper trains it), LAPTOP (what the small preset
 changes for it), build() and load_official(); nothing here asks for a model's name.
 """
@@ -36,9 +36,9 @@ import visualize
 HERE = Path(__file__).parent
 MODELS = ("detr", "conditional_detr", "deformable_detr", "sam_detr", "sqr")
 
-# --preset laptop: small enough to learn from random weights on two CPU cores. LAPTOP of a model file goes on top.
+# --preset laptop: learns from random weights on two CPU cores. LAPTOP of a model file goes on top.
 LAPTOP = dict(
-    steps=3000,
+    steps=6000,
     batch_size=16,
     lr=3e-4,
     lr_backbone=3e-4,  # from scratch the backbone learns like the rest
@@ -54,11 +54,11 @@ LAPTOP = dict(
     dim_feedforward=512,
     dropout=0.0,
 )
-TRAINING = ("steps", "epochs", "lr_drop", "batch_size", "lr", "lr_backbone", "warmup", "schedule", "clip_norm",
-            "weight_decay")  # the rest of a preset are options of the model
+TRAINING = ("steps", "epochs", "lr_drop", "batch_size", "lr", "lr_backbone", "warmup", "schedule",
+            "clip_norm", "weight_decay")  # the rest of a preset are options of the model
 
 
-# ---- Matching and losses ---------------------------------------------------------------------------------------------
+# ---- Matching and losses -----------------------------------------------------------------------------------
 class Diverged(Exception):
     """The model returns or causes numbers that are not finite."""
 
@@ -66,8 +66,9 @@ class Diverged(Exception):
 class SetCriterion:
     """Hungarian matching and set losses of all five papers, for all supervised stages at once.
 
-    The model says which classification it wants: model.recipe["class_loss"] is "softmax" (DETR; the last logit is "no
-    object") or "focal" (the others; C independent sigmoids). w_class, w_l1, w_giou weigh both cost and loss.
+    The model says which classification it wants: model.recipe["class_loss"] is "softmax" (DETR; the last
+    logit is "no object") or "focal" (the others; C independent sigmoids). w_class, w_l1 and w_giou weigh both
+    cost and loss.
     Source: DETR section 3.1 and appendix A.2; official models/matcher.py and SetCriterion.
     """
 
@@ -83,7 +84,7 @@ class SetCriterion:
         """Matching cost of one image: logits [S, Q, C], boxes [S, Q, 4], target with G boxes -> [S, Q, G]."""
         labels, target_boxes = target["labels"], target["boxes"]
         if self.softmax:
-            # A probability, not its logarithm as in the loss: then it is of the size of the box costs (DETR, A.2).
+            # A probability, not its logarithm as in the loss: then it is of the size of the box costs (A.2).
             cost_class = -logits.softmax(-1)[..., labels]  # [S, Q, G]
         else:
             p = logits.sigmoid()[..., labels]  # [S, Q, G]
@@ -100,8 +101,8 @@ class SetCriterion:
     def match_stages(self, logits, boxes, targets):
         """One-to-one assignment of least cost: for every stage, per image (query index, target index), int64.
 
-        logits [S, B, Q, C], boxes [S, B, Q, 4]. Every stage is matched by itself. With more targets than queries,
-        the targets that cost most stay unmatched. Raises Diverged when a prediction is not finite.
+        logits [S, B, Q, C], boxes [S, B, Q, 4]. Every stage is matched by itself. With more targets than
+        queries the most expensive ones stay unmatched. Raises Diverged when a prediction is not finite.
         """
         logits, boxes = logits.float(), boxes.float()
         if not (logits.isfinite().all() and boxes.isfinite().all()):
@@ -114,7 +115,7 @@ class SetCriterion:
         return matches
 
     def match(self, logits, boxes, targets):
-        """One stage: logits [B, Q, C], boxes [B, Q, 4] -> [(query index, target index), ...] per image, int64."""
+        """One stage: logits [B, Q, C], boxes [B, Q, 4] -> per image (query index, target index), int64."""
         return self.match_stages(logits[None], boxes[None], targets)[0]
 
     def stage_losses(self, logits, boxes, targets, box_counts):
@@ -136,8 +137,8 @@ class SetCriterion:
             wanted[stage, image, query] = labels
             weight = torch.ones(C, device=logits.device)
             weight[C - 1] = self.no_object_weight
-            loss = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), weight, reduction="none")  # [S*B*Q]
-            # Normalised by the sum of weights, not by the boxes; the sum over the whole batch follows from box_counts.
+            loss = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), weight, reduction="none")  # [SBQ]
+            # Normalised by the sum of weights, not by boxes; of the whole batch it follows from box_counts
             matched = sum(min(n, Q) for n in box_counts)
             total_weight = matched + self.no_object_weight * (len(box_counts) * Q - matched)
             loss_class = loss.view(S, -1).sum(1) / total_weight  # [S]
@@ -159,11 +160,11 @@ class SetCriterion:
         }
 
     def __call__(self, out, targets, box_counts=None):
-        """Losses of a batch: {"total": weighted sum, "class": [S], "l1": [S], "giou": [S]}, the parts un-weighted.
+        """{"total": weighted sum, "class": [S], "l1": [S], "giou": [S]} of a batch, the parts un-weighted.
 
-        targets: one dict per image, labels [n] int64 and boxes [n, 4] cxcywh in [0, 1]; n = 0 is fine. box_counts:
-        boxes per image of the whole batch, where this is only a part of it (accumulation, several GPUs):
-        then the parts add up to what the whole would give. Two-stage models add "proposal_class" and so on.
+        targets: one dict per image, labels [n] int64 and boxes [n, 4] cxcywh in [0, 1]; n = 0 is fine.
+        box_counts: boxes per image of the whole batch, where this is only a part of it (accumulation, several
+        GPUs): then the parts add up to what the whole would give. Two-stage models add "proposal_class" etc.
         """
         if box_counts is None:
             box_counts = [len(t["labels"]) for t in targets]
@@ -180,19 +181,19 @@ class SetCriterion:
 
 
 
-# ---- The model file, optimiser and schedule --------------------------------------------------------------------------
+# ---- The model file, optimiser and schedule ----------------------------------------------------------------
 def load_model_file(name):
     """The module behind --model: one of our names or the path of any .py file that keeps the contract."""
     path = HERE / f"{name}.py" if name in MODELS else Path(name)
     if not path.is_file():
-        raise SystemExit(f"--model {name}: no such file. Give one of {', '.join(MODELS)}, or the path of a .py file.")
+        raise SystemExit(f"--model {name}: no such file. Give one of {', '.join(MODELS)} or a .py file.")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     missing = [key for key in ("RECIPE", "build") if not hasattr(module, key)]
     if missing:
-        raise SystemExit(f"--model {path}: the file has no {' and no '.join(missing)}; detr.py shows what they are.")
+        raise SystemExit(f"--model {path}: the file has no {' and no '.join(missing)}; see detr.py for them.")
     return module
 
 
@@ -202,13 +203,12 @@ def build_model(module, num_classes, options):
     except (TypeError, ValueError) as error:
         raise SystemExit(f"--option: {error}")
     except OSError as error:  # urllib's errors are OSErrors
-        raise SystemExit(f"ImageNet weights for the backbone could not be downloaded ({error}). Connect once, or "
-                         f"train the backbone from scratch too: --option pretrained_backbone=false "
-                         f"--option backbone_norm=batch")
+        raise SystemExit(f"The backbone's ImageNet weights could not be downloaded ({error}). Connect once, "
+                         "or train it too: --option pretrained_backbone=false --option backbone_norm=batch")
 
 
 def make_optimizer(model, module, lr, lr_backbone, weight_decay):
-    """AdamW with the papers' groups: backbone, slow_parameters at a tenth (Deformable DETR), everything else."""
+    """AdamW with the papers' groups: backbone, slow_parameters at a tenth (Deformable DETR), and the rest."""
     slow = module.RECIPE.get("slow_parameters", ())
     groups = {lr: [], lr_backbone: [], lr * 0.1: []}
     for name, parameter in model.named_parameters():
@@ -220,7 +220,7 @@ def make_optimizer(model, module, lr, lr_backbone, weight_decay):
 
 
 def lr_factor(step, args, steps_per_epoch):
-    """Learning rate at a step, as a share of its peak: linear warm-up, then cosine to 0 or one drop to a tenth."""
+    """Learning rate at a step, as a share of its peak: linear warm-up, then cosine to 0 or a drop to 0.1."""
     if step < args.warmup:
         return (step + 1) / args.warmup
     if args.schedule == "cosine":
@@ -229,25 +229,24 @@ def lr_factor(step, args, steps_per_epoch):
 
 
 class Batches(torch.utils.data.Sampler):
-    """All micro batches of a run in order, as lists of (epoch, index): a function of the seed and the step alone.
+    """The parts of all batches of a run in order, each a list of (epoch, index).
 
-    So a run resumed at any step sees what it would have seen. The remainder of an epoch that fills no batch is
-    dropped; a data set smaller than one batch is one batch.
+    A function of the seed and the step alone, so a run resumed at any step sees what it would have seen. What
+    is left of an epoch and fills no batch is dropped.
     """
 
     def __init__(self, size, args, start):
         self.size, self.args, self.start = size, args, start
-        self.steps_per_epoch = max(1, size // args.batch_size)
+        self.steps_per_epoch = size // args.batch_size
 
     def __iter__(self):
-        micro = self.args.batch_size // self.args.accumulate
+        batch, part = self.args.batch_size, self.args.batch_size // self.args.accumulate
         for step in range(self.start, self.args.steps):
             epoch, i = divmod(step, self.steps_per_epoch)
             generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch)
             order = torch.randperm(self.size, generator=generator).tolist()
-            keys = [(epoch, index) for index in order[i * self.args.batch_size:(i + 1) * self.args.batch_size]]
-            for j in range(self.args.accumulate):
-                yield keys[j * micro:(j + 1) * micro]
+            for first in range(i * batch, (i + 1) * batch, part):
+                yield [(epoch, index) for index in order[first:first + part]]
 
 
 def ignore_ctrl_c(worker):
@@ -260,10 +259,10 @@ def make_loader(dataset, args, **how):
         worker_init_fn=ignore_ctrl_c, **how)
 
 
-# ---- Evaluation ------------------------------------------------------------------------------------------------------
+# ---- Evaluation --------------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(model, criterion, dataset, args):
-    """(metrics, predictions): COCO's 12 numbers and three signs of collapse; {image id: boxes in pixels, scores, ...}."""
+    """(COCO's 12 numbers and three signs of collapse, {image id: boxes in pixels, scores, labels})."""
     model.eval()
     predictions, all_boxes = {}, []
     for images, mask, targets in make_loader(dataset, args, batch_size=args.eval_batch_size):
@@ -286,16 +285,17 @@ def evaluate(model, criterion, dataset, args):
 
 
 def collapse_line(metrics, num_classes):
-    line = (f"predicted boxes vary by {metrics['spread_images']:.3f} from image to image and "
-            f"{metrics['spread_queries']:.3f} from query to query; {metrics['classes_predicted']} of {num_classes} "
-            f"classes predicted with a score above 0.3")
-    if min(metrics["spread_images"], metrics["spread_queries"]) < 0.005:
-        line += "\n  COLLAPSED: the same boxes everywhere. Usual early on; if it stays, the model is undertrained (see " \
-                "README) or its features do not depend on the image."
+    """The most alarming symptom in one line: the same boxes for every image or every query."""
+    images, queries, classes = (metrics[k] for k in ("spread_images", "spread_queries", "classes_predicted"))
+    line = (f"boxes vary by {images:.3f} between images and {queries:.3f} between queries; {classes} of "
+            f"{num_classes} classes reach a score of 0.3")
+    if min(images, queries) < 0.005:
+        line += ("\n  COLLAPSED: the same boxes everywhere. Usual early on; if it stays, the model is "
+                 "undertrained (see README) or its features do not depend on the image.")
     return line
 
 
-# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+# ---- Checkpoints -------------------------------------------------------------------------------------------
 def save(path, content):
     """Atomic: a crash while writing leaves the old file whole."""
     torch.save(content, f"{path}.tmp")
@@ -303,7 +303,7 @@ def save(path, content):
 
 
 def load_checkpoint(path):
-    """A checkpoint of ours from a file or a run's folder; only tensors and plain values are ever unpickled."""
+    """A checkpoint of ours, from a file or a run's folder; only tensors and plain values are unpickled."""
     path = Path(path)
     path = path / "last.pt" if path.is_dir() else path
     if not path.is_file():
@@ -311,133 +311,139 @@ def load_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise SystemExit(f"{path}: not a readable checkpoint ({type(error).__name__}); it may be cut off or not ours.")
+        raise SystemExit(f"{path}: not a readable checkpoint ({type(error).__name__}); cut off, or not ours?")
     missing = {"model", "args", "model_options", "class_names", "category_ids"} - set(checkpoint)
     if missing:
         raise SystemExit(f"{path}: not a checkpoint of train.py (no {', '.join(sorted(missing))}).")
     return checkpoint
 
 
-# ---- The loop --------------------------------------------------------------------------------------------------------
+# ---- The loop ----------------------------------------------------------------------------------------------
+def train_step(forward, criterion, optimizer, parts, args):
+    """One optimiser step on one batch, given in parts. Returns what is logged; raises Diverged."""
+    # Every loss is normalised by the boxes of the whole batch, so that the parts add up to the gradient of
+    # one large batch (exactly, as long as BatchNorm is frozen).
+    box_counts = [len(t["labels"]) for _, _, targets in parts for t in targets]
+    logged = {}
+    optimizer.zero_grad()
+    for images, mask, targets in parts:
+        targets = [{k: t[k].to(args.device) for k in ("labels", "boxes")} for t in targets]
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+            out = forward(images.to(args.device), mask.to(args.device))
+        losses = criterion(out, targets, box_counts)  # outside of autocast: in float32
+        losses["total"].backward()
+        for name, loss in losses.items():
+            logged[name] = logged.get(name, 0) + loss.detach().flatten()[-1].item()  # of the last stage
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    logged["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.clip_norm).item()
+    if not math.isfinite(logged["grad_norm"]):
+        raise Diverged("the gradient is not finite")
+    optimizer.step()
+    return logged
+
+
 def train(model, criterion, datasets, args, module, model_options, run, resumed):
+    """From step 0, or from where the checkpoint `resumed` stopped, to args.steps; `run` keeps everything."""
     train_set, val_set = datasets["train"], datasets["val"]
     optimizer = make_optimizer(model, module, args.lr, args.lr_backbone, args.weight_decay)
     step, best, seconds = 0, -1.0, 0.0
     if resumed:
-        step, best, seconds = resumed["step"], resumed["best"], resumed["seconds"]
+        step, best, seconds = (resumed[name] for name in ("step", "best", "seconds"))
         optimizer.load_state_dict(resumed["optimizer"])
         torch.set_rng_state(resumed["rng"])
-    batches = Batches(len(train_set), args, step)
-    steps_per_epoch = batches.steps_per_epoch
     if step >= args.steps:
         raise SystemExit(f"{run}: already finished, step {step} of {args.steps}. Give more --steps to go on.")
-    announce(model, criterion, datasets, args, step, steps_per_epoch)
+    announce(model, criterion, datasets, args, step)
     forward = torch.compile(model) if args.compile else model
-
-    stop = []  # Ctrl-C lets the step finish; a second one kills
-    signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.SIG_DFL)))
-    log = open(run / "log.jsonl", "a", buffering=1)
+    batches = Batches(len(train_set), args, step)
     loader = iter(make_loader(train_set, args, batch_sampler=batches))
+    log = open(run / "log.jsonl", "a", buffering=1)
     bar = tqdm(total=args.steps, initial=step, unit="step", dynamic_ncols=True, disable=None)
     started, window = time.time() - seconds, []
+    stop = []  # Ctrl-C lets the step finish; a second one kills
+    signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.SIG_DFL)))
 
-    def checkpoint():
-        return {
+    def write_log(**line):
+        log.write(json.dumps({"step": step, "seconds": time.time() - started, **line}) + "\n")
+
+    def save_as(name):
+        save(run / name, {
             "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best,
             "seconds": time.time() - started, "rng": torch.get_rng_state(), "args": vars(args),
             "model_options": model_options, "class_names": train_set.class_names,
             "category_ids": train_set.category_ids,
-        }
+        })
 
     model.train()
     while step < args.steps and not stop:
-        factor = lr_factor(step, args, steps_per_epoch)
+        factor = lr_factor(step, args, batches.steps_per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        # All parts of the batch come first: every loss is normalised by the boxes of the whole of it, so that
-        # accumulating gives the gradient of one large batch (exactly, as long as BatchNorm is frozen).
-        parts = list(islice(loader, args.accumulate))
-        box_counts = [len(t["labels"]) for _, _, targets in parts for t in targets]
-        optimizer.zero_grad()
-        logged = {}
         try:
-            for images, mask, targets in parts:
-                targets = [{k: t[k].to(args.device) for k in ("labels", "boxes")} for t in targets]
-                with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
-                    out = forward(images.to(args.device), mask.to(args.device))
-                losses = criterion(out, targets, box_counts)
-                losses["total"].backward()
-                for name, loss in losses.items():
-                    logged[name] = logged.get(name, 0) + loss.detach().flatten()[-1]  # the last stage's part
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm)
-            if not grad_norm.isfinite():
-                raise Diverged("the gradient is not finite")
+            parts = list(islice(loader, args.accumulate))
+            window.append(train_step(forward, criterion, optimizer, parts, args))
+            step += 1
+            last = step == args.steps
+            if step % args.eval_every == 0 or last:
+                metrics, predictions = evaluate(model, criterion, val_set, args)
         except Diverged as error:
-            raise SystemExit(f"\nThe model diverged at step {step} (lr {args.lr * factor:.2g}): {error}. Lower --lr "
-                             f"{'or leave out --amp ' if args.amp else ''}and start again; {run}/last.pt is from "
-                             f"before.")
-        optimizer.step()
-        step += 1
+            raise SystemExit(f"\nThe model diverged at step {step} (lr {args.lr * factor:.2g}): {error}. "
+                             f"Lower --lr{' or leave out --amp' if args.amp else ''}; {run} is from before.")
         bar.update()
-        window.append({**{name: loss.item() for name, loss in logged.items()}, "grad_norm": grad_norm.item()})
-
-        if step % args.log_every == 0 or step == args.steps:
+        if step % args.log_every == 0 or last:
             mean = {name: sum(w[name] for w in window) / len(window) for name in window[0]}
-            line = {"step": step, "epoch": step / steps_per_epoch, "lr": args.lr * factor, **mean}
-            log.write(json.dumps({**line, "seconds": time.time() - started}) + "\n")
-            bar.set_postfix_str(f"loss {mean['total']:.2f}, grad {mean['grad_norm']:.1f}, AP {max(best, 0):.3f}")
+            write_log(epoch=step / batches.steps_per_epoch, lr=args.lr * factor, **mean)
+            loss, norm = mean["total"], mean["grad_norm"]
+            bar.set_postfix_str(f"loss {loss:.2f}, gradient {norm:.1f}, AP {max(best, 0):.3f}")
             window = []
-        if step % args.eval_every == 0 or step == args.steps:
-            metrics, predictions = evaluate(model, criterion, val_set, args)
-            log.write(json.dumps({"step": step, "seconds": time.time() - started, "eval": metrics}) + "\n")
+        if step % args.eval_every == 0 or last:
+            write_log(eval=metrics)
             bar.write(f"step {step}: AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f}; "
                       + collapse_line(metrics, len(val_set.class_names)))
             improved, best = metrics["AP"] >= best, max(best, metrics["AP"])
-            save(run / "last.pt", checkpoint())
+            save_as("last.pt")
             if improved:
-                save(run / "best.pt", checkpoint())
+                save_as("best.pt")
             visualize.draw_predictions(val_set, predictions, run / "predictions.png")
             visualize.draw_curves(run / "log.jsonl", run / "curves.png")
     bar.close()
     if step < args.steps:
-        save(run / "last.pt", checkpoint())
+        save_as("last.pt")
         raise SystemExit(f"\nStopped at step {step} of {args.steps}, nothing is lost. Go on with:\n"
                          f"    python train.py --resume {run}")
     print(data.explain(metrics))
-    print(f"{(time.time() - started) / 60:.1f} minutes. Best AP {best:.3f}. In {run}: best.pt, last.pt, log.jsonl, "
-          f"curves.png, predictions.png")
+    print(f"{(time.time() - started) / 60:.1f} minutes. Best AP {best:.3f}. In {run}: best.pt, last.pt, "
+          f"log.jsonl, curves.png, predictions.png")
 
 
-def announce(model, criterion, datasets, args, step, steps_per_epoch):
+def announce(model, criterion, datasets, args, step):
     """Say what is about to happen, how long it will take, and what to expect of it."""
-    train_set, val_set = datasets["train"], datasets["val"]
-    count = sum(p.numel() for p in model.parameters())
-    print(f"model    {args.model}, {count / 1e6:.1f} M parameters, on {args.device}")
+    train_set = datasets["train"]
+    print(f"model    {args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
+          f"on {args.device}")
     for split, d in datasets.items():
-        print(f"{split:8} {d.name}: {len(d)} images, {d.num_boxes} boxes (at most {d.max_boxes} in an image), "
-              f"{len(d.class_names)} classes")
+        print(f"{split:8} {d.name}: {len(d)} images, {d.num_boxes} boxes, at most {d.max_boxes} in an image")
         for note in d.notes:
             print(f"         note: {note}")
-    print(f"classes  {', '.join(train_set.class_names)}")
-    print(f"run      {args.steps} steps of {args.batch_size} images = {args.steps / steps_per_epoch:.1f} epochs, "
-          f"lr {args.lr:g} ({args.schedule}), seed {args.seed}")
+    print(f"classes  {len(train_set.class_names)}: {', '.join(train_set.class_names)}")
+    print(f"run      {args.steps} steps of {args.batch_size} images = "
+          f"{args.steps * args.batch_size / len(train_set):.1f} epochs, lr {args.lr:g} ({args.schedule}), "
+          f"seed {args.seed}")
     seconds, queries = time_one_step(model, criterion, train_set, args)
-    print(f"time     about {max(1, seconds * (args.steps - step) / 60):.0f} minutes, plus evaluations")
+    print(f"time     about {math.ceil(seconds * (args.steps - step) / 60)} minutes, and the evaluations")
     if queries < train_set.max_boxes:
-        print(f"WARNING  {queries} queries, but an image has {train_set.max_boxes} boxes: the rest can never be found. "
-              f"Raise --option num_queries=N.")
+        print(f"WARNING  {queries} queries, but an image has {train_set.max_boxes} boxes: the rest can never "
+              f"be found. Raise --option num_queries=N.")
     if args.preset == "paper" and args.steps < 100_000:
-        print(f"WARNING  the transformer starts from random weights and gets {args.steps} steps. DETR needs over "
-              f"100,000: expect AP near 0. Fine-tune from trained weights instead.")
+        print(f"WARNING  the transformer starts from random weights and gets {args.steps} steps. DETR needs "
+              f"more than 100,000 of them: expect AP near 0.")
     elif args.preset == "laptop" and len(train_set) < 1000 and not args.overfit:
-        print(f"WARNING  from scratch on {len(train_set)} images: AP stays near 0 for the first third or so, and ends "
-              f"below what fine-tuning gives.")
+        print(f"WARNING  from scratch on {len(train_set)} images: AP stays near 0 for long and ends modest.")
 
 
 def time_one_step(model, criterion, train_set, args):
     """(seconds, queries) of one training step, measured on a copy so that nothing of it remains."""
-    items = [train_set[i % len(train_set)] for i in range(args.batch_size // args.accumulate)]
-    images, mask, targets = data.collate(items)
+    images, mask, targets = data.collate([train_set[i] for i in range(args.batch_size // args.accumulate)])
     targets = [{k: t[k].to(args.device) for k in ("labels", "boxes")} for t in targets]
     model = copy.deepcopy(model).train()
     with torch.random.fork_rng(devices=[]):
@@ -445,34 +451,35 @@ def time_one_step(model, criterion, train_set, args):
             start = time.time()
             with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
                 out = model(images.to(args.device), mask.to(args.device))
-            loss = criterion(out, targets)["total"]
-            loss.backward()
-            loss.item()
+            criterion(out, targets)["total"].backward()
+            if args.device != "cpu":
+                torch.cuda.synchronize()
     return (time.time() - start) * args.accumulate, out["logits"].shape[2]
 
 
-# ---- Command line ----------------------------------------------------------------------------------------------------
-def parse(argv=None):
-    """Arguments, the model module, and the checkpoint to go on from. Flags win over the checkpoint, that over presets."""
+# ---- Command line ------------------------------------------------------------------------------------------
+def make_parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="detr", help=f"one of {', '.join(MODELS)}, or a path to a .py file")
-    p.add_argument("--preset", choices=("laptop", "paper"), default="laptop", help="small, from scratch; or the paper's")
+    p.add_argument("--preset", choices=("laptop", "paper"), default="laptop",
+                   help="small and from scratch, or as in the paper")
     p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
                    help="an option of the model, as in its build(); may be given several times")
-    p.add_argument("--data", default="shapes", metavar="DIR", help="COCO-format folder; default: the embedded shapes")
+    p.add_argument("--data", default="shapes", metavar="DIR", help="COCO-format folder; default: the shapes")
     for name in ("train-json", "train-images", "val-json", "val-images"):
         p.add_argument(f"--{name}", metavar="PATH", help="instead of --data: the four paths one by one")
-    p.add_argument("--size", type=int, help="image size in pixels (laptop: longest side; paper: shortest side, 800)")
+    p.add_argument("--size", type=int, help="pixels; laptop: longest side (96 for shapes, 256 for folders), "
+                   "paper: shortest side (800)")
     p.add_argument("--out", help="folder for results; default runs/MODEL-DATA")
     p.add_argument("--resume", metavar="RUN", help="continue a run exactly: its folder or a checkpoint")
     p.add_argument("--eval", action="store_true", help="only evaluate --weights")
     p.add_argument("--weights", metavar="FILE", help="checkpoint for --eval")
-    p.add_argument("--overfit", type=int, metavar="N", help="train and evaluate on the same N images: AP must near 1")
-    p.add_argument("--steps", type=int, help="optimiser steps; sets the length of a run where given")
-    p.add_argument("--epochs", type=int, help="passes over the training images, instead of --steps")
-    p.add_argument("--batch-size", type=int, help="images per optimiser step in total, whatever --accumulate is")
+    p.add_argument("--overfit", type=int, metavar="N", help="train and evaluate on the same N images")
+    p.add_argument("--steps", type=int, help="length of the run in optimiser steps")
+    p.add_argument("--epochs", type=int, help="or in passes over the training images")
+    p.add_argument("--batch-size", type=int, help="images per optimiser step, all parts together")
     p.add_argument("--accumulate", type=int, default=1, help="parts a batch is split into, to save memory")
-    p.add_argument("--eval-batch-size", type=int, help="padding changes DETR's numbers a little: 1 in paper")
+    p.add_argument("--eval-batch-size", type=int, help="default 1 in paper: padding changes numbers a little")
     p.add_argument("--lr", type=float, help="peak learning rate, for exactly this batch size: not scaled")
     p.add_argument("--lr-backbone", type=float, help="the same for the backbone")
     p.add_argument("--weight-decay", type=float)
@@ -480,33 +487,41 @@ def parse(argv=None):
     p.add_argument("--schedule", choices=("step", "cosine"), help="one drop to a tenth, or cosine to zero")
     p.add_argument("--lr-drop", type=int, help="epoch of the drop (--schedule step)")
     p.add_argument("--warmup", type=int, help="steps over which the learning rate grows from zero")
-    p.add_argument("--eval-every", type=int, help="steps between evaluations; default a tenth of the run or one epoch")
+    p.add_argument("--eval-every", type=int, help="steps between evaluations; default a tenth of the run")
     p.add_argument("--log-every", type=int, default=20, help="steps between lines in log.jsonl")
-    p.add_argument("--amp", action="store_true", help="bfloat16 autocast; matching and losses stay in float32")
+    p.add_argument("--amp", action="store_true", help="bfloat16 autocast; matching and losses in float32")
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--workers", type=int, default=min(4, (os.cpu_count() or 2) // 2), help="processes that load images")
+    cuda = torch.cuda.is_available()
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
+    p.add_argument("--workers", type=int, default=1 if (os.cpu_count() or 1) < 4 else 4,
+                   help="processes that load images")
     p.add_argument("--seed", type=int, default=0)
-    args = p.parse_args(argv)
-    if args.eval and not args.weights:
+    return p
+
+
+def parse(argv=None):
+    """(args, model module, options of the model, checkpoint to go on from or None)."""
+    p = make_parser()
+    typed = p.parse_args(argv)
+    if typed.eval and not typed.weights:
         p.error("--eval needs --weights FILE")
-    source = args.weights if args.eval else args.resume
+    source = typed.weights if typed.eval else typed.resume
     checkpoint = load_checkpoint(source) if source else None
-    # Parse again over better defaults: a flag that was typed wins over the checkpoint, and that over the preset.
-    if checkpoint:
-        p.set_defaults(**checkpoint["args"])
-        args = p.parse_args(argv)
-        return args, load_model_file(args.model), checkpoint["model_options"], checkpoint
-    module = load_model_file(args.model)
-    preset = preset_values(args.preset, module)
-    p.set_defaults(**{name: preset.pop(name) for name in TRAINING if name in preset})
+    module = load_model_file(checkpoint["args"]["model"] if checkpoint else typed.model)
+    preset = preset_values(typed.preset, module)
+    defaults = checkpoint["args"] if checkpoint else {k: preset.pop(k) for k in TRAINING if k in preset}
+    if typed.epochs and not typed.steps:
+        defaults["steps"] = None
+    # Parse again over better defaults: what was typed wins over the checkpoint, and that over the preset.
+    p.set_defaults(**defaults)
     args = p.parse_args(argv)
     check_values(p, args)
-    return args, module, {**preset, **parse_options(p, args.option)}, None
+    options = checkpoint["model_options"] if checkpoint else {**preset, **parse_options(p, args.option)}
+    return args, module, options, checkpoint
 
 
 def preset_values(preset, module):
-    """All that a preset decides: how to train (the names in TRAINING) and options of the model (the others)."""
+    """All that a preset decides: how to train (the names in TRAINING) and options of the model (the rest)."""
     recipe = {name: value for name, value in module.RECIPE.items() if name in TRAINING}
     if preset == "laptop":
         return {**recipe, "epochs": None, **LAPTOP, **getattr(module, "LAPTOP", {})}
@@ -514,7 +529,7 @@ def preset_values(preset, module):
 
 
 def parse_options(p, pairs):
-    """["num_queries=50", "smca=true"] -> {"num_queries": 50, "smca": True}; what is not JSON stays a string."""
+    """["num_queries=50", "smca=true"] -> {"num_queries": 50, "smca": True}; what is no JSON is a string."""
     options = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -528,69 +543,84 @@ def parse_options(p, pairs):
 
 
 def check_values(p, args):
-    for name in ("steps", "epochs", "batch_size", "accumulate", "size", "overfit", "lr", "clip_norm", "log_every"):
+    for name in ("steps", "epochs", "batch_size", "accumulate", "size", "overfit", "lr", "clip_norm",
+                 "eval_every", "log_every"):
         value = getattr(args, name)
         if value is not None and value <= 0:
             p.error(f"--{name.replace('_', '-')} {value}: it must be greater than 0")
     if args.batch_size % args.accumulate:
-        p.error(f"--batch-size {args.batch_size} is the total and must be a multiple of --accumulate {args.accumulate}")
+        p.error(f"--batch-size {args.batch_size} is the total: a multiple of --accumulate {args.accumulate}")
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: this torch sees no CUDA device; leave the flag out")
 
 
 def load_data(args, splits):
     paths = {name: getattr(args, name) for name in ("train_json", "train_images", "val_json", "val_images")}
-    datasets = data.load(args.data, **paths, size=args.size, augment=args.preset, seed=args.seed, splits=splits)
+    datasets = data.load(
+        args.data, **paths, size=args.size, augment=args.preset, seed=args.seed, splits=splits)
     if args.overfit:
         datasets["train"] = datasets["val"] = data.first(datasets["train"], args.overfit)
     return datasets
 
 
+def fill_in(args, train_set):
+    """What depends on the data: the batch cannot exceed the images; steps from epochs; when to evaluate."""
+    if len(train_set) < args.batch_size:
+        args.batch_size = max(1, len(train_set) // args.accumulate) * args.accumulate
+    if len(train_set) < args.batch_size:
+        raise SystemExit(f"--accumulate {args.accumulate}: there are only {len(train_set)} training images")
+    args.steps = args.steps or args.epochs * (len(train_set) // args.batch_size)
+    args.eval_every = args.eval_every or max(args.steps // 10, 1)
+    args.eval_batch_size = args.eval_batch_size or (1 if args.preset == "paper" else args.batch_size)
+
+
 def new_run_folder(args):
     """A folder that holds no other run: nothing already saved is overwritten."""
     name = f"{Path(args.model).stem}-{Path(args.data).resolve().name}"
-    folders = [Path(args.out)] if args.out else [Path("runs") / (name + suffix) for suffix in
-                                                 ("", *(f"-{i}" for i in range(2, 1000)))]
-    for folder in folders:
+    names = [name] + [f"{name}-{i}" for i in range(2, 1000)]
+    for folder in [Path(args.out)] if args.out else [Path("runs") / name for name in names]:
         if not (folder / "log.jsonl").exists():
             folder.mkdir(parents=True, exist_ok=True)
             return folder
-    raise SystemExit(f"--out {args.out}: there is a run already. Continue it with --resume, or give another folder.")
+    raise SystemExit(f"--out {args.out}: holds a run already. Go on with --resume, or give another folder.")
+
+
+def describe_run(run, args, module, model_options):
+    """What somebody needs to repeat the run: the source that ran, every setting, the versions."""
+    (run / Path(module.__file__).name).write_text(Path(module.__file__).read_text())
+    versions = {m.__name__: m.__version__ for m in (torch, torchvision)} | {"python": sys.version.split()[0]}
+    content = {"train": vars(args), "model": model_options, "versions": versions}
+    (run / "args.json").write_text(json.dumps(content, indent=1))
 
 
 def main(argv=None):
     args, module, model_options, checkpoint = parse(argv)
     torch.manual_seed(args.seed)
     datasets = load_data(args, ("val",) if args.eval else ("train", "val"))
-    num_classes = len(datasets["val"].class_names)
-    if checkpoint and checkpoint["class_names"] != datasets["val"].class_names:
-        raise SystemExit(f"the checkpoint knows the classes {', '.join(checkpoint['class_names'])}, but the data has "
-                         f"{', '.join(datasets['val'].class_names)}")
+    val_set = datasets["val"]
+    if checkpoint and checkpoint["class_names"] != val_set.class_names:
+        raise SystemExit(f"the checkpoint knows the classes {', '.join(checkpoint['class_names'])}, but the "
+                         f"data has {', '.join(val_set.class_names)}")
     if checkpoint:
         model_options["pretrained_backbone"] = False  # its weights come with the checkpoint
     elif args.preset == "laptop":
-        # Room for every object, and some more: with too few queries boxes are lost, with too many learning is slow.
+        # Room for every object and some more: with too few queries boxes are lost, many make learning slow.
         model_options.setdefault("num_queries", max(20, 2 * datasets["train"].max_boxes))
-    model = build_model(module, num_classes, model_options).to(args.device)
+    model = build_model(module, len(val_set.class_names), model_options).to(args.device)
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
     criterion = SetCriterion(model)
     if args.eval:
-        metrics, predictions = evaluate(model, criterion, datasets["val"], args)
-        print(f"{data.explain(metrics)}\n{collapse_line(metrics, num_classes)}")
-        return metrics
+        metrics, _ = evaluate(model, criterion, val_set, args)
+        print(f"{data.explain(metrics)}\n{collapse_line(metrics, len(val_set.class_names))}")
+        return
+    fill_in(args, datasets["train"])
     if args.resume:
         run = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
     else:
         run = new_run_folder(args)
-        (run / Path(module.__file__).name).write_text(Path(module.__file__).read_text())  # the source that ran
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__}
-        (run / "args.json").write_text(json.dumps({**vars(args), "model": model_options, **versions}, indent=1))
-    steps_per_epoch = max(1, len(datasets["train"]) // args.batch_size)
-    args.steps = args.steps or args.epochs * steps_per_epoch
-    args.eval_every = args.eval_every or max(args.steps // 10, 1)
-    args.eval_batch_size = args.eval_batch_size or (1 if args.preset == "paper" else args.batch_size)
-    return train(model, criterion, datasets, args, module, model_options, run, checkpoint)
+        describe_run(run, args, module, model_options)
+    train(model, criterion, datasets, args, module, model_options, run, checkpoint)
 
 
 if __name__ == "__main__":
@@ -598,5 +628,7 @@ if __name__ == "__main__":
         main()
     except data.DataError as error:
         raise SystemExit(f"data: {data.one_line(error)}")
+    except Diverged as error:
+        raise SystemExit(f"The model is broken: {error}.")
     except KeyboardInterrupt:
         raise SystemExit("\nInterrupted before the first step; nothing was started.")

@@ -1,4 +1,4 @@
-"""Pictures: predictions next to the truth, and the curves of a run. train.py calls both after every evaluation."""
+"""Pictures: predictions next to the truth, and the curves of a run. train.py draws both at every evaluation."""
 import json
 from pathlib import Path
 
@@ -27,9 +27,9 @@ def draw_boxes(axes, boxes_xyxy, names, colour, above):
 
 
 def draw_predictions(dataset, predictions, path, count=8, threshold=0.5):
-    """The first `count` images that have objects: true boxes green, predictions with a score over the threshold red.
+    """The first `count` images with objects: true boxes green, predictions scored over the threshold red.
 
-    predictions: {image id: {"boxes" [n, 4] xyxy in pixels of the original image, "labels" [n], "scores" [n]}}.
+    predictions: {image id: {"boxes" [n, 4] xyxy in pixels of the original, "labels" [n], "scores" [n]}}.
     """
     names = dataset.class_names
     figure = Figure(figsize=(13, 7), layout="constrained")
@@ -44,10 +44,11 @@ def draw_predictions(dataset, predictions, path, count=8, threshold=0.5):
         draw_boxes(axes, truth, [names[i] for i in target["labels"]], TRUE, above=True)
         found = predictions[target["image_id"]]
         keep = found["scores"] > threshold
-        shown = found["boxes"][keep] * torch.tensor([width / target["size"][1], height / target["size"][0]] * 2)
+        zoom = [width / target["size"][1], height / target["size"][0]] * 2
+        shown = found["boxes"][keep] * torch.tensor(zoom)
         labels = [f"{names[i]} {score:.2f}" for i, score in zip(found["labels"][keep], found["scores"][keep])]
         draw_boxes(axes, shown, labels, PREDICTED, above=False)
-    figure.suptitle(f"held-out images: truth green, predictions with a score over {threshold} red", fontsize=10)
+    figure.suptitle(f"held-out images: truth green, predictions scored over {threshold} red", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
@@ -61,7 +62,8 @@ def draw_curves(log, path):
         left.plot([line["step"] for line in losses], [line[name] for line in losses], label=name)
     left.set(title="losses of the last stage, un-weighted", xlabel="step", ylabel="loss", yscale="log")
     for name in ("AP", "AP50", "AP75"):
-        right.plot([line["step"] for line in evals], [line["eval"][name] for line in evals], "o-", ms=3, label=name)
+        values = [line["eval"][name] for line in evals]
+        right.plot([line["step"] for line in evals], values, "o-", ms=3, label=name)
     right.set(title="held-out images", xlabel="step", ylabel="average precision", ylim=(0, 1))
     for axes in (left, right):
         axes.grid(alpha=0.3)

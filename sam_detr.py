@@ -1,0 +1,624 @@
+"""Accelerating DETR Convergence via Semantic-Aligned Matching.
+
+Gongjie Zhang, Zhipeng Luo, Yingchen Yu, Kaiwen Cui, Shijian Lu.
+CVPR 2022, arXiv:2203.06883. Official code: github.com/ZhangGongjie/SAM-DETR (Apache-2.0).
+"""
+import copy
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d, box_convert, roi_align
+
+# How the paper trains it (section 4.1). train.py reads this.
+RECIPE = dict(
+    epochs=50,
+    lr_drop=40,
+    batch_size=16,
+    lr=1e-4,
+    lr_backbone=1e-5,
+    slow_parameters=(),
+    weight_decay=1e-4,
+    clip_norm=0.1,
+    class_loss="focal",
+    w_class=2,
+    w_l1=5,
+    w_giou=2,
+)
+
+# What train.py --preset laptop changes for this file: small images need C4 (stride 16) as the feature map.
+LAPTOP = dict(
+    last_stage=3,
+)
+
+# Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of
+# H*W), S supervised stages. Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding.
+# Masks are True on padding.
+
+
+# ---- Shared blocks: the same text in all five files --------------------------------------------------------
+class Backbone(nn.Module):
+    """torchvision ResNet without pooling and classifier.
+
+    In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5
+    at 16 with dilation; no C5 with last_stage=3, which is cheap). Raises ValueError for unknown values.
+    Source: official models/backbone.py; ImageNet weights V1, from which all five papers start.
+    """
+
+    def __init__(self, name, pretrained, norm, dilation, last_stage):
+        super().__init__()
+        if norm not in ("frozen", "batch"):
+            raise ValueError(f'backbone_norm is {norm!r}, it must be "frozen" or "batch"')
+        if name not in torchvision.models.list_models(include="*resne*t*"):
+            raise ValueError(f'backbone is {name!r}, it must be a torchvision ResNet such as "resnet50"')
+        if last_stage not in (3, 4):
+            raise ValueError(f"last_stage is {last_stage!r}, it must be 4 (C5, as in the papers) or 3 (C4)")
+        norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
+        weights = "IMAGENET1K_V1" if pretrained else None
+        body = torchvision.models.get_model(name, weights=weights, norm_layer=norm_layer)
+        c5 = body.fc.in_features
+        self.channels = [c5 // 4, c5 // 2, c5][:last_stage - 1]
+        self.stages = ["layer2", "layer3", "layer4"][:last_stage - 1]
+        del body.avgpool, body.fc
+        if dilation:
+            self.dilate(body.layer4)
+        if last_stage == 3:
+            del body.layer4
+        if norm == "frozen":
+            # Batches of one or two images per GPU give useless statistics, so the papers keep ImageNet's, and
+            # with them the first layers. From random weights such a network cannot learn: norm="batch" there.
+            for module in (body.conv1, body.layer1):
+                module.requires_grad_(False)
+        self.body = body.to(memory_format=torch.channels_last)  # same numbers, faster convolutions
+
+    @staticmethod
+    def dilate(stage):
+        """DC5: the last stage keeps C4's resolution; stride becomes dilation, from its second block on."""
+        for module in stage.modules():
+            if isinstance(module, nn.Conv2d):
+                module.stride = (1, 1)
+        for module in stage[1:].modules():
+            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+                module.dilation = module.padding = (2, 2)
+
+    def forward(self, images):
+        x = images.contiguous(memory_format=torch.channels_last)
+        x = self.body.maxpool(self.body.relu(self.body.bn1(self.body.conv1(x))))  # [B, 64, H/4, W/4]
+        x = self.body.layer1(x)  # [B, C2, H/4, W/4]
+        features = []
+        for stage in self.stages:
+            x = getattr(self.body, stage)(x)  # [B, ., H/8, W/8], then H/16, then H/32
+            features.append(x)
+        return features
+
+
+def check_input(images, mask):
+    """Raises ValueError unless images are [B, 3, H, W] and mask [B, H, W] bool; only shapes are looked at."""
+    if images.ndim != 4 or images.shape[1] != 3 or mask.shape != (images.shape[0], *images.shape[2:]):
+        raise ValueError(f"images {tuple(images.shape)} and mask {tuple(mask.shape)} must be [B, 3, H, W] "
+                         f"and [B, H, W]; put a single image into a batch with image[None]")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask is {mask.dtype}, it must be bool, True on padding")
+
+
+def resize_mask(mask, size):
+    """Padding mask [B, H, W] at a map's size (h, w), nearest neighbour: cell i reads floor(i * H / h)."""
+    return F.interpolate(mask[:, None].float(), size=size)[:, 0].bool()  # [B, h, w]
+
+
+def sine(x, dim):
+    """Encoding of coordinates x [...] in [0, 1]: [..., dim], sin and cos interleaved, temperature 10000."""
+    i = torch.arange(dim // 2, device=x.device, dtype=torch.float32)
+    angle = x.float()[..., None] * 2 * math.pi / 10000 ** (2 * i / dim)  # [..., dim/2]
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)  # [..., dim]
+
+
+def sine_positions(mask, dim, offset):
+    """Position of every cell of a feature map, relative to the part of the map that is not padding.
+
+    mask [B, H, W] bool -> [B, H*W, dim], the first half encodes y, the second x. `offset` 0.5 encodes pixel
+    centres (Deformable DETR, SAM-DETR), 0 pixel corners (DETR, Conditional DETR).
+    The order of the additions matters to SAM-DETR alone: in rows that are all padding N is 0, the quotient
+    is rounding noise, and its RoIAlign reads the outcome. Source: official models/position_encoding.py.
+    """
+    def normalised(n, axis):
+        last = n.narrow(axis, -1, 1)
+        return (n - offset) / (((last - offset) + 1e-6) + offset)
+
+    y = normalised((~mask).cumsum(1, dtype=torch.float32), 1)  # [B, H, W]
+    x = normalised((~mask).cumsum(2, dtype=torch.float32), 2)  # [B, H, W]
+    return torch.cat([sine(y, dim // 2), sine(x, dim // 2)], dim=-1).flatten(1, 2)  # [B, H*W, dim]
+
+
+class MLP(nn.Module):
+    """`depth` linear layers with ReLU between them: [..., in_dim] -> [..., out_dim]."""
+
+    def __init__(self, in_dim, hidden_dim, out_dim, depth):
+        super().__init__()
+        dims = [in_dim] + [hidden_dim] * (depth - 1) + [out_dim]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims, dims[1:]))
+
+    def forward(self, x):
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()
+        return self.layers[-1](x)
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(E/M)) v in M heads, and the output projection; q, k, v come in already projected.
+
+    q [B, Q, E], k [B, T, E], v [B, T, D], mask [B, T] bool, bias [B, M, Q, T] added to scores -> [B, Q, D].
+    E may differ from D: the score needs equal widths of q and k only.
+    """
+
+    def __init__(self, hidden_dim, nheads, dropout):
+        super().__init__()
+        self.nheads = nheads
+        self.dropout = dropout
+        self.out_proj = nn.Linear(hidden_dim, hidden_dim)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, q, k, v, mask=None, bias=None):
+        # [B, T, E] -> [B, T, M, E/M] -> [B, M, T, E/M]
+        q, k, v = (x.unflatten(-1, (self.nheads, -1)).transpose(1, 2) for x in (q, k, v))
+        if mask is not None:
+            attend = ~mask[:, None, None]  # [B, 1, 1, T], True = look here
+            bias = attend if bias is None else bias.masked_fill(~attend, -math.inf)
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)  # [B, M, Q, D/M]
+        return self.out_proj(out.transpose(1, 2).flatten(2))  # [B, Q, D]
+
+
+class QKVProjection(nn.Module):
+    """The three input maps of attention, stored as one [3D, D] matrix as in nn.MultiheadAttention."""
+
+    def __init__(self, hidden_dim):
+        super().__init__()
+        self.in_proj = nn.Linear(hidden_dim, 3 * hidden_dim)  # packed: Xavier initialisation sees 3D x D
+        nn.init.zeros_(self.in_proj.bias)
+
+    def forward(self, q, k, v):
+        weights, biases = self.in_proj.weight.chunk(3), self.in_proj.bias.chunk(3)
+        return [F.linear(x, w, b) for x, w, b in zip((q, k, v), weights, biases)]
+
+
+class FeedForward(nn.Module):
+    """Two linear layers, residual and post-norm: [..., D] -> [..., D]."""
+
+    def __init__(self, hidden_dim, dim_feedforward, dropout):
+        super().__init__()
+        self.linear1 = nn.Linear(hidden_dim, dim_feedforward)
+        self.linear2 = nn.Linear(dim_feedforward, hidden_dim)
+        self.norm = nn.LayerNorm(hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        y = self.linear2(self.dropout(self.linear1(x).relu()))
+        return self.norm(x + self.dropout(y))
+
+
+def xavier_uniform(module):
+    """Xavier-uniform on every matrix of a module (official Transformer._reset_parameters)."""
+    for p in module.parameters():
+        if p.dim() > 1:
+            nn.init.xavier_uniform_(p)
+
+
+# ---- Encoder: global self-attention over the feature map (paper, section 3.2) ------------------------------
+class EncoderLayer(nn.Module):
+    def __init__(self, hidden_dim, nheads, dim_feedforward, dropout):
+        super().__init__()
+        self.sa_proj = QKVProjection(hidden_dim)
+        self.self_attn = Attention(hidden_dim, nheads, dropout)
+        self.norm1 = nn.LayerNorm(hidden_dim)
+        self.ffn = FeedForward(hidden_dim, dim_feedforward, dropout)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, src, pos, mask):
+        # Positions go into queries and keys of every layer and never into values: they steer where to look.
+        q, k, v = self.sa_proj(src + pos, src + pos, src)  # 3 x [B, T, D]
+        src = self.norm1(src + self.dropout(self.self_attn(q, k, v, mask)))
+        return self.ffn(src)
+
+
+class Encoder(nn.Module):
+    def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout):
+        super().__init__()
+        layers = [EncoderLayer(hidden_dim, nheads, dim_feedforward, dropout) for _ in range(num_layers)]
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, src, pos, mask):
+        for layer in self.layers:
+            src = layer(src, pos, mask)
+        return src
+
+
+# ---- Multi-scale: Deformable DETR's encoder, word for word (deformable_detr.py) ----------------------------
+def deformable_sampling(value, spatial_shapes, locations, weights):
+    """Bilinear samples of every level, weighted and summed: the inner sums of Eq. (3).
+
+    value [B, T, M, D/M], spatial_shapes [(h, w), ...] of L levels, locations [B, Q, M, L, K, 2] as (x, y) in
+    [0, 1] of the padded map (outside is zero), weights [B, Q, M, L, K] -> [B, Q, D].
+    Source: official ms_deform_attn_core_pytorch, which keeps the samples of all levels and weighs them
+    together; here the sum grows level by level, which needs less memory and time.
+    """
+    B, Q, M, L, K, _ = locations.shape
+    grid = 2 * locations - 1  # grid_sample counts from -1 to 1
+    levels = value.to(grid.dtype).split([h * w for h, w in spatial_shapes], dim=1)
+    total = 0
+    for level, (h, w) in enumerate(spatial_shapes):
+        # [B, h*w, M, D/M] -> [B, M, D/M, h*w] -> [B*M, D/M, h, w]
+        feature_map = levels[level].permute(0, 2, 3, 1).reshape(B * M, -1, h, w)
+        points = grid[:, :, :, level].transpose(1, 2).flatten(0, 1)  # [B*M, Q, K, 2]
+        weight = weights[:, :, :, level].transpose(1, 2).reshape(B * M, 1, Q, K)
+        sampled = F.grid_sample(feature_map, points, align_corners=False)  # [B*M, D/M, Q, K]
+        total = total + (sampled * weight).sum(-1)  # [B*M, D/M, Q]
+    return total.view(B, -1, Q).transpose(1, 2)  # [B, Q, D]
+
+
+class MSDeformAttn(nn.Module):
+    """Multi-scale deformable attention, Eq. (3), with M heads, L levels and K points per head and level."""
+
+    def __init__(self, hidden_dim, nheads, levels, points):
+        super().__init__()
+        self.shape = (nheads, levels, points)
+        self.sampling_offsets = nn.Linear(hidden_dim, nheads * levels * points * 2)
+        self.attention_weights = nn.Linear(hidden_dim, nheads * levels * points)
+        self.value_proj = nn.Linear(hidden_dim, hidden_dim)
+        self.output_proj = nn.Linear(hidden_dim, hidden_dim)
+
+    def reset_parameters(self):
+        """Start as a star: head m looks towards angle 2 pi m / M, point k is k steps away; equal weights."""
+        M, L, K = self.shape
+        angle = torch.arange(M) * (2 * math.pi / M)
+        ray = torch.stack([angle.cos(), angle.sin()], dim=-1)  # [M, 2]
+        ray = ray / ray.abs().max(-1, keepdim=True).values  # onto the border of a square
+        star = ray[:, None, None] * torch.arange(1, K + 1)[:, None]  # [M, 1, K, 2]
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(star.expand(M, L, K, 2).flatten())
+        nn.init.zeros_(self.sampling_offsets.weight)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        nn.init.zeros_(self.value_proj.bias)
+        nn.init.zeros_(self.output_proj.bias)
+
+    def locations_and_weights(self, query, reference, spatial_shapes):
+        """Where to look, [B, Q, M, L, K, 2] in [0, 1] of the padded maps, and its weight [B, Q, M, L, K]."""
+        M, L, K = self.shape
+        offsets = self.sampling_offsets(query).unflatten(-1, (M, L, K, 2))  # [B, Q, M, L, K, 2]
+        weights = self.attention_weights(query).unflatten(-1, (M, L * K))  # [B, Q, M, L*K]
+        weights = weights.softmax(-1).unflatten(-1, (L, K))  # [B, Q, M, L, K]; 1 over all levels and points
+        reference = reference[:, :, None, :, None]  # [B, Q, 1, L, 1, 2 or 4]
+        if reference.shape[-1] == 2:
+            # Offsets are in pixels of their level. (w, h) and not (h, w): the first release had that wrong.
+            size = torch.tensor([(w, h) for h, w in spatial_shapes], device=query.device)  # [L, 2]
+            return reference + offsets / size[:, None], weights
+        # Relative to a box: the star's last point starts on its border, hence 1/K and half the width (A.4).
+        return reference[..., :2] + offsets / K * reference[..., 2:] * 0.5, weights
+
+    def forward(self, query, reference, value, spatial_shapes, mask):
+        """query [B, Q, D], reference [B, Q, L, 2 or 4], value [B, T, D], mask [B, T] -> [B, Q, D]."""
+        value = self.value_proj(value).masked_fill(mask[..., None], 0)  # padding contributes nothing
+        value = value.unflatten(-1, (self.shape[0], -1))  # [B, T, M, D/M]
+        locations, weights = self.locations_and_weights(query, reference, spatial_shapes)
+        return self.output_proj(deformable_sampling(value, spatial_shapes, locations, weights))
+
+
+def valid_ratio(mask):
+    """Share of a padded map [B, h, w] that is image, as (x, y): [B, 2]."""
+    valid = (~mask).float()
+    return torch.stack([valid[:, 0].mean(1), valid[:, :, 0].mean(1)], dim=-1)
+
+
+def pixel_centres(spatial_shapes, valid_ratios):
+    """Centre of every token in [0, 1] of the image without padding, as (x, y): [B, T, 2]."""
+    centres = []
+    for level, (h, w) in enumerate(spatial_shapes):
+        y = (torch.arange(h, device=valid_ratios.device) + 0.5) / h  # [h]
+        x = (torch.arange(w, device=valid_ratios.device) + 0.5) / w  # [w]
+        centre = torch.stack([x.repeat(h), y.repeat_interleave(w)], dim=-1)  # [h*w, 2]
+        centres.append(centre / valid_ratios[:, None, level])  # [B, h*w, 2]
+    return torch.cat(centres, dim=1)
+
+
+class DeformableEncoderLayer(nn.Module):
+    def __init__(self, hidden_dim, nheads, dim_feedforward, dropout, levels, points):
+        super().__init__()
+        self.self_attn = MSDeformAttn(hidden_dim, nheads, levels, points)
+        self.norm1 = nn.LayerNorm(hidden_dim)
+        self.ffn = FeedForward(hidden_dim, dim_feedforward, dropout)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, src, pos, reference, spatial_shapes, mask):
+        attended = self.self_attn(src + pos, reference, src, spatial_shapes, mask)  # [B, T, D]
+        src = self.norm1(src + self.dropout(attended))
+        return self.ffn(src)
+
+
+class DeformableEncoder(nn.Module):
+    def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout, levels, points):
+        super().__init__()
+        layers = [
+            DeformableEncoderLayer(hidden_dim, nheads, dim_feedforward, dropout, levels, points)
+            for _ in range(num_layers)
+        ]
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, src, pos, spatial_shapes, valid_ratios, mask):
+        # Divided by its own level's ratio, multiplied by that of the level looked at: they round differently
+        centres = pixel_centres(spatial_shapes, valid_ratios)  # [B, T, 2]
+        reference = centres[:, :, None] * valid_ratios[:, None]  # [B, T, L, 2]
+        for layer in self.layers:
+            src = layer(src, pos, reference, spatial_shapes, mask)
+        return src
+
+
+# ---- Semantics Aligner: queries made of what they look for (paper, section 3.3) ----------------------------
+def sine_xy(xy, dim):
+    """Sine encoding of points [..., 2], (x, y) in [0, 1]: [..., dim], y first as in sine_positions."""
+    return torch.cat([sine(xy[..., 1], dim // 2), sine(xy[..., 0], dim // 2)], dim=-1)  # [..., dim]
+
+
+class SemanticsAligner(nn.Module):
+    def __init__(self, hidden_dim, nheads, smca):
+        super().__init__()
+        self.nheads = nheads
+        self.smca = smca
+        self.point_conv = nn.Sequential(nn.Conv2d(hidden_dim, hidden_dim // 4, kernel_size=1), nn.ReLU() if FLAGS["relu"] else nn.Identity())
+        self.point_mlp = nn.Sequential(
+            nn.Linear(hidden_dim // 4 * 7 * 7, hidden_dim),
+            nn.ReLU(),
+            nn.Linear(hidden_dim, 2 * hidden_dim),
+            nn.ReLU(),
+            nn.Linear(2 * hidden_dim, 2 * hidden_dim),
+            nn.ReLU(),
+            nn.Linear(2 * hidden_dim, nheads * (4 if smca else 2)),
+        )
+        self.content_weight = nn.Linear(hidden_dim, nheads * hidden_dim)
+        self.position_weight = nn.Linear(hidden_dim, nheads * hidden_dim)
+
+    def forward(self, tgt, reference, memory, mask):
+        B, Q, D = tgt.shape
+        M = self.nheads
+        h, w = mask.shape[1:]
+        size = valid_ratio(mask) * torch.tensor([w, h], device=mask.device)  # [B, 2]
+        boxes = box_convert(reference, "cxcywh", "xyxy") * size.repeat(1, 2)[:, None]  # [B, Q, 4]
+        image = torch.arange(B, device=tgt.device).repeat_interleave(Q)[:, None]  # [B*Q, 1]
+        rois = torch.cat([image, boxes.flatten(0, 1)], dim=-1)  # [B*Q, 5]
+        feature_map = memory.transpose(1, 2).unflatten(2, (h, w))  # [B, D, h, w]
+        regions = roi_align(feature_map, rois, output_size=7, aligned=True)  # [B*Q, D, 7, 7]
+
+        points = self.point_mlp(self.point_conv(regions).flatten(1))
+        if self.smca:
+            if FLAGS["smca_layout"] == "m4":
+                points, scale = points.unflatten(-1, (M, 4)).split(2, dim=-1)
+            elif FLAGS["smca_layout"] == "2m":
+                points, scale = points.chunk(2, -1)
+                points, scale = points.unflatten(-1, (M, 2)), scale.unflatten(-1, (M, 2))
+        else:
+            points = points.unflatten(-1, (M, 2))
+        points = points.tanh()
+        content = F.grid_sample(regions, points[:, None], align_corners=False)[:, :, 0]  # [B*Q, D, M]
+        content = content.transpose(1, 2).unflatten(0, (B, Q))  # [B, Q, M, D]
+        points = points.unflatten(0, (B, Q))  # [B, Q, M, 2]
+        box = reference[:, :, None]
+        points = box[..., :2] + points * box[..., 2:] / 2
+        position = sine_xy(points.detach(), D)  # [B, Q, M, D]
+        def gate(x):
+            x = x.sigmoid()
+            return x.unflatten(-1, (M, D)) if FLAGS["gate"] == "MD" else x.unflatten(-1, (D, M)).transpose(-1, -2)
+        content = content * gate(self.content_weight(tgt))
+        position = position * gate(self.position_weight(tgt))
+        if not self.smca:
+            return content, position, None
+        scale = scale.unflatten(0, (B, Q)).transpose(1, 2)
+        p = (points * size[:, None, None]).transpose(1, 2)  # [B, M, Q, 2]
+        dx = (torch.arange(w, device=p.device) + FLAGS["half"] - p[..., :1]) * scale[..., :1]
+        dy = (torch.arange(h, device=p.device) + FLAGS["half"] - p[..., 1:]) * scale[..., 1:]
+        bias = -(dy.square()[..., None] + dx.square()[..., None, :]).flatten(-2) / 8
+        return content, position, bias
+
+FLAGS = dict(relu=True, smca_layout="m4", half=0.5, gate="MD")
+
+# ---- Decoder: queries look at each other, then at the image (paper, section 3.2) ---------------------------
+class DecoderLayer(nn.Module):
+    def __init__(self, hidden_dim, nheads, dim_feedforward, dropout, smca):
+        super().__init__()
+        # Content and position have their own maps in self-attention, too; the paper shows cross-attention.
+        self.sa_q_content = nn.Linear(hidden_dim, hidden_dim)
+        self.sa_q_pos = nn.Linear(hidden_dim, hidden_dim)
+        self.sa_k_content = nn.Linear(hidden_dim, hidden_dim)
+        self.sa_k_pos = nn.Linear(hidden_dim, hidden_dim)
+        self.sa_v = nn.Linear(hidden_dim, hidden_dim)
+        self.self_attn = Attention(hidden_dim, nheads, dropout)
+        self.norm1 = nn.LayerNorm(hidden_dim)
+        self.aligner = SemanticsAligner(hidden_dim, nheads, smca)
+        self.ca_q_content = nn.Linear(hidden_dim, hidden_dim)
+        self.ca_q_sine = MLP(hidden_dim, hidden_dim, hidden_dim, depth=2)
+        self.ca_k_content = nn.Linear(hidden_dim, hidden_dim)
+        self.ca_k_sine = MLP(hidden_dim, hidden_dim, hidden_dim, depth=2)
+        self.ca_v = nn.Linear(hidden_dim, hidden_dim)
+        self.cross_attn = Attention(hidden_dim, nheads, dropout)
+        self.norm2 = nn.LayerNorm(hidden_dim)
+        self.ffn = FeedForward(hidden_dim, dim_feedforward, dropout)
+        self.dropout = nn.Dropout(dropout)
+        self.nheads = nheads
+
+    def forward(self, tgt, query_pos, reference, memory, pos, mask):
+        # In the first layer tgt is zero, so this self-attention gives every query the same vector (quirk).
+        q = self.sa_q_content(tgt) + self.sa_q_pos(query_pos)  # [B, Q, D]
+        k = self.sa_k_content(tgt) + self.sa_k_pos(query_pos)  # [B, Q, D]
+        v = self.sa_v(tgt)  # [B, Q, D]
+        tgt = self.norm1(tgt + self.dropout(self.self_attn(q, k, v)))
+
+        content, position, bias = self.aligner(tgt, reference, memory, mask)
+        q = (self.ca_q_content(content) + self.ca_q_sine(position)).flatten(2)  # [B, Q, M*D]
+        k = (self.ca_k_content(memory) + self.ca_k_sine(pos)).repeat(1, 1, self.nheads)
+        v = self.ca_v(memory)
+        tgt = self.norm2(tgt + self.dropout(self.cross_attn(q, k, v, mask.flatten(1), bias)))
+        return self.ffn(tgt)
+
+
+class Decoder(nn.Module):
+    def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout, smca):
+        super().__init__()
+        layers = [
+            DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, smca)
+            for _ in range(num_layers)
+        ]
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, reference, box_heads, memory, pos, masks):
+        tgt = torch.zeros(*reference.shape[:2], pos[0].shape[-1], device=reference.device)
+        outputs, boxes = [], []
+        for i, (layer, box_head) in enumerate(zip(self.layers, box_heads)):
+            level = -1 - min(i // 2, len(memory) - 1)
+            query_pos = sine_xy(reference[..., :2].detach(), tgt.shape[-1])
+            tgt = layer(tgt, query_pos, reference, memory[level], pos[level], masks[level])
+            outputs.append(tgt)
+            boxes.append((box_head(tgt) + reference.logit(eps=1e-5)).sigmoid())
+            reference = boxes[-1].detach()
+        return torch.stack(outputs), torch.stack(boxes)
+
+
+# ---- The model ---------------------------------------------------------------------------------------------
+class SAMDETR(nn.Module):
+    recipe = RECIPE
+
+    def __init__(
+        self,
+        num_classes,
+        backbone="resnet50",
+        pretrained_backbone=True,
+        backbone_norm="frozen",
+        dilation=False,
+        last_stage=4,
+        hidden_dim=256,
+        nheads=8,
+        enc_layers=6,
+        dec_layers=6,
+        dim_feedforward=2048,
+        dropout=0.1,
+        num_queries=300,
+        smca=False,
+        multiscale=False,
+        input_norm=False,
+    ):
+        super().__init__()
+        self.backbone = Backbone(backbone, pretrained_backbone, backbone_norm, dilation, last_stage)
+        channels = self.backbone.channels if multiscale else self.backbone.channels[-1:]
+        norm = input_norm or multiscale
+        self.input_proj = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, hidden_dim, kernel_size=1), *[nn.GroupNorm(32, hidden_dim)] * norm) for c in channels)
+        self.level_embed = nn.Parameter(torch.randn(len(channels), hidden_dim)) if multiscale else None
+        if multiscale:
+            self.encoder = DeformableEncoder(enc_layers, hidden_dim, nheads, dim_feedforward // 2, dropout, len(channels), 4)
+        else:
+            self.encoder = Encoder(enc_layers, hidden_dim, nheads, dim_feedforward, dropout)
+        self.query_embed = nn.Embedding(num_queries, 4)
+        self.decoder = Decoder(dec_layers, hidden_dim, nheads, dim_feedforward, dropout, smca)
+        class_head = nn.Linear(hidden_dim, num_classes)
+        box_head = MLP(hidden_dim, hidden_dim, 4, depth=3)
+        nn.init.constant_(class_head.bias, -math.log(99))  # every class starts at p = 0.01
+        nn.init.zeros_(box_head.layers[-1].weight)
+        nn.init.zeros_(box_head.layers[-1].bias)
+        self.class_head = nn.ModuleList(copy.deepcopy(class_head) for _ in range(dec_layers))
+        self.box_head = nn.ModuleList(copy.deepcopy(box_head) for _ in range(dec_layers))
+        xavier_uniform(self.encoder)
+        xavier_uniform(self.decoder)
+
+    def forward(self, images, mask):
+        """images [B, 3, H, W], mask [B, H, W] -> {"logits": [S, B, Q, C], "boxes": [S, B, Q, 4]}."""
+        check_input(images, mask)
+        features = self.backbone(images)[-len(self.input_proj):]  # [B, C5, h, w]
+        maps = [proj(f) for proj, f in zip(self.input_proj, features)]
+        shapes = [m.shape[-2:] for m in maps]
+        masks = [resize_mask(mask, s) for s in shapes]
+        pos = [sine_positions(m, maps[0].shape[1], offset=0.5) for m in masks]
+        src = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
+        mask = torch.cat([m.flatten(1) for m in masks], dim=1)
+        if self.level_embed is None:
+            memory = self.encoder(src, pos[0], mask)
+        else:
+            pos = [p + e for p, e in zip(pos, self.level_embed)]
+            memory = self.encoder(src, torch.cat(pos, 1), shapes, torch.stack([valid_ratio(m) for m in masks], 1), mask)
+        memory = memory.split([h * w for h, w in shapes], dim=1)
+        reference = self.query_embed.weight.expand(len(images), -1, -1).sigmoid()
+        hs, boxes = self.decoder(reference, self.box_head, memory, pos, masks)  # [S, B, Q, D]
+        return {"logits": torch.stack([head(h) for head, h in zip(self.class_head, hs)]), "boxes": boxes}
+
+
+def build(num_classes, **options):
+    """The model, with the paper's values as defaults; options are the arguments of SAMDETR.
+
+    Boxes are (cx, cy, w, h) in [0, 1] of the image without padding. Raises ValueError for a wrong value and
+    TypeError for an unknown option.
+    """
+    return SAMDETR(num_classes, **options)
+
+
+# Official parameter names (regular expressions) and ours.
+OFFICIAL_NAMES = (
+    (r"^backbone\.0\.body\.", "backbone.body."),
+    (r"^transformer\.decoder\.(class|bbox)_embed\.", r"\1_embed."),
+    (r"^transformer\.", ""),
+    (r"^input_proj\.(0\.)?(weight|bias)$", r"input_proj.0.0.\2"),
+    (r"self_attn\.in_proj_", "sa_proj.in_proj."),
+    (r"\.(sa|ca)_([qk])content_proj\.", r".\1_\2_content."),
+    (r"\.(sa|ca)_([qk])pos_proj\.", r".\1_\2_pos."),
+    (r"\.(sa|ca)_v_proj\.", r".\1_v."),
+    (r"\.ca_([qk])pos_sine_proj\.", r".ca_\1_sine."),
+    (r"\.point1\.", ".aligner.point_conv."),
+    (r"\.point2\.", ".aligner.point_mlp."),
+    (r"\.attn1\.", ".aligner.content_weight."),
+    (r"\.attn2\.", ".aligner.position_weight."),
+    (r"\.(linear[12])\.", r".ffn.\1."),
+    (r"(encoder\.layers\.\d+)\.norm2\.", r"\1.ffn.norm."),
+    (r"(decoder\.layers\.\d+)\.norm3\.", r"\1.ffn.norm."),
+    (r"^class_embed\.", "class_head."),
+    (r"^bbox_embed\.", "box_head."),
+)
+
+
+def load_official(model, checkpoint):
+    """Copy an official checkpoint ({"model": state_dict}, or the state_dict itself) into the model.
+
+    Strict: raises RuntimeError that lists every missing, unknown or misshapen parameter.
+    """
+    state = {}
+    for name, tensor in checkpoint.get("model", checkpoint).items():
+        for official, ours in OFFICIAL_NAMES:
+            name = re.sub(official, ours, name)
+        state[name] = tensor
+    model.load_state_dict(state)
+
+
+# ---- python THIS_FILE.py: a walk through the network on random images --------------------------------------
+def walk(model):
+    """Print the shapes that the parts of the model return for two random images, the second one padded."""
+    def shape(x):
+        if isinstance(x, torch.Tensor):
+            return list(x.shape)
+        return {k: shape(v) for k, v in x.items()} if isinstance(x, dict) else [shape(v) for v in x]
+
+    def show(name):
+        return lambda module, inputs, output: print(f"  {name:12} {shape(output)}")
+
+    images, mask = torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool)
+    mask[1, 192:], mask[1, :, 256:] = True, True
+    for name, module in model.named_children():
+        module.register_forward_hook(show(name))
+    print(f"{type(model).__name__} on images {shape(images)}, padding mask {shape(mask)}")
+    with torch.no_grad():
+        out = model.eval()(images, mask)
+    print(f"returns {shape(out)}")
+    count = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{count:,} parameters, {trained:,} of them trained")
+
+
+if __name__ == "__main__":
+    walk(build(num_classes=91, pretrained_backbone=False))
