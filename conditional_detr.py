@@ -441,7 +441,7 @@ class ConditionalDETR(nn.Module):
 
 
 def build(num_classes, **options):
-    """The model, with the paper's values as defaults; options are the arguments of ConditionalDETR.
+    """The model, with the paper's values as defaults; options are the arguments of the class above.
 
     Boxes are (cx, cy, w, h) in [0, 1] of the image without padding. Raises ValueError for a wrong value and
     TypeError for an unknown option.

@@ -42,8 +42,14 @@ RECIPE = dict(
     w_giou=2,
 )
 
-# What train.py --preset laptop changes for this file: boxes refined from layer to layer learn fastest.
+# What train.py --preset laptop changes for this file, chosen by measurement (README): refinement, C3, C4 and C5.
 LAPTOP = dict(
+    steps=2000,
+    batch_size=8,
+    lr=8e-4,
+    lr_backbone=8e-4,
+    last_stage=3,
+    num_feature_levels=3,
     box_refine=True,
 )
 
@@ -535,7 +541,7 @@ class DeformableDETR(nn.Module):
 
 
 def build(num_classes, **options):
-    """The model, with the paper's values as defaults; options are the arguments of DeformableDETR.
+    """The model, with the paper's values as defaults; options are the arguments of the class above.
 
     Boxes are (cx, cy, w, h) in [0, 1] of the image without padding. Raises ValueError for a wrong value and
     TypeError for an unknown option.

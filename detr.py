@@ -274,7 +274,10 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout):
         super().__init__()
-        layers = [DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout) for _ in range(num_layers)]
+        layers = [
+            DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout)
+            for _ in range(num_layers)
+        ]
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(hidden_dim)
 
@@ -334,7 +337,7 @@ class DETR(nn.Module):
 
 
 def build(num_classes, **options):
-    """The model, with the paper's values as defaults; options are the arguments of DETR.
+    """The model, with the paper's values as defaults; options are the arguments of the class above.
 
     Boxes are (cx, cy, w, h) in [0, 1] of the image without padding. Raises ValueError for a wrong value and
     TypeError for an unknown option.

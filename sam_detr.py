@@ -1,7 +1,22 @@
-"""Accelerating DETR Convergence via Semantic-Aligned Matching.
+"""Accelerating DETR Convergence via Semantic-Aligned Matching (SAM-DETR).
 
 Gongjie Zhang, Zhipeng Luo, Yingchen Yu, Kaiwen Cui, Shijian Lu.
 CVPR 2022, arXiv:2203.06883. Official code: github.com/ZhangGongjie/SAM-DETR (Apache-2.0).
+
+The idea: the numbers in a query and in the features mean different things, so that cross-attention takes long
+to learn what matches. Here every decoder layer makes its queries anew, out of the image: each head takes the
+feature at one salient point inside the query's reference box, and the old query only re-weighs what it took.
+
+Diff me against: conditional_detr.py. Independent of the idea are the boxes that each layer refines with heads
+of its own (as in Deformable DETR), smca (from SMCA-DETR) and multiscale (with Deformable DETR's encoder).
+
+Departures from the official code (numbers are the same, tests/test_golden.py holds them):
+    RoIAlign runs once per layer and boxes are computed once; the official code does both twice.
+    any number of heads and decoder layers works; the official code stops at 6 layers and has 8 hard-coded.
+    input_norm is an option; the official code normalises the single-scale input if trained for < 25 epochs.
+    dilation (DC5) works for ResNet-18 and -34 too; torchvision refuses it there.
+    backbone_norm="batch" trains everything with live BatchNorm, which training from scratch needs.
+Left out on purpose: segmentation heads.
 """
 import copy
 import math
@@ -356,20 +371,37 @@ class DeformableEncoder(nn.Module):
         return src
 
 
-# ---- Semantics Aligner: queries made of what they look for (paper, section 3.3) ----------------------------
+# ---- Semantics Aligner: queries made of what they are to match (paper, section 3) --------------------------
 def sine_xy(xy, dim):
     """Sine encoding of points [..., 2], (x, y) in [0, 1]: [..., dim], y first as in sine_positions."""
     return torch.cat([sine(xy[..., 1], dim // 2), sine(xy[..., 0], dim // 2)], dim=-1)  # [..., dim]
 
 
+def valid_size(mask):
+    """Width and height, in cells, of the part of a padded map [B, h, w] that is image: [B, 2]."""
+    return torch.stack([(~mask[:, 0]).sum(1), (~mask[:, :, 0]).sum(1)], dim=-1)  # [B, 2]
+
+
 class SemanticsAligner(nn.Module):
+    """New content and position for every query and head, sampled from the image inside the reference box.
+
+    tgt [B, Q, D], reference [B, Q, 4], memory [B, h*w, D], mask [B, h, w] -> content, position [B, Q, M, D],
+    points [B, Q, M, 2] as (x, y) in [0, 1] of the image; scale [B, Q, M, 2] with smca, else None.
+    """
+
+    roi_size = 7
+
     def __init__(self, hidden_dim, nheads, smca):
         super().__init__()
         self.nheads = nheads
         self.smca = smca
-        self.point_conv = nn.Sequential(nn.Conv2d(hidden_dim, hidden_dim // 4, kernel_size=1), nn.ReLU() if FLAGS["relu"] else nn.Identity())
+        self.point_conv = nn.Sequential(
+            nn.Conv2d(hidden_dim, hidden_dim // 4, kernel_size=1),
+            nn.ReLU(),
+            nn.Flatten(),
+        )
         self.point_mlp = nn.Sequential(
-            nn.Linear(hidden_dim // 4 * 7 * 7, hidden_dim),
+            nn.Linear(hidden_dim // 4 * self.roi_size ** 2, hidden_dim),
             nn.ReLU(),
             nn.Linear(hidden_dim, 2 * hidden_dim),
             nn.ReLU(),
@@ -377,53 +409,54 @@ class SemanticsAligner(nn.Module):
             nn.ReLU(),
             nn.Linear(2 * hidden_dim, nheads * (4 if smca else 2)),
         )
-        self.content_weight = nn.Linear(hidden_dim, nheads * hidden_dim)
-        self.position_weight = nn.Linear(hidden_dim, nheads * hidden_dim)
+        self.reweight_content = nn.Linear(hidden_dim, nheads * hidden_dim)
+        self.reweight_position = nn.Linear(hidden_dim, nheads * hidden_dim)
+
+    def regions(self, reference, memory, mask):
+        """F_R = RoIAlign(F, box): [B*Q, D, 7, 7]."""
+        feature_map = memory.transpose(1, 2).unflatten(2, mask.shape[1:])  # [B, D, h, w]
+        # Boxes are relative to the image, hence the valid size. Where one reaches over the image's edge, it
+        # reads what the encoder wrote on padding (quirk): so padding changes the numbers more than in DETR.
+        size = valid_size(mask).repeat(1, 2)[:, None]  # [B, 1, 4]
+        boxes_xyxy = (box_convert(reference, "cxcywh", "xyxy") * size).flatten(0, 1)  # [B*Q, 4], in cells
+        image = torch.arange(len(memory), device=memory.device).repeat_interleave(reference.shape[1])  # [B*Q]
+        rois = torch.cat([image[:, None], boxes_xyxy], dim=-1)  # [B*Q, 5]
+        return roi_align(feature_map, rois, self.roi_size, aligned=True)
 
     def forward(self, tgt, reference, memory, mask):
         B, Q, D = tgt.shape
-        M = self.nheads
-        h, w = mask.shape[1:]
-        size = valid_ratio(mask) * torch.tensor([w, h], device=mask.device)  # [B, 2]
-        boxes = box_convert(reference, "cxcywh", "xyxy") * size.repeat(1, 2)[:, None]  # [B, Q, 4]
-        image = torch.arange(B, device=tgt.device).repeat_interleave(Q)[:, None]  # [B*Q, 1]
-        rois = torch.cat([image, boxes.flatten(0, 1)], dim=-1)  # [B*Q, 5]
-        feature_map = memory.transpose(1, 2).unflatten(2, (h, w))  # [B, D, h, w]
-        regions = roi_align(feature_map, rois, output_size=7, aligned=True)  # [B*Q, D, 7, 7]
+        regions = self.regions(reference, memory, mask)  # [B*Q, D, 7, 7]
+        # R_SP = MLP(ConvNet(F_R)): one point per head, in [-1, 1] of the box; with smca one scale as well
+        xy = self.point_mlp(self.point_conv(regions)).view(B, Q, -1, self.nheads, 2)  # [B, Q, 1 or 2, M, 2]
+        points, scale = xy[:, :, 0].tanh(), xy[:, :, 1] if self.smca else None  # [B, Q, M, 2] twice
 
-        points = self.point_mlp(self.point_conv(regions).flatten(1))
-        if self.smca:
-            if FLAGS["smca_layout"] == "m4":
-                points, scale = points.unflatten(-1, (M, 4)).split(2, dim=-1)
-            elif FLAGS["smca_layout"] == "2m":
-                points, scale = points.chunk(2, -1)
-                points, scale = points.unflatten(-1, (M, 2)), scale.unflatten(-1, (M, 2))
-        else:
-            points = points.unflatten(-1, (M, 2))
-        points = points.tanh()
-        content = F.grid_sample(regions, points[:, None], align_corners=False)[:, :, 0]  # [B*Q, D, M]
-        content = content.transpose(1, 2).unflatten(0, (B, Q))  # [B, Q, M, D]
-        points = points.unflatten(0, (B, Q))  # [B, Q, M, 2]
-        box = reference[:, :, None]
-        points = box[..., :2] + points * box[..., 2:] / 2
-        position = sine_xy(points.detach(), D)  # [B, Q, M, D]
-        def gate(x):
-            x = x.sigmoid()
-            return x.unflatten(-1, (M, D)) if FLAGS["gate"] == "MD" else x.unflatten(-1, (D, M)).transpose(-1, -2)
-        content = content * gate(self.content_weight(tgt))
-        position = position * gate(self.position_weight(tgt))
-        if not self.smca:
-            return content, position, None
-        scale = scale.unflatten(0, (B, Q)).transpose(1, 2)
-        p = (points * size[:, None, None]).transpose(1, 2)  # [B, M, Q, 2]
-        dx = (torch.arange(w, device=p.device) + FLAGS["half"] - p[..., :1]) * scale[..., :1]
-        dy = (torch.arange(h, device=p.device) + FLAGS["half"] - p[..., 1:]) * scale[..., 1:]
-        bias = -(dy.square()[..., None] + dx.square()[..., None, :]).flatten(-2) / 8
-        return content, position, bias
+        # A head's content is the feature at its point: all D channels, not D/M of them
+        content = F.grid_sample(regions, points.view(B * Q, 1, -1, 2), align_corners=False)  # [B*Q, D, 1, M]
+        content = content.view(B, Q, D, -1).transpose(2, 3)  # [B, Q, M, D]
+        centre, size = reference[:, :, None].chunk(2, dim=-1)  # [B, Q, 1, 2] twice
+        points = centre + points * size / 2
+        position = sine_xy(points.detach(), D)  # [B, Q, M, D]; points learn through the content they sample
+        # The old query decides which channels count: Sigmoid(Linear(Q))
+        content = content * self.reweight_content(tgt).sigmoid().view_as(content)
+        position = position * self.reweight_position(tgt).sigmoid().view_as(position)
+        return content, position, points, scale
 
-FLAGS = dict(relu=True, smca_layout="m4", half=0.5, gate="MD")
 
-# ---- Decoder: queries look at each other, then at the image (paper, section 3.2) ---------------------------
+def gaussian_bias(points, scale, mask):
+    """SMCA: the logarithm of a Gaussian around every head's point, for its attention scores.
+
+    points [B, Q, M, 2] in [0, 1] of the image, scale [B, Q, M, 2], mask [B, h, w] -> [B, M, Q, h*w].
+    """
+    h, w = mask.shape[1:]
+    points = (points * valid_size(mask)[:, None, None]).transpose(1, 2)  # [B, M, Q, 2], in cells
+    scale = scale.transpose(1, 2)  # [B, M, Q, 2]
+    x = scale[..., :1] * (torch.arange(w, device=mask.device) + 0.5 - points[..., :1])  # [B, M, Q, w]
+    y = scale[..., 1:] * (torch.arange(h, device=mask.device) + 0.5 - points[..., 1:])  # [B, M, Q, h]
+    squares = y.square()[..., None] + x.square()[..., None, :]  # [B, M, Q, h, w]
+    return -squares.flatten(3) / 8  # [B, M, Q, h*w]; the 8 is SMCA-DETR's
+
+
+# ---- Decoder: queries look at each other, then at the image (paper, section 3) -----------------------------
 class DecoderLayer(nn.Module):
     def __init__(self, hidden_dim, nheads, dim_feedforward, dropout, smca):
         super().__init__()
@@ -454,10 +487,13 @@ class DecoderLayer(nn.Module):
         v = self.sa_v(tgt)  # [B, Q, D]
         tgt = self.norm1(tgt + self.dropout(self.self_attn(q, k, v)))
 
-        content, position, bias = self.aligner(tgt, reference, memory, mask)
-        q = (self.ca_q_content(content) + self.ca_q_sine(position)).flatten(2)  # [B, Q, M*D]
-        k = (self.ca_k_content(memory) + self.ca_k_sine(pos)).repeat(1, 1, self.nheads)
-        v = self.ca_v(memory)
+        # Every head compares whole features, D wide: each has a query of its own, all have the same key
+        content, position, points, scale = self.aligner(tgt, reference, memory, mask)
+        q = self.ca_q_content(content) + self.ca_q_sine(position)  # [B, Q, M, D]
+        k = self.ca_k_content(memory) + self.ca_k_sine(pos)  # [B, T, D]
+        v = self.ca_v(memory)  # [B, T, D]
+        q, k = q.flatten(2), k.repeat(1, 1, self.nheads)  # [B, Q, M*D], [B, T, M*D]
+        bias = None if scale is None else gaussian_bias(points, scale, mask)  # [B, M, Q, T]
         tgt = self.norm2(tgt + self.dropout(self.cross_attn(q, k, v, mask.flatten(1), bias)))
         return self.ffn(tgt)
 
@@ -471,16 +507,19 @@ class Decoder(nn.Module):
         ]
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, reference, box_heads, memory, pos, masks):
-        tgt = torch.zeros(*reference.shape[:2], pos[0].shape[-1], device=reference.device)
+    def forward(self, reference, box_heads, levels):
+        """reference [B, Q, 4], L levels of (memory, pos, mask) -> hs [S, B, Q, D], boxes [S, B, Q, 4]."""
+        hidden_dim = levels[0][0].shape[-1]
+        tgt = reference.new_zeros(*reference.shape[:2], hidden_dim)  # queries are boxes; content starts empty
         outputs, boxes = [], []
         for i, (layer, box_head) in enumerate(zip(self.layers, box_heads)):
-            level = -1 - min(i // 2, len(memory) - 1)
-            query_pos = sine_xy(reference[..., :2].detach(), tgt.shape[-1])
-            tgt = layer(tgt, query_pos, reference, memory[level], pos[level], masks[level])
-            outputs.append(tgt)
+            # Coarse to fine: two layers on the coarsest level, two on the next, the rest on the finest
+            memory, pos, mask = levels[max(len(levels) - 1 - i // 2, 0)]
+            query_pos = sine_xy(reference[..., :2].detach(), hidden_dim)  # [B, Q, D]; no width and height
+            tgt = layer(tgt, query_pos, reference, memory, pos, mask)
+            outputs.append(tgt)  # no final norm (DETR has one)
             boxes.append((box_head(tgt) + reference.logit(eps=1e-5)).sigmoid())
-            reference = boxes[-1].detach()
+            reference = boxes[-1].detach()  # no gradient from one layer's box to the previous one
         return torch.stack(outputs), torch.stack(boxes)
 
 
@@ -509,16 +548,20 @@ class SAMDETR(nn.Module):
     ):
         super().__init__()
         self.backbone = Backbone(backbone, pretrained_backbone, backbone_norm, dilation, last_stage)
+        self.multiscale = multiscale
         channels = self.backbone.channels if multiscale else self.backbone.channels[-1:]
-        norm = input_norm or multiscale
-        self.input_proj = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(c, hidden_dim, kernel_size=1), *[nn.GroupNorm(32, hidden_dim)] * norm) for c in channels)
-        self.level_embed = nn.Parameter(torch.randn(len(channels), hidden_dim)) if multiscale else None
+        levels = len(channels)
+        convs = [nn.Conv2d(c, hidden_dim, kernel_size=1) for c in channels]
+        norms = [nn.GroupNorm(32, hidden_dim) if multiscale or input_norm else nn.Identity() for _ in convs]
+        self.input_proj = nn.ModuleList(nn.Sequential(conv, norm) for conv, norm in zip(convs, norms))
         if multiscale:
-            self.encoder = DeformableEncoder(enc_layers, hidden_dim, nheads, dim_feedforward // 2, dropout, len(channels), 4)
+            self.level_embed = nn.Parameter(torch.randn(levels, hidden_dim))
+            self.encoder = DeformableEncoder(
+                enc_layers, hidden_dim, nheads, dim_feedforward // 2, dropout, levels, points=4
+            )
         else:
             self.encoder = Encoder(enc_layers, hidden_dim, nheads, dim_feedforward, dropout)
-        self.query_embed = nn.Embedding(num_queries, 4)
+        self.query_embed = nn.Embedding(num_queries, 4)  # boxes, before the sigmoid
         self.decoder = Decoder(dec_layers, hidden_dim, nheads, dim_feedforward, dropout, smca)
         class_head = nn.Linear(hidden_dim, num_classes)
         box_head = MLP(hidden_dim, hidden_dim, 4, depth=3)
@@ -528,27 +571,45 @@ class SAMDETR(nn.Module):
         self.class_head = nn.ModuleList(copy.deepcopy(class_head) for _ in range(dec_layers))
         self.box_head = nn.ModuleList(copy.deepcopy(box_head) for _ in range(dec_layers))
         xavier_uniform(self.encoder)
+        # The official code zeroes the last layer that makes the salient points, and then this line undoes it:
+        # points start at random places in the box, not at its centre. We keep what it does, not what it says;
+        # with zeros smca would not even learn its scales, for they are used squared.
         xavier_uniform(self.decoder)
+        for module in self.modules():
+            if isinstance(module, MSDeformAttn):
+                module.reset_parameters()
+        for conv, _ in self.input_proj:
+            nn.init.xavier_uniform_(conv.weight)
+            nn.init.zeros_(conv.bias)
+
+    def encode(self, maps, pos, masks):
+        """The encoder on all L levels: maps [B, D, h, w], pos [B, h*w, D], masks [B, h, w] -> [B, h*w, D]."""
+        spatial_shapes = [m.shape[-2:] for m in maps]
+        src = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)  # [B, T, D]
+        mask = torch.cat([m.flatten(1) for m in masks], dim=1)  # [B, T]
+        pos = torch.cat(pos, dim=1)  # [B, T, D]
+        if not self.multiscale:
+            return [self.encoder(src, pos, mask)]  # [B, T, D]
+        valid_ratios = torch.stack([valid_ratio(m) for m in masks], dim=1)  # [B, L, 2]
+        memory = self.encoder(src, pos, spatial_shapes, valid_ratios, mask)  # [B, T, D]
+        return memory.split([h * w for h, w in spatial_shapes], dim=1)
 
     def forward(self, images, mask):
         """images [B, 3, H, W], mask [B, H, W] -> {"logits": [S, B, Q, C], "boxes": [S, B, Q, 4]}."""
         check_input(images, mask)
-        features = self.backbone(images)[-len(self.input_proj):]  # [B, C5, h, w]
-        maps = [proj(f) for proj, f in zip(self.input_proj, features)]
-        shapes = [m.shape[-2:] for m in maps]
-        masks = [resize_mask(mask, s) for s in shapes]
-        pos = [sine_positions(m, maps[0].shape[1], offset=0.5) for m in masks]
-        src = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
-        mask = torch.cat([m.flatten(1) for m in masks], dim=1)
-        if self.level_embed is None:
-            memory = self.encoder(src, pos[0], mask)
-        else:
-            pos = [p + e for p, e in zip(pos, self.level_embed)]
-            memory = self.encoder(src, torch.cat(pos, 1), shapes, torch.stack([valid_ratio(m) for m in masks], 1), mask)
-        memory = memory.split([h * w for h, w in shapes], dim=1)
-        reference = self.query_embed.weight.expand(len(images), -1, -1).sigmoid()
-        hs, boxes = self.decoder(reference, self.box_head, memory, pos, masks)  # [S, B, Q, D]
-        return {"logits": torch.stack([head(h) for head, h in zip(self.class_head, hs)]), "boxes": boxes}
+        features = self.backbone(images)[-len(self.input_proj):]
+        maps = [proj(feature) for proj, feature in zip(self.input_proj, features)]  # L x [B, D, h, w]
+        masks = [resize_mask(mask, m.shape[-2:]) for m in maps]  # L x [B, h, w]
+        pos = [sine_positions(m, maps[0].shape[1], offset=0.5) for m in masks]  # L x [B, h*w, D]
+        if self.multiscale:
+            pos = [p + embed for p, embed in zip(pos, self.level_embed)]
+        memory = self.encode(maps, pos, masks)  # L x [B, h*w, D]
+
+        reference = self.query_embed.weight.sigmoid().expand(len(images), -1, -1)  # [B, Q, 4]
+        levels = list(zip(memory, pos, masks))
+        hs, boxes = self.decoder(reference, self.box_head, levels)  # [S, B, Q, D], [S, B, Q, 4]
+        logits = torch.stack([head(h) for head, h in zip(self.class_head, hs)])  # [S, B, Q, C]
+        return {"logits": logits, "boxes": boxes}
 
 
 def build(num_classes, **options):
@@ -563,7 +624,7 @@ def build(num_classes, **options):
 # Official parameter names (regular expressions) and ours.
 OFFICIAL_NAMES = (
     (r"^backbone\.0\.body\.", "backbone.body."),
-    (r"^transformer\.decoder\.(class|bbox)_embed\.", r"\1_embed."),
+    (r"^transformer\.decoder\.(class|bbox)_embed\.", r"\1_embed."),  # the same heads, listed twice
     (r"^transformer\.", ""),
     (r"^input_proj\.(0\.)?(weight|bias)$", r"input_proj.0.0.\2"),
     (r"self_attn\.in_proj_", "sa_proj.in_proj."),
@@ -573,8 +634,8 @@ OFFICIAL_NAMES = (
     (r"\.ca_([qk])pos_sine_proj\.", r".ca_\1_sine."),
     (r"\.point1\.", ".aligner.point_conv."),
     (r"\.point2\.", ".aligner.point_mlp."),
-    (r"\.attn1\.", ".aligner.content_weight."),
-    (r"\.attn2\.", ".aligner.position_weight."),
+    (r"\.attn1\.", ".aligner.reweight_content."),
+    (r"\.attn2\.", ".aligner.reweight_position."),
     (r"\.(linear[12])\.", r".ffn.\1."),
     (r"(encoder\.layers\.\d+)\.norm2\.", r"\1.ffn.norm."),
     (r"(decoder\.layers\.\d+)\.norm3\.", r"\1.ffn.norm."),

@@ -26,14 +26,14 @@ def draw_boxes(axes, boxes_xyxy, names, colour, above):
                   clip_on=True, bbox=dict(facecolor=colour, edgecolor="none", pad=0.6, alpha=0.8))
 
 
-def draw_predictions(dataset, predictions, path, count=8, threshold=0.5):
+def draw_predictions(dataset, predictions, path, count=8, threshold=0.3):
     """The first `count` images with objects: true boxes green, predictions scored over the threshold red.
 
     predictions: {image id: {"boxes" [n, 4] xyxy in pixels of the original, "labels" [n], "scores" [n]}}.
     """
     names = dataset.class_names
     figure = Figure(figsize=(13, 7), layout="constrained")
-    panels = figure.subplots(2, count // 2).flat
+    panels = list(figure.subplots(2, count // 2).flat)
     chosen = (item for item in map(dataset.__getitem__, range(len(dataset))) if len(item[1]["labels"]))
     for axes in panels:
         axes.axis("off")

@@ -199,6 +199,10 @@ def test_the_readmes_command_leaves_what_it_promises_and_evaluates(tmp_path):
     folder = tmp_path / "runs/detr-shapes"
     for name in ("log.jsonl", "curves.png", "predictions.png", "last.pt", "best.pt", "args.json", "detr.py"):
         assert (folder / name).stat().st_size > 0, f"{name} is missing"
+    from PIL import Image
+    picture = Image.open(folder / "predictions.png").convert("RGB").getcolors(2**24)
+    assert len(picture) > 5000, "predictions.png shows no images"
+    assert any(colour == (0, 200, 83) for _, colour in picture), "no true box is drawn"
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3, 4, 6, 6]
     assert {"AP", "AP50", "AR100"} <= set(lines[-1]["eval"])

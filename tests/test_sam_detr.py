@@ -1,0 +1,287 @@
+"""SAM-DETR: what its paper claims, its options, and the official numbers."""
+import math
+
+import pytest
+import torch
+from golden import Case, assert_close, our_name
+
+import sam_detr
+import train
+
+TINY = dict(backbone="resnet18", pretrained_backbone=False, hidden_dim=32, nheads=4, enc_layers=1, dec_layers=2,
+            dim_feedforward=32, dropout=0.0, num_queries=5)
+VARIANTS = [{}, {"smca": True}, {"multiscale": True}, {"multiscale": True, "smca": True}, {"input_norm": True},
+            {"last_stage": 3}, {"dilation": True}]
+VARIANTS = [pytest.param(options, id="-".join(options) or "plain") for options in VARIANTS]
+TARGETS = [{"labels": torch.tensor([0, 2]), "boxes": torch.tensor([[0.3, 0.4, 0.2, 0.3], [0.6, 0.6, 0.5, 0.4]])},
+           {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}]
+
+
+def tiny(**options):
+    torch.manual_seed(0)
+    return sam_detr.build(3, **{**TINY, **options})
+
+
+def batch():
+    """Two images of 64 x 96 and 96 x 64 pixels, padded to 96 x 96."""
+    torch.manual_seed(1)
+    images, mask = torch.zeros(2, 3, 96, 96), torch.ones(2, 96, 96, dtype=torch.bool)
+    for b, (h, w) in enumerate([(64, 96), (96, 64)]):
+        images[b, :, :h, :w] = torch.randn(3, h, w)
+        mask[b, :h, :w] = False
+    return images, mask
+
+
+def record(modules):
+    """A list that fills with (inputs, output) of every call of the modules."""
+    calls = []
+    for module in modules:
+        module.register_forward_hook(lambda m, inputs, output: calls.append((inputs, output)))
+    return calls
+
+
+# ---- Options ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("options", VARIANTS)
+def test_shapes_are_the_contracts_and_every_parameter_is_trained(options):
+    model = tiny(backbone_norm="batch", **options).train()
+    out = model(*batch())
+    assert out["logits"].shape == (2, 2, 5, 3) and out["boxes"].shape == (2, 2, 5, 4)
+    train.SetCriterion(model)(out, TARGETS)["total"].backward()
+    unused = [n for n, p in model.named_parameters() if p.grad is None]
+    assert not unused, f"these parameters take no part: {', '.join(unused)}"
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"smca": True}, {"multiscale": True, "smca": True}], ids="-".join)
+def test_torch_compile_and_export_give_the_same_numbers(options):
+    model, inputs = tiny(**options).eval(), batch()
+    with torch.no_grad():
+        expected = model(*inputs)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(*inputs)
+        exported = torch.export.export(model, inputs).module()(*inputs)
+    for key in ("logits", "boxes"):
+        torch.testing.assert_close(compiled[key], expected[key], rtol=0, atol=1e-5)
+        torch.testing.assert_close(exported[key], expected[key], rtol=0, atol=1e-5)
+
+
+def test_heads_and_width_are_not_hard_coded():
+    out = tiny(hidden_dim=64, nheads=2, smca=True)(*batch())
+    assert out["boxes"].shape == (2, 2, 5, 4)
+
+
+def test_multi_scale_goes_from_coarse_to_fine_with_any_number_of_decoder_layers():
+    """Two layers on stride 32, two on 16, the rest on 8; the official code stops at 6 layers."""
+    model = tiny(multiscale=True, dec_layers=7).eval()
+    calls = record(model.decoder.layers)
+    with torch.no_grad():
+        model(*batch())
+    sides = [math.isqrt(inputs[3].shape[1]) for inputs, _ in calls]  # of the square maps that `memory` is
+    assert sides == [3, 3, 6, 6, 12, 12, 12]
+    with torch.no_grad():
+        assert tiny(multiscale=True, dec_layers=1)(*batch())["boxes"].shape == (1, 2, 5, 4)
+
+
+def test_it_runs_under_bfloat16_autocast():
+    model = tiny(multiscale=True, smca=True).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(*batch())
+    train.SetCriterion(model)(out, TARGETS)["total"].backward()
+    assert out["boxes"].isfinite().all() and out["logits"].isfinite().all()
+
+
+# ---- The paper's claims ----------------------------------------------------------------------------------------------
+def test_salient_points_lie_inside_the_reference_box():
+    model = tiny(dec_layers=3).eval()
+    torch.nn.init.normal_(model.decoder.layers[0].aligner.point_mlp[-1].weight, std=10)  # far from the centre
+    calls = record(layer.aligner for layer in model.decoder.layers)
+    with torch.no_grad():
+        out = model(*batch())
+    initial = model.query_embed.weight.sigmoid().expand(2, -1, -1)
+    for (inputs, (_, _, points, _)), box in zip(calls, [initial, *out["boxes"]]):
+        assert inputs[1].equal(box), "a layer looks into the box that the layer before it returned"
+        offset = (points - box[:, :, None, :2]) / box[:, :, None, 2:]  # [B, Q, M, 2]
+        assert (offset.abs() <= 0.5 + 1e-5).all(), "a salient point lies outside its reference box"
+        assert (offset.std(2) > 1e-3).all(), "heads look at different points"
+
+
+def aligner_of_open_weights(smca=False):
+    """(aligner, xy): M = 3 heads whose points are fixed at xy [3, 2] in the box and whose weights are all 1."""
+    torch.manual_seed(0)
+    aligner = sam_detr.SemanticsAligner(32, 3, smca)
+    xy = torch.tensor([[-0.5, 0.25], [0.0, 0.0], [0.8, -0.7]])
+    torch.nn.init.zeros_(aligner.point_mlp[-1].weight)
+    with torch.no_grad():
+        aligner.point_mlp[-1].bias[:6] = xy.atanh().flatten()
+        for linear in (aligner.reweight_content, aligner.reweight_position):
+            linear.bias.fill_(100)
+    return aligner, xy
+
+
+def test_every_head_takes_the_feature_at_its_own_point():
+    """On a map whose features are coordinates of the image, what a head takes says where it was taken."""
+    aligner, xy = aligner_of_open_weights()
+    mask = torch.ones(2, 16, 20, dtype=torch.bool)
+    mask[0], mask[1, :12, :15] = False, False
+    memory = torch.zeros(2, 16, 20, 32)
+    for b, (h, w) in enumerate([(16, 20), (12, 15)]):
+        memory[b, ..., 0] = (torch.arange(20) + 0.5) / w
+        memory[b, ..., 1] = ((torch.arange(16) + 0.5) / h)[:, None]
+    box = torch.tensor([[0.5, 0.5, 0.4, 0.6], [0.4, 0.6, 0.3, 0.2]]).expand(2, -1, -1)
+    with torch.no_grad():
+        content, position, points, scale = aligner(torch.zeros(2, 2, 32), box, memory.flatten(1, 2), mask)
+    expected = box[:, :, None, :2] + xy * box[:, :, None, 2:] / 2  # [B, Q, M, 2]
+    torch.testing.assert_close(points, expected)
+    torch.testing.assert_close(content[..., :2], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(position, sam_detr.sine_xy(expected, 32))
+    assert scale is None
+
+
+def test_the_old_query_only_reweighs_what_was_taken():
+    aligner, _ = aligner_of_open_weights()
+    inputs = torch.rand(1, 2, 4) * 0.5, torch.randn(1, 64, 32), torch.zeros(1, 8, 8, dtype=torch.bool)
+    with torch.no_grad():
+        content, position, *_ = aligner(torch.zeros(1, 2, 32), *inputs)
+        aligner.reweight_content.bias.zero_()
+        aligner.reweight_position.bias.zero_()
+        tgt = torch.randn(1, 2, 32)
+        new_content, new_position, *_ = aligner(tgt, *inputs)
+        weight = aligner.reweight_content(tgt).sigmoid().unflatten(-1, (3, 32))  # [B, Q, M, D]
+        torch.testing.assert_close(new_content, content * weight)
+        weight = aligner.reweight_position(tgt).sigmoid().unflatten(-1, (3, 32))
+        torch.testing.assert_close(new_position, position * weight)
+
+
+def test_every_head_has_a_whole_query_of_its_own_and_all_have_the_same_key():
+    model = tiny().eval()
+    calls = record([model.decoder.layers[1].cross_attn])
+    with torch.no_grad():
+        model(*batch())
+    q, k, v = calls[0][0][:3]
+    assert (q.shape[-1], k.shape[-1], v.shape[-1]) == (4 * 32, 4 * 32, 32)
+    q, k = q.unflatten(-1, (4, 32)), k.unflatten(-1, (4, 32))  # [B, Q, M, D], [B, T, M, D]
+    assert k.equal(k[:, :, :1].expand_as(k)) and not q.equal(q[:, :, :1].expand_as(q))
+
+
+def test_the_gaussian_of_smca_by_hand_written_loops():
+    torch.manual_seed(0)
+    mask = torch.ones(2, 3, 4, dtype=torch.bool)
+    mask[0], mask[1, :2, :3] = False, False
+    points, scale = torch.rand(2, 3, 2, 2), torch.randn(2, 3, 2, 2)  # B = 2, Q = 3, M = 2
+    bias = sam_detr.gaussian_bias(points, scale, mask)
+    assert bias.shape == (2, 2, 3, 12)
+    for b, m, q, i, j in torch.cartesian_prod(*map(torch.arange, (2, 2, 3, 3, 4))).tolist():
+        h, w = [(3, 4), (2, 3)][b]
+        (x, y), (scale_x, scale_y) = points[b, q, m].tolist(), scale[b, q, m].tolist()
+        dx, dy = j + 0.5 - x * w, i + 0.5 - y * h
+        expected = -(scale_x ** 2 * dx ** 2 + scale_y ** 2 * dy ** 2) / 8
+        assert bias[b, m, q, i * 4 + j].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_no_gradient_goes_from_one_layers_box_to_the_previous_one():
+    model = tiny()
+    for head in model.box_head:
+        torch.nn.init.normal_(head.layers[-1].weight)
+    model(*batch())["boxes"][1].sum().backward()
+    assert not model.box_head[0].layers[-1].weight.grad.any(), "layer 2's box reaches back into layer 1's head"
+    assert not model.query_embed.weight.grad.any(), "sine and RoIAlign carry no gradient to the boxes"
+
+
+def test_padding_changes_nothing_behind_the_backbone_as_long_as_boxes_stay_inside_the_image():
+    """RoIAlign reads what the encoder wrote on padding as soon as a box reaches over the image's edge."""
+    class Patches(torch.nn.Conv2d):  # a backbone whose cells see their own pixels only
+        def forward(self, images):
+            return [super().forward(images)]
+
+    def padding_error():
+        with torch.no_grad():
+            alone = model(images[:1, :, :128, :64], mask[:1, :128, :64])["boxes"]
+            return (alone - model(images, mask)["boxes"][:, :1]).abs().max().item()
+
+    images, mask = torch.randn(2, 3, 192, 192), torch.zeros(2, 192, 192, dtype=torch.bool)
+    mask[0, 128:], mask[0, :, 64:] = True, True
+    images = images.masked_fill(mask[:, None], 0)
+    model = tiny(dec_layers=1).eval()
+    model.backbone = Patches(3, 512, 32, 32, bias=False)
+    torch.nn.init.normal_(model.box_head[0].layers[-1].weight)
+    with torch.no_grad():
+        model.query_embed.weight.copy_(torch.tensor([0.2, -0.2, 1.0, 1.0]))
+        assert padding_error() > 1e-4, "boxes over the edge no longer read padding? Then say so in the README"
+        model.query_embed.weight.copy_(torch.tensor([0.2, -0.2, -2.0, -2.0]))
+        assert padding_error() < 1e-5
+
+
+# ---- The official numbers --------------------------------------------------------------------------------------------
+CASES = ["sam_detr", "sam_detr_smca", "sam_detr_multiscale", "sam_detr_unpadded", "sam_detr_smca_unpadded"]
+LOSS = {"class": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou"}
+
+
+def our_options(args):
+    """Officially, training for fewer than 25 epochs adds a GroupNorm to the single-scale model."""
+    options = {k: v for k, v in args.items() if k != "epochs"}
+    return {**options, "input_norm": args.get("epochs", 50) < 25}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_official_numbers(name):
+    case = Case(name)
+    stored, arrays = case.json, case.arrays
+    options = our_options(stored["case"]["args"])
+    model = sam_detr.build(stored["case"]["num_classes"], pretrained_backbone=False, **options)
+    sam_detr.load_official(model, {"model": case.state_dict()})
+    calls = record([model.encoder, model.decoder])
+    images, mask = case.batch()
+    with torch.no_grad():
+        out = model.eval()(images, mask)
+    (_, memory), (_, (hs, _)) = calls
+    for key in ("logits", "boxes"):
+        assert_close(key, out[key], arrays[key], key)
+    assert_close("decoder output", hs, arrays["hs"], "hs")
+    first = model.query_embed.weight.detach().sigmoid().expand_as(out["boxes"][:1])  # [1, B, Q, 4]
+    assert_close("reference boxes", torch.cat([first, out["boxes"][:-1]]), arrays["reference"], "reference")
+    tokens, inside = arrays["memory_slice_token"], arrays["memory_slice_unpadded"].bool()
+    assert_close("memory", memory[:, tokens, :16][inside], arrays["memory_slice"][inside], "memory_slice")
+
+    criterion, out = train.SetCriterion(model), model.train()(images, mask)
+    for stage, match in enumerate(criterion.match_stages(out["logits"], out["boxes"], case.targets())):
+        assert [[q.tolist(), g.tolist()] for q, g in match] == stored["matching"][str(stage)]
+    losses = criterion(out, case.targets())
+    stages = len(losses["class"])
+    for ours, official in LOSS.items():
+        for s in range(stages):
+            key = official if s == stages - 1 else f"{official}_{s}"
+            assert_close(f"{ours} of stage {s}", losses[ours][s].detach(), stored["loss_raw"][key], "loss")
+    assert_close("total", losses["total"].detach(), stored["loss_total"], "loss")
+
+    losses["total"].backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    for official, norm in stored["grad_l2"].items():
+        ours = gradients.pop(our_name(sam_detr, official)).double().norm().item()
+        tolerance = 1e-6 * stored["grad_l2_total"] + 0.002 * norm
+        assert abs(ours - norm) <= tolerance, f"gradient of {official} has norm {ours:.6g}, not {norm:.6g}"
+    assert not gradients, f"trained here but not in the official code: {', '.join(gradients)}"
+    assert sum(p.numel() for p in model.parameters()) == stored["n_params"]
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == stored["n_params_trainable"]
+
+
+def test_parameter_counts_at_the_papers_size():
+    for variant, stored in Case("params_sam_detr").json["counts"].items():
+        with torch.device("meta"):  # shapes only
+            options = our_options(stored["options"])
+            model = sam_detr.build(stored["num_classes"], pretrained_backbone=False, **options)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        buffers = sum(b.numel() for b in model.buffers())
+        assert sum(p.numel() for p in model.parameters()) == stored["n_params"], variant
+        assert (trained, buffers) == (stored["n_params_trainable"], stored["n_buffers"]), variant
+
+
+@pytest.mark.parametrize("prefix", ["input_proj.0.0.", "input_proj.0.", "input_proj."])
+def test_checkpoints_without_input_norm_load_however_the_only_convolution_is_called(prefix):
+    case = Case("sam_detr")
+    state = {k: v for k, v in case.state_dict().items() if not k.startswith("input_proj.")}
+    weight, bias = torch.randn(256, 2048, 1, 1), torch.randn(256)
+    model = sam_detr.build(7, pretrained_backbone=False, **{**our_options(case.json["case"]["args"]),
+                                                            "input_norm": False})
+    sam_detr.load_official(model, {"model": {**state, f"{prefix}weight": weight, f"{prefix}bias": bias}})
+    assert model.input_proj[0][0].weight.equal(weight) and model.input_proj[0][0].bias.equal(bias)
+    with pytest.raises(RuntimeError, match=r"input_proj.0.1.weight"):
+        sam_detr.load_official(model, {"model": case.state_dict()})  # has a GroupNorm, the model has none
