@@ -56,9 +56,9 @@ class Picture:
 
 
 # ---- Shapes: the embedded data set -------------------------------------------------------------------------
-SHAPE_NAMES = ["circle", "square", "triangle", "cross", "ring"]
-DIAMETERS = (20, 72)  # pixels in an image of 128; log-uniform, so half of the objects are below 38
-MAX_OBJECTS = 5
+SHAPE_NAMES = ["circle", "square", "triangle", "cross"]
+DIAMETERS = (24, 76)  # pixels in an image of 128; log-uniform, so half of the objects are below 43
+MAX_OBJECTS = 4
 TILT = 0.35  # radians to either side; turned freely, small crosses and squares take long to tell apart
 EMPTY_SHARE = 0.06  # images without any object: a detector must be able to say "nothing"
 LEAST_VISIBLE = 0.75  # share of every object that the later ones leave uncovered
@@ -72,7 +72,7 @@ class Shapes(Dataset):
     Height and width are each between 3/4 of `size` and `size` pixels, so batches need padding. Attributes and
     items are those of CocoFolder, which explains them.
     """
-    class_names, category_ids, max_boxes = SHAPE_NAMES, [1, 2, 3, 4, 5], MAX_OBJECTS
+    class_names, category_ids, max_boxes = SHAPE_NAMES, [1, 2, 3, 4], MAX_OBJECTS
 
     def __init__(self, num_images, size=96, seed=0, split="train"):
         self.items = range(num_images)  # picture numbers
@@ -167,8 +167,6 @@ def draw_shape(name, diameter, angle):
     canvas = Image.new("L", (side * zoom, side * zoom))
     pen = ImageDraw.Draw(canvas)
     pen.polygon([tuple(xy) for xy in ((corners + side / 2) * zoom).tolist()], fill=255)
-    if name == "ring":
-        pen.polygon([tuple(xy) for xy in ((corners * 0.55 + side / 2) * zoom).tolist()], fill=0)
     alpha = np.asarray(canvas.reduce(zoom), np.float32) / 255
     rows, columns = np.nonzero((alpha > 0.5).any(1))[0], np.nonzero((alpha > 0.5).any(0))[0]
     return alpha[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
@@ -178,7 +176,7 @@ def pick_colour(rng, background):
     """A random colour, float32 [3] in 0..255, that differs from `background` clearly in some channel."""
     while True:
         colour = rng.uniform(0, 255, 3).astype(np.float32)
-        if abs(colour - background).max() > 70:
+        if abs(colour - background).max() > 80:
             return colour
 
 

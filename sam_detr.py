@@ -28,7 +28,7 @@ import torchvision
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d, box_convert, roi_align
 
-# How the paper trains it (section 4.1). train.py reads this.
+# How the paper trains it (section 4), or for 12 epochs with lr_drop=10. train.py reads this.
 RECIPE = dict(
     epochs=50,
     lr_drop=40,
@@ -222,7 +222,7 @@ def xavier_uniform(module):
             nn.init.xavier_uniform_(p)
 
 
-# ---- Encoder: global self-attention over the feature map (paper, section 3.2) ------------------------------
+# ---- Encoder: global self-attention over the feature map, as in DETR ---------------------------------------
 class EncoderLayer(nn.Module):
     def __init__(self, hidden_dim, nheads, dim_feedforward, dropout):
         super().__init__()
@@ -251,7 +251,7 @@ class Encoder(nn.Module):
         return src
 
 
-# ---- Multi-scale: Deformable DETR's encoder, word for word (deformable_detr.py) ----------------------------
+# ---- For multiscale only: Deformable DETR's encoder, word for word; the equations are that paper's ---------
 def deformable_sampling(value, spatial_shapes, locations, weights):
     """Bilinear samples of every level, weighted and summed: the inner sums of Eq. (3).
 
@@ -409,11 +409,15 @@ class SemanticsAligner(nn.Module):
             nn.ReLU(),
             nn.Linear(2 * hidden_dim, nheads * (4 if smca else 2)),
         )
+        # The official code zeroes the last weight as well, but its Xavier initialisation (as ours) undoes it:
+        # points start at random places in the box, not at its centre. We keep the random start. A repair must
+        # spare the scales of smca: they are used squared, so that zeros would get no gradient.
+        nn.init.zeros_(self.point_mlp[-1].bias)
         self.reweight_content = nn.Linear(hidden_dim, nheads * hidden_dim)
         self.reweight_position = nn.Linear(hidden_dim, nheads * hidden_dim)
 
     def regions(self, reference, memory, mask):
-        """F_R = RoIAlign(F, box): [B*Q, D, 7, 7]."""
+        """F_R = RoIAlign(F, box), the reference boxes' contents: [B*Q, D, 7, 7]."""
         feature_map = memory.transpose(1, 2).unflatten(2, mask.shape[1:])  # [B, D, h, w]
         # Boxes are relative to the image, hence the valid size. Where one reaches over the image's edge, it
         # reads what the encoder wrote on padding (quirk): so padding changes the numbers more than in DETR.
@@ -421,7 +425,7 @@ class SemanticsAligner(nn.Module):
         boxes_xyxy = (box_convert(reference, "cxcywh", "xyxy") * size).flatten(0, 1)  # [B*Q, 4], in cells
         image = torch.arange(len(memory), device=memory.device).repeat_interleave(reference.shape[1])  # [B*Q]
         rois = torch.cat([image[:, None], boxes_xyxy], dim=-1)  # [B*Q, 5]
-        return roi_align(feature_map, rois, self.roi_size, aligned=True)
+        return roi_align(feature_map, rois, output_size=self.roi_size, aligned=True)  # [B*Q, D, 7, 7]
 
     def forward(self, tgt, reference, memory, mask):
         B, Q, D = tgt.shape
@@ -433,8 +437,8 @@ class SemanticsAligner(nn.Module):
         # A head's content is the feature at its point: all D channels, not D/M of them
         content = F.grid_sample(regions, points.view(B * Q, 1, -1, 2), align_corners=False)  # [B*Q, D, 1, M]
         content = content.view(B, Q, D, -1).transpose(2, 3)  # [B, Q, M, D]
-        centre, size = reference[:, :, None].chunk(2, dim=-1)  # [B, Q, 1, 2] twice
-        points = centre + points * size / 2
+        centre, wh = reference[:, :, None].chunk(2, dim=-1)  # [B, Q, 1, 2] twice
+        points = centre + points * wh / 2
         position = sine_xy(points.detach(), D)  # [B, Q, M, D]; points learn through the content they sample
         # The old query decides which channels count: Sigmoid(Linear(Q))
         content = content * self.reweight_content(tgt).sigmoid().view_as(content)
@@ -518,7 +522,7 @@ class Decoder(nn.Module):
             query_pos = sine_xy(reference[..., :2].detach(), hidden_dim)  # [B, Q, D]; no width and height
             tgt = layer(tgt, query_pos, reference, memory, pos, mask)
             outputs.append(tgt)  # no final norm (DETR has one)
-            boxes.append((box_head(tgt) + reference.logit(eps=1e-5)).sigmoid())
+            boxes.append((box_head(tgt) + reference.logit(eps=1e-5)).sigmoid())  # relative to the reference
             reference = boxes[-1].detach()  # no gradient from one layer's box to the previous one
         return torch.stack(outputs), torch.stack(boxes)
 
@@ -550,14 +554,13 @@ class SAMDETR(nn.Module):
         self.backbone = Backbone(backbone, pretrained_backbone, backbone_norm, dilation, last_stage)
         self.multiscale = multiscale
         channels = self.backbone.channels if multiscale else self.backbone.channels[-1:]
-        levels = len(channels)
         convs = [nn.Conv2d(c, hidden_dim, kernel_size=1) for c in channels]
         norms = [nn.GroupNorm(32, hidden_dim) if multiscale or input_norm else nn.Identity() for _ in convs]
         self.input_proj = nn.ModuleList(nn.Sequential(conv, norm) for conv, norm in zip(convs, norms))
         if multiscale:
-            self.level_embed = nn.Parameter(torch.randn(levels, hidden_dim))
+            self.level_embed = nn.Parameter(torch.randn(len(channels), hidden_dim))
             self.encoder = DeformableEncoder(
-                enc_layers, hidden_dim, nheads, dim_feedforward // 2, dropout, levels, points=4
+                enc_layers, hidden_dim, nheads, dim_feedforward // 2, dropout, len(channels), points=4
             )
         else:
             self.encoder = Encoder(enc_layers, hidden_dim, nheads, dim_feedforward, dropout)
@@ -571,9 +574,6 @@ class SAMDETR(nn.Module):
         self.class_head = nn.ModuleList(copy.deepcopy(class_head) for _ in range(dec_layers))
         self.box_head = nn.ModuleList(copy.deepcopy(box_head) for _ in range(dec_layers))
         xavier_uniform(self.encoder)
-        # The official code zeroes the last layer that makes the salient points, and then this line undoes it:
-        # points start at random places in the box, not at its centre. We keep what it does, not what it says;
-        # with zeros smca would not even learn its scales, for they are used squared.
         xavier_uniform(self.decoder)
         for module in self.modules():
             if isinstance(module, MSDeformAttn):
@@ -583,7 +583,7 @@ class SAMDETR(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def encode(self, maps, pos, masks):
-        """The encoder on all L levels: maps [B, D, h, w], pos [B, h*w, D], masks [B, h, w] -> [B, h*w, D]."""
+        """The encoder on all levels: maps L x [B, D, h, w], their pos and masks -> memory L x [B, h*w, D]."""
         spatial_shapes = [m.shape[-2:] for m in maps]
         src = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)  # [B, T, D]
         mask = torch.cat([m.flatten(1) for m in masks], dim=1)  # [B, T]
@@ -613,7 +613,7 @@ class SAMDETR(nn.Module):
 
 
 def build(num_classes, **options):
-    """The model, with the paper's values as defaults; options are the arguments of SAMDETR.
+    """The model, with the paper's values as defaults; options are the arguments of the class above.
 
     Boxes are (cx, cy, w, h) in [0, 1] of the image without padding. Raises ValueError for a wrong value and
     TypeError for an unknown option.

@@ -42,8 +42,14 @@ RECIPE = dict(
     w_giou=2,
 )
 
-# What train.py --preset laptop changes for this file: boxes refined from layer to layer learn fastest.
+# What train.py --preset laptop changes for this file, chosen by measurement (README): refinement, C3, C4 and C5.
 LAPTOP = dict(
+    steps=2000,
+    batch_size=8,
+    lr=8e-4,
+    lr_backbone=8e-4,
+    last_stage=3,
+    num_feature_levels=3,
     box_refine=True,
 )
 
@@ -401,16 +407,16 @@ SOURCES = {
 def query_recollection(run, plan, query, context):
     """Run the stages of a decoder, each on every group of queries that the plan feeds it.
 
-    run(stage, *query, *context) returns the next query and, behind it, what the stage predicts. plan: list of
-    (stage, key of SOURCES). query: the tensors [B, Q, .] that stages hand on. context: tensors [B, ...] that all
-    groups share. Returns what run returned for each group, in order of production, older inputs first. The last
-    group went through all stages one by one, as in the plain decoder.
+    run(stage, *query, *context) returns the next query and, behind it, what the stage predicts. plan: list
+    of (stage, key of SOURCES). query: tensors [B, Q, .] that stages hand on. context: tensors [B, ...] that
+    all groups share. Returns what run returned for each group, in order of production, older inputs first;
+    the last group went through all stages one by one, as in the plain decoder.
     """
     produced = [[query]]
     for stage, source in plan:
         groups = [group[:len(query)] for outputs in produced[SOURCES[source]] for group in outputs]
-        # Groups must not see each other: they become further images of the batch. The initial query may have
-        # another width (a point, the others a box) and then is a batch by itself, before the others.
+        # Groups must not see each other, so they become more images of the batch. An initial query that has
+        # a point where the others have a box is a batch by itself; made a box, it would give other numbers.
         batches = {}
         for group in groups:
             batches.setdefault(tuple(x.shape[-1] for x in group), []).append(group)
@@ -458,6 +464,7 @@ class Decoder(nn.Module):
     def forward(self, plan, tgt, query_pos, reference, heads, memory, spatial_shapes, valid_ratios, mask):
         """tgt, query_pos [B, Q, D], reference [B, Q, 2 or 4] -> logits [S, B, Q, C], boxes [S, B, Q, 4]."""
         def run(stage, tgt, reference, query_pos, memory, valid_ratios, mask):
+            """One stage with its own heads, on all its groups at once: B is G times the images here."""
             layer, (class_head, box_head) = self.layers[stage], heads[stage]
             ratios = valid_ratios.repeat(1, 1, reference.shape[-1] // 2)  # [B, L, 2 or 4]
             tgt = layer(tgt, query_pos, reference[:, :, None] * ratios[:, None], memory, spatial_shapes, mask)
@@ -503,7 +510,7 @@ class SQR(nn.Module):
         super().__init__()
         if recollect not in SOURCES:
             raise ValueError(f'recollect is {recollect!r}, it must be "selective", "dense" or "none"')
-        self.recollect = "dense" if recurrent else recollect
+        self.recollect = "dense" if recurrent else recollect  # DQRR is DQR with a last stage that runs again
         self.recurrent = recurrent
         self.num_stages = dec_layers
         self.backbone = Backbone(backbone, pretrained_backbone, backbone_norm, dilation, last_stage)
@@ -554,10 +561,10 @@ class SQR(nn.Module):
         return src
 
     def plan(self):
-        """[(stage, whose outputs it is fed), ...], by self.training."""
+        """The stages in order, each with whose outputs it is fed; self.training decides."""
         stages = range(len(self.decoder.layers))
         if self.training:
-            # DQRR: the last stage once more, on its own outputs; all the other queries it has seen already
+            # DQRR: the last stage once more, on its own outputs; it has seen all other queries already
             return [(i, self.recollect) for i in stages] + [(stages[-1], "none")] * self.recurrent
         return [(stages[-1] if self.recurrent else i, "none") for i in range(self.num_stages)]
 
@@ -565,7 +572,7 @@ class SQR(nn.Module):
         """images [B, 3, H, W], mask [B, H, W] -> {"logits": [S, B, Q, C], "boxes": [S, B, Q, 4]}.
 
         With two_stage also "proposals": {"logits": [B, T, C], "boxes": [B, T, 4]} of every encoder token.
-        In training S counts all groups of queries, 32 for 6 selective stages.
+        In training S is the number of all groups, 32 for 6 stages with selective recollection.
         """
         check_input(images, mask)
         maps = self.feature_maps(images)

@@ -16,6 +16,11 @@ CASES = {
     "deformable_detr_single_scale": ("deformable_detr", {}),
     "deformable_detr_refine": ("deformable_detr", {}),
     "deformable_detr_two_stage": ("deformable_detr", {}),
+    "sam_detr": ("sam_detr", {"input_norm": True}),
+    "sam_detr_smca": ("sam_detr", {"input_norm": True}),
+    "sam_detr_unpadded": ("sam_detr", {"input_norm": True}),
+    "sam_detr_smca_unpadded": ("sam_detr", {"input_norm": True}),
+    "sam_detr_multiscale": ("sam_detr", {}),
 }
 OUR_OPTION = {"with_box_refine": "box_refine", "enc_n_points": "enc_points", "dec_n_points": "dec_points"}
 LOSS = {"class": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou"}
@@ -84,6 +89,10 @@ def test_reference_points_and_boxes(run):
         assert_close("first reference", initial, arrays["init_reference"], "init_reference")
         after = run["out"]["boxes"] if run["model"].decoder.box_refine else initial.expand_as(arrays["inter_references"])
         assert_close("reference after every layer", after, arrays["inter_references"], "inter_references")
+    elif run["case"].json["case"]["repo"] == "sam":  # the boxes that every layer is given
+        first = run["model"].query_embed.weight.detach().sigmoid().expand_as(run["out"]["boxes"][:1])
+        given = torch.cat([first, run["out"]["boxes"][:-1]])  # [L, B, Q, 4]
+        assert_close("reference", given, arrays["reference"], "reference")
     elif "reference" in arrays:  # Conditional DETR
         assert_close("reference", inside["reference"].sigmoid(), arrays["reference"], "reference")
     else:
@@ -148,6 +157,7 @@ COUNTS = {
     "params_detr": "detr",
     "params_conditional_detr": "conditional_detr",
     "params_deformable_detr": "deformable_detr",
+    "params_sam_detr": "sam_detr",
 }
 
 
@@ -155,7 +165,8 @@ COUNTS = {
 def test_parameter_counts_at_the_papers_size(name):
     case, module = Case(name), importlib.import_module(COUNTS[name])
     for variant, stored in case.json["counts"].items():
-        options = options_of(stored["options"], {})
+        extra = {"input_norm": True} if stored["options"].get("epochs", 50) < 25 else {}  # SAM-DETR (quirk)
+        options = options_of(stored["options"], extra)
         with torch.device("meta"):  # shapes only
             model = module.build(stored["num_classes"], pretrained_backbone=False, **options)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -11,7 +11,6 @@ import torch
 import train
 
 ROOT = Path(__file__).parents[1]
-FILES = [name for name in train.MODELS if (ROOT / f"{name}.py").exists()]
 TINY = dict(backbone="resnet18", pretrained_backbone=False, hidden_dim=32, nheads=4, enc_layers=1, dec_layers=2,
             dim_feedforward=32, dropout=0.0, num_queries=5)
 # Options that change what is computed: each must run, train all of its parameters, compile and export.
@@ -24,9 +23,13 @@ VARIANTS = {
     "deformable_detr": [{}, {"box_refine": True}, {"two_stage": True}, {"num_feature_levels": 1},
                         {"num_feature_levels": 1, "dilation": True}, {"num_feature_levels": 2, "last_stage": 3},
                         {"num_feature_levels": 5, "enc_points": 2, "dec_points": 3}],
+    "sam_detr": [{}, {"smca": True}, {"multiscale": True}, {"multiscale": True, "smca": True},
+                 {"input_norm": True}, {"last_stage": 3}, {"multiscale": True, "last_stage": 3}],
 }
+FILES = [name for name in train.MODELS if name in VARIANTS]
 EVERY = [pytest.param(name, options, id="-".join([name, *map(str, options.values())]))
          for name in FILES for options in VARIANTS[name]]
+COMPILED = [v for v in EVERY if v.values[1] in ({}, {"two_stage": True}, {"multiscale": True, "smca": True})]
 
 
 def tiny(name, **options):
@@ -133,7 +136,7 @@ def test_padding_changes_little_with_a_real_backbone(name):
     assert padding_error(tiny(name)) < 0.05
 
 
-@pytest.mark.parametrize("name, options", [v for v in EVERY if v.values[1] in ({}, {"two_stage": True})])
+@pytest.mark.parametrize("name, options", COMPILED)
 def test_torch_compile_gives_the_same_numbers_in_one_graph(name, options):
     model, inputs = tiny(name, **options).eval(), batch()
     with torch.no_grad():
@@ -143,7 +146,7 @@ def test_torch_compile_gives_the_same_numbers_in_one_graph(name, options):
         torch.testing.assert_close(compiled[key], expected[key], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name, options", [v for v in EVERY if v.values[1] in ({}, {"two_stage": True})])
+@pytest.mark.parametrize("name, options", COMPILED)
 def test_torch_export_gives_the_same_numbers(name, options):
     model, inputs = tiny(name, **options).eval(), batch()
     exported = torch.export.export(model, inputs).module()
@@ -151,6 +154,18 @@ def test_torch_export_gives_the_same_numbers(name, options):
         expected, got = model(*inputs), exported(*inputs)
     for key in ("logits", "boxes"):
         torch.testing.assert_close(got[key], expected[key], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, options", COMPILED)
+def test_bfloat16_autocast_trains(name, options):
+    """--amp: matching and losses stay in float32, gradients arrive finite in every parameter."""
+    model = tiny(name, backbone_norm="batch", **options).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(*batch())
+    losses = train.SetCriterion(model)(out, TARGETS)
+    losses["total"].backward()
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", FILES)

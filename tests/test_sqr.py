@@ -12,7 +12,7 @@ from test_golden import (  # noqa: F401, tests of every golden case: here they m
     test_matching_of_every_stage,
     test_parameter_counts_of_the_small_models,
 )
-from test_models import TARGETS, batch, tiny
+from test_models import TARGETS, Patches, batch, tiny
 
 import sqr
 import train
@@ -23,7 +23,7 @@ each_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 each_training = pytest.mark.parametrize("training", TRAININGS, ids=str)
 
 
-# ---- Official numbers ------------------------------------------------------------------------------------------------
+# ---- Official numbers --------------------------------------------------------------------------------------
 @pytest.fixture(scope="module", params=[("sqr", "selective"), ("dqr", "dense")], ids=["sqr", "dqr"])
 def run(request):
     """What the tests of test_golden.py ask for."""
@@ -58,9 +58,9 @@ def test_logits_and_boxes_of_every_group_in_training(run):
         assert_close(f"{name} in training", ours, run["case"].arrays[f"train_{name}"], f"train_{name}")
 
 
-# ---- Who is fed what -------------------------------------------------------------------------------------------------
+# ---- Who is fed what ---------------------------------------------------------------------------------------
 def numbers_fed(plan):
-    """Number every group in order of production, 0 for the initial query: which numbers each stage was fed."""
+    """Groups numbered in order of production, 0 for the initial query: which of them each stage was fed."""
     fed, count = [], itertools.count(1)
 
     def stage(i, number):
@@ -80,7 +80,7 @@ def test_groups_are_those_of_the_official_lists(stages):
     assert numbers_fed([(i, "none") for i in range(stages)]) == [[i] for i in range(stages)]
 
 
-@pytest.mark.parametrize("training, groups", zip(TRAININGS, [6, 32, 63, 63 + 32]), ids=str)
+@pytest.mark.parametrize("training, groups", list(zip(TRAININGS, [6, 32, 63, 63 + 32])), ids=str)
 def test_six_stages_supervise_this_many_groups(training, groups):
     model, inputs = tiny("sqr", dec_layers=6, **training), batch()
     with torch.no_grad():  # gradients have no say in it, self.training has
@@ -101,8 +101,9 @@ def paths(recollect, stages):
 
 
 def shaken(name, **options):
-    """A model whose every parameter is random: new ones predict the same box in all stages."""
+    """A quick model whose every parameter is random; a new one predicts the same box in all stages."""
     model = tiny(name, **options)
+    model.backbone = Patches(model.backbone.channels)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -111,7 +112,8 @@ def shaken(name, **options):
 
 def plain(model, path, **kind):
     """Deformable DETR whose decoder is those stages of the model, each with its own heads."""
-    alone = tiny("deformable_detr", **kind)
+    with torch.device("meta"):  # all of it is replaced
+        alone = tiny("deformable_detr", **kind)
     for name in ("backbone", "input_proj", "level_embed", "encoder", "queries"):
         setattr(alone, name, getattr(model, name))
     alone.decoder.layers = torch.nn.ModuleList(model.decoder.layers[i - 1] for i in path)
@@ -123,12 +125,12 @@ def plain(model, path, **kind):
 
 
 @each_kind
-@each_training
+@pytest.mark.parametrize("training", [{"recollect": "selective"}, {"recurrent": True}], ids=str)
 def test_every_group_is_deformable_detr_with_the_groups_own_stages(kind, training):
     """Logits, boxes and gradients: own reference boxes, own heads, and nothing leaks from group to group."""
     model, inputs = shaken("sqr", dec_layers=3, **kind, **training), batch()
     expected = paths(training.get("recollect", "dense"), 3)
-    if training.get("recurrent"):
+    if "recurrent" in training:  # dense, and then the last stage on its own outputs
         expected += [p + [3] for p in expected if p[-1] == 3]
     out = model.train()(*inputs)
     assert len(out["logits"]) == len(expected)
@@ -148,7 +150,7 @@ def test_every_group_is_deformable_detr_with_the_groups_own_stages(kind, trainin
             assert error <= 1e-5 * total + 1e-3 * p.grad.norm(), f"gradient of {name} is off by {error:.2e}"
 
 
-# ---- Nothing else changes --------------------------------------------------------------------------------------------
+# ---- Nothing else changes ----------------------------------------------------------------------------------
 @each_kind
 def test_without_recollection_it_is_deformable_detr_bit_for_bit(kind):
     parent, none = (shaken(name, dec_layers=3, dropout=0.1, **kind, **more)
@@ -173,7 +175,7 @@ def test_inference_is_deformable_detrs_bit_for_bit_even_with_gradients(kind, rec
 
 @each_kind
 @each_training
-@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("stages", [1, 2])
 def test_every_parameter_is_trained(kind, training, stages):
     model = tiny("sqr", dec_layers=stages, backbone_norm="batch", **kind, **training).train()
     train.SetCriterion(model)(model(*batch()), TARGETS)["total"].backward()
@@ -181,7 +183,7 @@ def test_every_parameter_is_trained(kind, training, stages):
     assert not unused, f"these parameters take no part: {', '.join(unused)}"
 
 
-# ---- A recurrent last stage (DQRR) -----------------------------------------------------------------------------------
+# ---- A recurrent last stage (DQRR) -------------------------------------------------------------------------
 @each_kind
 def test_recurrent_inference_repeats_the_last_stage_and_pruning_changes_no_number(kind):
     options = dict(dec_layers=4, recurrent=True, **kind)
@@ -191,7 +193,7 @@ def test_recurrent_inference_repeats_the_last_stage_and_pruning_changes_no_numbe
         before, after = sqr.prune(model)
         pruned = model(*inputs)
     assert after < before and len(model.decoder.layers) == 1
-    new = tiny("sqr", **options).eval()
+    new = shaken("sqr", **options).eval()  # other weights
     sqr.prune(new)
     new.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -208,9 +210,8 @@ def test_wrong_values_and_pruning_a_model_that_needs_its_stages_are_refused():
         sqr.prune(tiny("sqr"))
 
 
-@pytest.mark.parametrize("options", [{}, {"recurrent": True, "box_refine": True}], ids=str)
-def test_torch_compile_and_export_take_inference_as_one_graph(options):
-    model, inputs = shaken("sqr", **options).eval(), batch()
+def test_torch_compile_and_export_take_recurrent_inference_as_one_graph():
+    model, inputs = shaken("sqr", recurrent=True, box_refine=True).eval(), batch()
     with torch.no_grad():
         expected = model(*inputs)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(*inputs)
@@ -220,7 +221,7 @@ def test_torch_compile_and_export_take_inference_as_one_graph(options):
         torch.testing.assert_close(exported[key], expected[key], rtol=0, atol=1e-5)
 
 
-# ---- Any decoder -----------------------------------------------------------------------------------------------------
+# ---- Any decoder -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("source, groups", [("none", 4), ("selective", 11), ("dense", 15)])
 @pytest.mark.parametrize("name", ["detr", "conditional_detr"])
 def test_recollection_goes_around_the_decoders_of_other_files(name, source, groups):
