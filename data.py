@@ -10,6 +10,7 @@ Legend: B images, Q queries, C classes, n objects in one image, k scored boxes i
 Boxes are (cx, cy, w, h) in [0, 1] of the unpadded image; `boxes_xyxy` are two corners in pixels.
 Whatever is wrong with somebody's data ends in a DataError, a single line for the person who runs the program.
 """
+import colorsys
 import contextlib
 import copy
 import io
@@ -112,7 +113,7 @@ class Shapes(Dataset):
             visible = np.bincount(owner.ravel() + 1, minlength=len(labels) + 1)[1:] - below
             if any((below > 0) & (visible < LEAST_VISIBLE * np.array(areas))):
                 continue
-            paint = pick_colour(rng, image[here].mean((0, 1))) * texture(rng, h, w)[:, :, None]  # [h, w, 3]
+            paint = pick_colour(rng, label, image[here].mean((0, 1))) * texture(rng, h, w)[:, :, None]  # [h, w, 3]
             image[here] += alpha[:, :, None] * (paint - image[here])
             owner[here][solid] = len(labels)
             labels.append(label)
@@ -172,12 +173,14 @@ def draw_shape(name, diameter, angle):
     return alpha[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
 
 
-def pick_colour(rng, background):
-    """A random colour, float32 [3] in 0..255, that differs from `background` clearly in some channel."""
-    while True:
-        colour = rng.uniform(0, 255, 3).astype(np.float32)
-        if abs(colour - background).max() > 80:
-            return colour
+def pick_colour(rng, label, background):
+    """A colour around the hue of its class, float32 [3] in 0..255: of 8 drawn, the one furthest from `background`.
+
+    Class and hue go together, as with apples and bananas, or else telling shapes apart would be most of the work.
+    """
+    hue, saturation, value = label / len(SHAPE_NAMES) + rng.normal(0, 0.05, 8), *rng.uniform(0.5, 1, (2, 8))
+    colours = np.array([colorsys.hsv_to_rgb(*hsv) for hsv in zip(hue % 1, saturation, value)], np.float32) * 255
+    return colours[np.abs(colours - background).max(1).argmax()]
 
 
 def texture(rng, h, w):

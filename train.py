@@ -38,7 +38,7 @@ MODELS = ("detr", "conditional_detr", "deformable_detr", "sam_detr", "sqr")
 
 # --preset laptop: learns from random weights on two CPU cores. LAPTOP of a model file goes on top.
 LAPTOP = dict(
-    steps=4200,
+    steps=3600,
     batch_size=16,
     lr=3e-4,
     lr_backbone=3e-4,  # from scratch the backbone learns like the rest
