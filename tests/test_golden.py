@@ -267,7 +267,8 @@ def test_deformable_attention_alone():
 
 
 def test_the_golden_files_are_complete():
+    """sqr and dqr are tested in test_sqr.py, postprocess_* in test_data.py."""
     stored = {p.stem for p in FOLDER.glob("*.json")} - {"tolerances"}
-    tested = {*CASES, *COUNTS, "ms_deform_attn", "matcher_softmax", "matcher_focal", "postprocess_softmax", "postprocess_focal",
+    tested = {*CASES, *COUNTS, "sqr", "dqr", "ms_deform_attn", "matcher_softmax", "matcher_focal", "postprocess_softmax", "postprocess_focal",
               "criterion_detr", "criterion_conditional", "criterion_deformable", "criterion_sam"}
     assert stored == tested, "a golden file is committed but not tested, or the other way round"
