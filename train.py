@@ -434,6 +434,10 @@ def announce(model, criterion, datasets, args, step):
     if queries < train_set.max_boxes:
         print(f"WARNING  {queries} queries, but an image has {train_set.max_boxes} boxes: the rest can never "
               f"be found. Raise --option num_queries=N.")
+    published = model.recipe["batch_size"]
+    if args.preset == "paper" and args.lr == model.recipe["lr"] and args.batch_size < published:
+        print(f"WARNING  lr {args.lr:g} was published for batches of {published}, yours have {args.batch_size} "
+              f"images: lower --lr.")
     if args.preset == "paper" and args.steps < 100_000:
         print(f"WARNING  the transformer starts from random weights and gets {args.steps} steps. DETR needs "
               f"more than 100,000 of them: expect AP near 0.")
