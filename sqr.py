@@ -44,12 +44,13 @@ RECIPE = dict(
 
 # What train.py --preset laptop changes for this file: refinement, and levels at strides 8, 16 and 32.
 LAPTOP = dict(
-    steps=1700,
+    steps=1000,
     batch_size=8,
     lr=8e-4,
     lr_backbone=8e-4,
     last_stage=3,
     num_feature_levels=3,
+    enc_points=2,
     box_refine=True,
 )
 
