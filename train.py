@@ -254,9 +254,11 @@ def ignore_ctrl_c(worker):
 
 
 def make_loader(dataset, args, **how):
+    # A generator of its own: else every loader draws a number from the global one, which dropout uses, and a
+    # resumed run, having made one loader more, would not repeat the straight one.
     return torch.utils.data.DataLoader(
         dataset, num_workers=args.workers, collate_fn=data.collate, pin_memory=args.device == "cuda",
-        worker_init_fn=ignore_ctrl_c, **how)
+        worker_init_fn=ignore_ctrl_c, generator=torch.Generator(), **how)
 
 
 # ---- Evaluation --------------------------------------------------------------------------------------------
@@ -436,8 +438,8 @@ def announce(model, criterion, datasets, args, step):
               f"be found. Raise --option num_queries=N.")
     published = model.recipe["batch_size"]
     if args.preset == "paper" and args.lr == model.recipe["lr"] and args.batch_size < published:
-        print(f"WARNING  lr {args.lr:g} was published for batches of {published}, yours have {args.batch_size} "
-              f"images: lower --lr.")
+        print(f"WARNING  lr {args.lr:g} was published for batches of {published} images, yours have "
+              f"{args.batch_size}: lower --lr.")
     if args.preset == "paper" and args.steps < 100_000:
         print(f"WARNING  the transformer starts from random weights and gets {args.steps} steps. DETR needs "
               f"more than 100,000 of them: expect AP near 0.")

@@ -1,4 +1,4 @@
-"""Pictures: predictions next to the truth, and the curves of a run. train.py draws both at every evaluation."""
+"""Pictures of a run: predictions next to the truth, and curves. train.py draws both at every evaluation."""
 import json
 from pathlib import Path
 

@@ -2,6 +2,7 @@
 import math
 from functools import partial
 
+import pytest
 import torch
 from golden import our_name
 from test_models import batch
