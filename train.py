@@ -471,7 +471,7 @@ def make_parser():
                    help="small and from scratch, or as in the paper")
     p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
                    help="an option of the model, as in its build(); may be given several times")
-    p.add_argument("--data", default="shapes", metavar="DIR", help="COCO-format folder; default: the shapes")
+    p.add_argument("--data", metavar="DIR", help="COCO-format folder; default: the embedded shapes")
     for name in ("train-json", "train-images", "val-json", "val-images"):
         p.add_argument(f"--{name}", metavar="PATH", help="instead of --data: the four paths one by one")
     p.add_argument("--size", type=int, help="pixels; laptop: longest side (96 for shapes, 256 for folders), "
@@ -552,7 +552,7 @@ def check_values(p, args):
     for name in ("steps", "epochs", "batch_size", "accumulate", "size", "overfit", "lr", "clip_norm",
                  "eval_every", "log_every"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # also catches nan
             p.error(f"--{name.replace('_', '-')} {value}: it must be greater than 0")
     if args.batch_size % args.accumulate:
         p.error(f"--batch-size {args.batch_size} is the total: a multiple of --accumulate {args.accumulate}")
@@ -582,7 +582,8 @@ def fill_in(args, train_set):
 
 def new_run_folder(args):
     """A folder that holds no other run: nothing already saved is overwritten."""
-    name = f"{Path(args.model).stem}-{Path(args.data).resolve().name}"
+    source = args.data or args.train_images or "shapes"
+    name = f"{Path(args.model).stem}-{Path(source).resolve().name}"
     names = [name] + [f"{name}-{i}" for i in range(2, 1000)]
     for folder in [Path(args.out)] if args.out else [Path("runs") / name for name in names]:
         if not (folder / "log.jsonl").exists():

@@ -255,6 +255,14 @@ def test_a_folder_with_foreign_category_ids_trains(tmp_path):
     assert "WARNING" in done.stdout, "three images from scratch deserve a warning"
 
 
+def test_the_four_paths_can_be_given_one_by_one(tmp_path):
+    folder = small_coco(tmp_path / "set")
+    paths = [f"--{split}-{kind}" for split in ("train", "val") for kind in ("json", "images")]
+    places = [folder / p for s in ("train", "val") for p in (f"annotations/instances_{s}.json", s)]
+    done = run(*itertools.chain(*zip(paths, places)), "--steps", 1, *QUICK, "--batch-size", 2, cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / "runs/detr-train/last.pt").exists(), done.stderr
+
+
 def test_somebody_elses_model_file_trains(tmp_path):
     (tmp_path / "mine.py").write_text((ROOT / "detr.py").read_text())
     done = run("--model", "mine.py", "--steps", 1, *QUICK, cwd=tmp_path)
@@ -276,6 +284,7 @@ WRONG = {
     "missing checkpoint": (["--resume", "nowhere"], "nowhere"),
     "eval without weights": (["--eval"], "--weights"),
     "negative steps": (["--steps", "-1"], "--steps"),
+    "rate that is no number": (["--lr", "nan"], "--lr nan"),
     "batch not a multiple": (["--batch-size", "5", "--accumulate", "2"], "multiple"),
     "cuda on a machine without": (["--device", "cuda"], "CUDA"),
 }
