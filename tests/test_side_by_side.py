@@ -38,7 +38,7 @@ def definitions(text):
     return found
 
 
-@pytest.mark.parametrize("a, b", itertools.combinations(TEXT, 2))
+@pytest.mark.parametrize("a, b", list(itertools.combinations(TEXT, 2)))
 def test_what_has_the_same_name_has_the_same_text(a, b):
     first, second = definitions(TEXT[a]), definitions(TEXT[b])
     for name in first.keys() & second.keys() - MAY_DIFFER.keys():
@@ -47,7 +47,7 @@ def test_what_has_the_same_name_has_the_same_text(a, b):
         assert first[name] == second[name], f"{name}: {a}.py has {differ[0]!r} where {b}.py has {differ[1]!r}"
 
 
-@pytest.mark.parametrize("a, b", itertools.combinations(TEXT, 2))
+@pytest.mark.parametrize("a, b", list(itertools.combinations(TEXT, 2)))
 def test_shared_definitions_come_in_the_same_order(a, b):
     first, second = list(definitions(TEXT[a])), list(definitions(TEXT[b]))
     assert [n for n in first if n in second] == [n for n in second if n in first]
