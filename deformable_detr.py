@@ -44,7 +44,7 @@ RECIPE = dict(
 
 # What train.py --preset laptop changes for this file: refinement, and levels at strides 8, 16 and 32.
 LAPTOP = dict(
-    steps=1000,
+    steps=1300,
     batch_size=8,
     lr=8e-4,
     lr_backbone=8e-4,
