@@ -178,7 +178,7 @@ def pick_colour(rng, label, background):
     """A colour around the hue of its class, float32 [3] in 0..255: of 8, the one furthest from `background`.
 
     Class and hue go together, as with apples and bananas: without this, telling small shapes apart is most of
-    the work, and DETR needs an hour instead of minutes.
+    the work, and minutes are not enough for DETR.
     """
     hue = (label / len(SHAPE_NAMES) + rng.normal(0, 0.05, 8)) % 1
     saturation, value = rng.uniform(0.5, 1, (2, 8))
