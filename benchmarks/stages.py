@@ -1,0 +1,188 @@
+"""Do later decoder stages make a query better? The measurements that SQR starts from, for any of the five models.
+
+    python benchmarks/stages.py runs/deformable_detr-shapes runs/sqr-shapes
+    python benchmarks/stages.py runs/sqr-shapes --option recurrent=true      the last stage, looped
+    python benchmarks/stages.py RUN --picture docs/stages.png                where an early stage knew better
+
+Per run: AP of every stage; the two rates of the paper (section 3), which compare the last stage's prediction with what
+earlier stages made of the same query; and the AP of an oracle that knows which stage to trust.
+
+    TP fading         of the last stage's true positives: an earlier stage was a true positive for the same
+                      object with both a higher IoU and a higher score
+    FP exacerbation   of the last stage's false positives: an earlier stage gave a lower score
+    oracle            every query answers from its best stage: where it is a true positive the one of largest
+                      score x IoU, and where it never is, the one of lowest score. An upper bound.
+
+A prediction is a true positive if it is matched to an object as COCO does it: same class, IoU 0.5 or more, in the order
+of scores, one prediction an object.
+"""
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torchvision.ops import box_convert, box_iou
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import data  # noqa: E402
+import train  # noqa: E402
+import visualize  # noqa: E402
+
+
+@dataclass
+class Stages:
+    """What every stage says of one image, and the truth. Boxes are xyxy in pixels of the original image."""
+    image_id: int
+    scores: torch.Tensor  # [S, Q]
+    labels: torch.Tensor  # [S, Q]
+    boxes: torch.Tensor  # [S, Q, 4]
+    true_labels: torch.Tensor  # [n]
+    true_boxes: torch.Tensor  # [n, 4]
+
+    def match(self):
+        """Per stage and query the object that it finds, -1 for none, and the IoU with it: [S, Q] int64, [S, Q]."""
+        found, ious = torch.full_like(self.labels, -1), torch.zeros_like(self.scores)
+        for s in range(len(self.scores)):
+            iou = box_iou(self.boxes[s], self.true_boxes)  # [Q, n]
+            iou[self.labels[s][:, None] != self.true_labels] = 0
+            for q in self.scores[s].argsort(descending=True, stable=True).tolist():
+                best, g = iou[q].max(0) if iou.shape[1] else (torch.tensor(0.0), None)
+                if best >= 0.5:
+                    found[s, q], ious[s, q] = g, best
+                    iou[:, g] = 0  # one prediction an object
+        return found, ious
+
+
+def rates(images):
+    """(TP fading rate, FP exacerbation rate) over a list of Stages, as defined above; nan where there is none."""
+    fading, exacerbation = [], []
+    for image in images:
+        found, iou = image.match()
+        last, earlier = found[-1], slice(None, -1)
+        right = last >= 0  # [Q]
+        same = (found[earlier] == last) & right  # [S - 1, Q]
+        better = (iou[earlier] > iou[-1]) & (image.scores[earlier] > image.scores[-1])
+        fading.append((same & better).any(0)[right])
+        exacerbation.append((image.scores[earlier] < image.scores[-1]).any(0)[~right])
+    return tuple(torch.cat(shares).float().mean().item() for shares in (fading, exacerbation))
+
+
+def oracle(image):
+    """Predictions of the best stage of every query, as coco_eval wants them."""
+    found, iou = image.match()
+    right = found >= 0
+    worth = torch.where(right, image.scores * iou, -image.scores)  # [S, Q]
+    worth = worth.masked_fill(right.any(0) & ~right, -torch.inf)
+    best = worth.argmax(0)  # [Q]
+    return at_stage(image, best)
+
+
+def at_stage(image, stage):
+    """Predictions {"scores" [Q], "labels" [Q], "boxes" [Q, 4]} at one stage, or at one per query [Q]."""
+    queries = torch.arange(image.scores.shape[1])
+    return {name: getattr(image, name)[stage, queries] for name in ("scores", "labels", "boxes")}
+
+
+# ---- From a checkpoint ---------------------------------------------------------------------------------------------
+@torch.no_grad()
+def predict(model, dataset, args):
+    """Every stage's best class of every query, over a data set: a list of Stages."""
+    criterion, images_seen = train.SetCriterion(model.eval()), []
+    for images, mask, targets in train.make_loader(dataset, args, batch_size=args.eval_batch_size):
+        out = model(images.to(args.device), mask.to(args.device))
+        logits, boxes = out["logits"].cpu(), box_convert(out["boxes"].cpu(), "cxcywh", "xyxy")
+        p = logits.softmax(-1)[..., :-1] if criterion.softmax else logits.sigmoid()
+        scores, labels = p.max(-1)  # [S, B, Q]
+        for b, target in enumerate(targets):
+            h, w = target["size"]
+            size = torch.tensor([w, h, w, h])
+            images_seen.append(Stages(
+                target["image_id"], scores[:, b], labels[:, b], boxes[:, b] * size,
+                target["labels"], box_convert(target["boxes"], "cxcywh", "xyxy") * size))
+    return images_seen
+
+
+def load(path, changed_options):
+    """(model, validation set, args) of a run of train.py, with some of the model's options changed."""
+    checkpoint = train.load_checkpoint(path / "best.pt" if path.is_dir() else path)
+    args = argparse.Namespace(**checkpoint["args"])
+    args.device, args.workers = "cuda" if torch.cuda.is_available() else "cpu", 0
+    args.eval_batch_size = args.eval_batch_size or args.batch_size
+    dataset = train.load_data(args, ("val",))["val"]
+    options = {**checkpoint["model_options"], "pretrained_backbone": False, **changed_options}
+    model = train.build_model(train.load_model_file(args.model), len(dataset.class_names), options)
+    model.load_state_dict(checkpoint["model"])
+    return model.to(args.device), dataset, args
+
+
+def average_precision(dataset, images, choose):
+    return data.coco_eval(dataset, {image.image_id: choose(image) for image in images})["AP"]
+
+
+# ---- Picture -------------------------------------------------------------------------------------------------------
+def lost_objects(images):
+    """Objects that some stage found and the last stage misses: (how clearly, image, object, stage, query)."""
+    for image in images:
+        found, iou = image.match()
+        for g in range(len(image.true_labels)):
+            early = (found == g) * image.scores * iou  # [S, Q]
+            if early.max() > 0 and not (found[-1] == g).any():
+                stage, query = divmod(early.argmax().item(), early.shape[1])
+                yield early.max().item(), image, g, stage, query
+
+
+def draw(dataset, images, path, count=6):
+    """The clearest cases of an early stage that was right where the last stage is wrong, for the same query."""
+    cases = sorted(lost_objects(images), key=lambda case: -case[0])[:count]
+    if not cases:
+        print("no object that an early stage finds is lost by the last: no picture")
+        return
+    index_of = {dataset[i][1]["image_id"]: i for i in range(len(dataset))}
+    figure = Figure(figsize=(12, 4.1 * ((len(cases) + 2) // 3)), layout="constrained")
+    panels = list(figure.subplots((len(cases) + 2) // 3, 3, squeeze=False).flat)
+    for axes in panels:
+        axes.axis("off")
+    for axes, (_, image, g, stage, query) in zip(panels, cases):
+        pixels, target = dataset[index_of[image.image_id]]
+        height, width = pixels.shape[1:]
+        scale = torch.tensor([width / target["size"][1], height / target["size"][0]] * 2)
+        axes.imshow(visualize.to_picture(pixels))
+        lines = [(image.true_boxes[g], dataset.class_names[image.true_labels[g]], visualize.TRUE, "truth")]
+        for s, colour in ((stage, "#2979ff"), (-1, visualize.PREDICTED)):
+            label, score = dataset.class_names[image.labels[s, query]], image.scores[s, query]
+            overlap = box_iou(image.boxes[s, query][None], image.true_boxes[g][None]).item()
+            name = "last stage" if s == -1 else f"stage {s + 1}"
+            lines.append((image.boxes[s, query], f"{label} {score:.2f}, IoU {overlap:.2f}", colour, name))
+        for k, (box, text, colour, name) in enumerate(lines):
+            visualize.draw_boxes(axes, (box * scale)[None], [""], colour, above=True)
+            axes.text(0, -0.03 - 0.07 * k, f"{name}: {text}", color=colour, transform=axes.transAxes, va="top")
+    figure.suptitle("One query each: right at an early stage, wrong at the last")
+    figure.savefig(path, dpi=100)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs, or checkpoints")
+    p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="changed option of the model")
+    p.add_argument("--picture", metavar="FILE", help="of the last run")
+    args = p.parse_args()
+    print("| run | AP of stages 1, 2, ... | oracle AP | TP fading | FP exacerbation |\n|---|---|---|---|---|")
+    for path in args.runs:
+        model, dataset, settings = load(path, train.parse_options(p, args.option))
+        images = predict(model, dataset, settings)
+        stages = [average_precision(dataset, images, lambda image: at_stage(image, s))
+                  for s in range(len(images[0].scores))]
+        fading, exacerbation = rates(images)
+        print(f"| {path.name} | {', '.join(f'{ap:.3f}' for ap in stages)} "
+              f"| {average_precision(dataset, images, oracle):.3f} | {fading:.0%} | {exacerbation:.0%} |", flush=True)
+    if args.picture:
+        draw(dataset, images, args.picture)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except data.DataError as error:
+        raise SystemExit(f"data: {data.one_line(error)}")
