@@ -5,7 +5,6 @@
 Both forms give the same numbers (checked first). Times alternate, so that their ratio can be trusted.
 """
 import argparse
-import itertools
 import statistics
 import sys
 import time
@@ -13,9 +12,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.profiler import profile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from speed import peak_memory  # noqa: E402
+
 from deformable_detr import deformable_sampling  # noqa: E402
 
 SHAPES = [(60, 80), (30, 40), (15, 20), (8, 10)]  # C3 to C6 of a 480 x 640 image
@@ -53,16 +53,6 @@ def step(form):
     return out, value.grad
 
 
-def peak_memory(form):
-    """Peak of live tensor memory in MiB, from the profiler's record of every allocation (the process's own peak
-    depends on what malloc gives back, and varies by a factor of two from run to run)."""
-    with profile(profile_memory=True) as recorded:
-        step(form)
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    return max(itertools.accumulate(sizes)) / 2**20
-
-
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--repeats", type=int, default=7)
@@ -77,7 +67,7 @@ def main():
             step(form)
             times[form].append(time.perf_counter() - start)
     seconds = {form: statistics.median(t) for form, t in times.items()}
-    memory = {form: peak_memory(form) for form in FORMS}
+    memory = {form: peak_memory(lambda: step(form)) for form in FORMS}
     for form in FORMS:
         print(f"{form:24} {seconds[form]:.2f} s, peak {memory[form]:.0f} MiB")
     usual, ours = FORMS

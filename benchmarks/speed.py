@@ -1,0 +1,195 @@
+"""What the models cost: parameters, multiply-adds, time and memory of inference and of a training step.
+
+    python benchmarks/speed.py                          the paper's size on an image of 480 x 640, laptop size on 96 x 96
+    python benchmarks/speed.py --flops 800 1066         only multiply-adds, on the papers' image size
+    python benchmarks/speed.py --against-transformers   ratios to Hugging Face's three, if that package is installed
+
+A training step is forward, matching, losses and backward of one batch; no optimiser. Memory is the peak of live tensors
+above what is there before (parameters are). Models take turns, so that noise hits all of them alike; times are medians.
+"""
+import argparse
+import importlib
+import itertools
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import train  # noqa: E402
+
+MODELS = {  # name: (file, options that differ from the default)
+    "detr": ("detr", {}),
+    "conditional_detr": ("conditional_detr", {}),
+    "deformable_detr": ("deformable_detr", {}),
+    "deformable_detr, one level": ("deformable_detr", {"num_feature_levels": 1}),
+    "deformable_detr, two-stage": ("deformable_detr", {"two_stage": True}),
+    "sam_detr": ("sam_detr", {}),
+    "sqr, none": ("sqr", {"recollect": "none"}),
+    "sqr, selective": ("sqr", {"recollect": "selective"}),
+    "sqr, dense": ("sqr", {"recollect": "dense"}),
+}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def build(name, size):
+    """A model on DEVICE: 91 classes at the paper's size, 4 classes and the laptop preset of its file otherwise."""
+    file, options = MODELS[name]
+    module = importlib.import_module(file)
+    if size == "laptop":
+        preset = train.preset_values("laptop", module)
+        options = {**{k: v for k, v in preset.items() if k not in train.TRAINING}, "num_queries": 20, **options}
+    torch.manual_seed(0)
+    return module.build(91 if size == "paper" else 4, **{"pretrained_backbone": False, **options}).to(DEVICE)
+
+
+def batch(B, height, width):
+    """Random images without padding, and three objects in each."""
+    torch.manual_seed(0)
+    images, mask = torch.randn(B, 3, height, width), torch.zeros(B, height, width, dtype=torch.bool)
+    boxes = torch.tensor([[0.3, 0.4, 0.2, 0.3], [0.6, 0.6, 0.5, 0.4], [0.2, 0.7, 0.1, 0.1]])
+    targets = [{"labels": torch.tensor([0, 2, 1], device=DEVICE), "boxes": boxes.to(DEVICE)} for _ in range(B)]
+    return images.to(DEVICE), mask.to(DEVICE), targets
+
+
+def seconds(call):
+    start = time.perf_counter()
+    call()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def take_turns(calls, repeats):
+    """Median seconds of each of {name: function}, after one warm-up."""
+    times = {name: [] for name in calls}
+    for _, (name, call) in itertools.product(range(repeats + 1), calls.items()):
+        times[name].append(seconds(call))
+    return {name: statistics.median(t[1:]) for name, t in times.items()}
+
+
+def peak_memory(call):
+    """Peak of live tensors that the call adds, in MiB. On a CPU from the profiler's record of every allocation: the
+    process's own peak depends on what malloc gives back, and varies by a factor of two from run to run."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with profile(profile_memory=True) as recorded:
+        call()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(sizes)) / 2**20
+
+
+def multiply_adds(model, images, mask):
+    """Of one forward pass, in units of 1e9; the papers call them FLOPs. Matrix products and convolutions, not bilinear
+    sampling, softmax or RoIAlign."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.eval()(images, mask)
+    return counter.get_total_flops() / 2e9  # the counter sees two operations in each
+
+
+def inference(model, images, mask):
+    model.eval()
+    with torch.inference_mode():
+        model(images, mask)
+
+
+def training_step(model, criterion, images, mask, targets):
+    model.train().zero_grad()
+    criterion(model(images, mask), targets)["total"].backward()
+
+
+def costs(size, B, height, width, repeats):
+    """Markdown table, one row a model."""
+    images, mask, targets = batch(B, height, width)
+    models = {name: build(name, size) for name in MODELS}
+    criteria = {name: train.SetCriterion(model) for name, model in models.items()}
+    forward = {name: lambda m=model: inference(m, images, mask) for name, model in models.items()}
+    step = {name: lambda m=model, c=criteria[name]: training_step(m, c, images, mask, targets)
+            for name, model in models.items()}
+    infer, trained = take_turns(forward, repeats), take_turns(step, repeats)
+    print(f"\n{size} size, {B} x {height} x {width}, {DEVICE}, {torch.get_num_threads()} threads, torch "
+          f"{torch.__version__}\n\n| model | parameters | multiply-adds | inference | training step | its memory |\n"
+          "|---|---|---|---|---|---|")
+    for name, model in models.items():
+        count = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"| {name} | {count:.1f} M | {multiply_adds(model, images, mask):.1f} G | {infer[name]:.3f} s | "
+              f"{trained[name]:.3f} s | {peak_memory(step[name]):.0f} MiB |", flush=True)
+
+
+# ---- Hugging Face transformers, the same configurations ------------------------------------------------------------
+def transformers_model(name):
+    """Their model with random weights; what the papers freeze is frozen, and every layer has its loss, as in ours."""
+    import transformers
+    stem = {"detr": "Detr", "conditional_detr": "ConditionalDetr", "deformable_detr": "DeformableDetr"}[name]
+    config = getattr(transformers, f"{stem}Config")(num_labels=91, auxiliary_loss=True)
+    model = getattr(transformers, f"{stem}ForObjectDetection")(config)
+    for key, parameter in model.named_parameters():
+        if "backbone" in key and any(part in key for part in (".conv1.", ".bn1.", ".layer1.")):
+            if ".layer" not in key or ".layer1." in key:
+                parameter.requires_grad_(False)
+    return model.to(DEVICE)
+
+
+def against_transformers(height, width, repeats):
+    images, mask, targets = batch(1, height, width)
+    theirs_mask = (~mask).long()  # theirs is 1 on the image
+    labels = [{"class_labels": t["labels"], "boxes": t["boxes"]} for t in targets]
+    print(f"\nours against transformers, 1 x {height} x {width}, {DEVICE}, {torch.get_num_threads()} threads; theirs / "
+          "ours, above 1 = ours is better\n\n| model | inference | training step | its memory | trained parameters |\n"
+          "|---|---|---|---|---|")
+    for name in ("detr", "conditional_detr", "deformable_detr"):
+        ours, theirs = build(name, "paper"), transformers_model(name)
+        criterion = train.SetCriterion(ours)
+
+        def their_inference():
+            with torch.inference_mode():
+                theirs.eval()(pixel_values=images, pixel_mask=theirs_mask)
+
+        def their_step():
+            theirs.train().zero_grad()
+            theirs(pixel_values=images, pixel_mask=theirs_mask, labels=labels).loss.backward()
+
+        def our_step():
+            training_step(ours, criterion, images, mask, targets)
+
+        infer = take_turns({"ours": lambda: inference(ours, images, mask), "theirs": their_inference}, repeats)
+        step = take_turns({"ours": our_step, "theirs": their_step}, repeats)
+        memory = peak_memory(their_step) / peak_memory(our_step)
+        counts = [sum(p.numel() for p in m.parameters() if p.requires_grad) / 1e6 for m in (ours, theirs)]
+        print(f"| {name} | {infer['theirs'] / infer['ours']:.2f} | {step['theirs'] / step['ours']:.2f} | {memory:.2f} | "
+              f"{counts[0]:.1f} M, {counts[1]:.1f} M |", flush=True)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--size", nargs=2, type=int, default=(480, 640), metavar=("H", "W"), help="of the paper's models")
+    p.add_argument("--flops", nargs=2, type=int, metavar=("H", "W"), help="only multiply-adds, for this image")
+    p.add_argument("--against-transformers", action="store_true")
+    args = p.parse_args()
+    if args.flops:
+        images, mask, _ = batch(1, *args.flops)
+        for name in MODELS:
+            print(f"{name:28} {multiply_adds(build(name, 'paper'), images, mask):6.1f} G")
+    elif args.against_transformers:
+        try:
+            import transformers  # noqa: F401
+        except ImportError:
+            raise SystemExit("pip install transformers timm; they are not needed for anything else here")
+        against_transformers(*args.size, args.repeats)
+    else:
+        costs("laptop", 8, 96, 96, args.repeats)
+        costs("paper", 1, *args.size, args.repeats)
+
+
+if __name__ == "__main__":
+    main()
