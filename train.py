@@ -4,19 +4,24 @@
     python train.py --model detr --data DIR        your COCO-format folder
     python train.py --model detr --overfit 2       two images: AP must come close to 1, or something is broken
     python train.py --resume runs/detr-shapes      go on after Ctrl-C or a crash, exactly where it stopped
+    python train.py --data DIR --init runs/detr-shapes    a new run that starts from the weights of another
     python train.py --eval --weights runs/detr-shapes/best.pt
     python train.py --model detr --preset paper --data COCO --batch-size 16 --accumulate 4
+    torchrun --nproc-per-node 8 train.py ...       the same on 8 GPUs: same total batch, same gradients
 
 Reading order: SetCriterion (matching and losses), then train(). What is about data is in data.py, about
 pictures in visualize.py. A model file gives RECIPE (how the paper trains it), LAPTOP (what the small preset
 changes for it), build() and load_official(); nothing here asks for a model's name.
 """
 import argparse
+import contextlib
 import copy
 import importlib.util
 import json
 import math
 import os
+import resource
+import shutil
 import signal
 import sys
 import time
@@ -56,6 +61,7 @@ LAPTOP = dict(
 )
 TRAINING = ("steps", "epochs", "lr_drop", "batch_size", "lr", "lr_backbone", "warmup", "schedule",
             "clip_norm", "weight_decay")  # the rest of a preset are options of the model
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
 # ---- Matching and losses -----------------------------------------------------------------------------------
@@ -180,7 +186,6 @@ class SetCriterion:
         return {"total": total, **losses}
 
 
-
 # ---- The model file, optimiser and schedule ----------------------------------------------------------------
 def load_model_file(name):
     """The module behind --model: one of our names or the path of any .py file that keeps the contract."""
@@ -229,10 +234,10 @@ def lr_factor(step, args, steps_per_epoch):
 
 
 class Batches(torch.utils.data.Sampler):
-    """The parts of all batches of a run in order, each a list of (epoch, index).
+    """This process' parts of all batches of a run in order, each a list of (epoch, index).
 
-    A function of the seed and the step alone, so a run resumed at any step sees what it would have seen. What
-    is left of an epoch and fills no batch is dropped.
+    A function of the seed and the step alone, so a run resumed at any step sees what it would have seen, and
+    several processes share the batch of one. What is left of an epoch and fills no batch is dropped.
     """
 
     def __init__(self, size, args, start):
@@ -240,12 +245,12 @@ class Batches(torch.utils.data.Sampler):
         self.steps_per_epoch = size // args.batch_size
 
     def __iter__(self):
-        batch, part = self.args.batch_size, self.args.batch_size // self.args.accumulate
+        batch, part = self.args.batch_size, self.args.batch_size // (self.args.accumulate * WORLD)
         for step in range(self.start, self.args.steps):
             epoch, i = divmod(step, self.steps_per_epoch)
             generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch)
             order = torch.randperm(self.size, generator=generator).tolist()
-            for first in range(i * batch, (i + 1) * batch, part):
+            for first in range(i * batch + RANK * part, (i + 1) * batch, WORLD * part):
                 yield [(epoch, index) for index in order[first:first + part]]
 
 
@@ -261,13 +266,25 @@ def make_loader(dataset, args, **how):
         worker_init_fn=ignore_ctrl_c, generator=torch.Generator(), **how)
 
 
+def gather(value):
+    """The values of all processes, in order of their ranks; [value] if there is only this one."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
 # ---- Evaluation --------------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(model, criterion, dataset, args):
-    """(COCO's 12 numbers and three signs of collapse, {image id: boxes in pixels, scores, labels})."""
+    """(COCO's 12 numbers and three signs of collapse, {image id: boxes in pixels, scores, labels}).
+
+    Every process does its share of the images, each image once; all of them get the whole result.
+    """
     model.eval()
     predictions, all_boxes = {}, []
-    for images, mask, targets in make_loader(dataset, args, batch_size=args.eval_batch_size):
+    share = torch.utils.data.Subset(dataset, range(RANK, len(dataset), WORLD))
+    for images, mask, targets in make_loader(share, args, batch_size=args.eval_batch_size):
         with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
             out = model(images.to(args.device), mask.to(args.device))
         logits, boxes = out["logits"][-1].float().cpu(), out["boxes"][-1].float().cpu()
@@ -277,8 +294,9 @@ def evaluate(model, criterion, dataset, args):
         predictions.update((t["image_id"], p) for t, p in zip(targets, found))
         all_boxes.append(boxes)
     model.train()
+    predictions = {image_id: found for part in gather(predictions) for image_id, found in part.items()}
+    boxes = torch.cat(sum(gather(all_boxes), []))  # [N, Q, 4]
     metrics = data.coco_eval(dataset, predictions)
-    boxes = torch.cat(all_boxes)  # [N, Q, 4]
     metrics["spread_images"] = boxes.std(0, unbiased=False).mean().item()  # one query over all images
     metrics["spread_queries"] = boxes.std(1, unbiased=False).mean().item()  # one image over all queries
     seen = torch.cat([p["labels"][p["scores"] > 0.3] for p in predictions.values()]).unique()
@@ -298,26 +316,101 @@ def collapse_line(metrics, num_classes):
 
 
 # ---- Checkpoints -------------------------------------------------------------------------------------------
-def save(path, content):
-    """Atomic: a crash while writing leaves the old file whole."""
-    torch.save(content, f"{path}.tmp")
+def save(path, content, keep=None):
+    """Atomic: a crash at any moment leaves a whole file, the old one or the new one; `keep` names a copy of the old."""
+    with open(f"{path}.tmp", "wb") as file:
+        torch.save(content, file)
+        os.fsync(file.fileno())
+    if keep and path.exists():
+        shutil.copyfile(path, f"{keep}.tmp")
+        os.replace(f"{keep}.tmp", keep)
     os.replace(f"{path}.tmp", path)
 
 
-def load_checkpoint(path):
-    """A checkpoint of ours, from a file or a run's folder; only tensors and plain values are unpickled."""
-    path = Path(path)
-    path = path / "last.pt" if path.is_dir() else path
+def read_file(path):
+    """What torch.save wrote: tensors and plain values, and the Namespace of the official checkpoints; no code."""
     if not path.is_file():
         raise SystemExit(f"{path}: no such checkpoint.")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise SystemExit(f"{path}: not a readable checkpoint ({type(error).__name__}); cut off, or not ours?")
+
+
+def load_checkpoint(path):
+    """A checkpoint of ours, from a file or a run's folder: there the last one, or if it is damaged the one before."""
+    path = Path(path)
+    if path.is_dir():
+        path, previous = path / "last.pt", path / "previous.pt"
+        try:
+            return load_checkpoint(path)
+        except SystemExit as error:
+            if not previous.exists():
+                raise
+            print(f"{error} Taking {previous}, the one before it.", file=sys.stderr)
+            return load_checkpoint(previous)
+    checkpoint = read_file(path)
     missing = {"model", "args", "model_options", "class_names", "category_ids"} - set(checkpoint)
     if missing:
-        raise SystemExit(f"{path}: not a checkpoint of train.py (no {', '.join(sorted(missing))}).")
+        raise SystemExit(f"{path}: not a checkpoint of train.py (no {', '.join(sorted(missing))}). To start a new run "
+                         "from official weights use --init.")
     return checkpoint
+
+
+def read_init(path):
+    """The file behind --init, ours or official; of a run's folder best.pt."""
+    path = Path(path)
+    checkpoint = read_file(path / "best.pt" if path.is_dir() else path)
+    if not isinstance(checkpoint, dict):
+        raise SystemExit(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint.")
+    return checkpoint
+
+
+def in_our_names(module, checkpoint):
+    """The tensors of a checkpoint, ours or official, under our names and of any shape: {name: tensor}."""
+    class Recorder:
+        def load_state_dict(self, state):
+            self.state = state
+
+    if "model_options" in checkpoint:
+        return dict(checkpoint["model"])
+    module.load_official(recorder := Recorder(), checkpoint)  # renames; that shapes may differ is what we are here for
+    return {name: tensor for name, tensor in recorder.state.items() if isinstance(tensor, torch.Tensor)}
+
+
+def initialise(model, module, checkpoint, class_names):
+    """Copy all that fits into the model; say what does not. Of queries as many are copied as both have.
+
+    A class head is copied only if it is known to be for the same classes. Source of the habit: the many who
+    fine-tune DETR on their own data delete the class head and keep everything else.
+    """
+    given, left = in_our_names(module, checkpoint), []
+    queries = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
+    state, copied = model.state_dict(), 0
+    for name, tensor in state.items():
+        source = given.pop(name, None)
+        if source is None:
+            if not name.endswith("num_batches_tracked"):  # frozen BatchNorm has none
+                left.append(f"{name}: not in the file, keeps its random start")
+        elif name.startswith("class_head.") and checkpoint.get("class_names") != class_names:
+            left.append(f"{name}: for other classes, made anew")
+        elif source.shape == tensor.shape:
+            tensor.copy_(source)
+            copied += 1
+        elif name in queries and source.shape[1:] == tensor.shape[1:]:
+            n = min(len(source), len(tensor))
+            tensor[:n] = source[:n]
+            copied += 1
+            left.append(f"{name}: the first {n} of the file's {len(source)} queries, the model has {len(tensor)}")
+        else:
+            left.append(f"{name}: {list(source.shape)} in the file, {list(tensor.shape)} here, keeps its random start")
+    left += [f"{name}: only in the file, not used" for name in given if not name.endswith("num_batches_tracked")]
+    print(f"init     {copied} of {len(state)} tensors copied" + (", except:" if left else ""))
+    for line in left[:12] + [f"and {len(left) - 12} more"] * (len(left) > 12):
+        print(f"         {line}")
+    if copied < len(state) / 2:
+        raise SystemExit("--init: most of it does not fit. Is it the same --model, with the same --preset and options?")
 
 
 # ---- The loop ----------------------------------------------------------------------------------------------
@@ -325,7 +418,7 @@ def train_step(forward, criterion, optimizer, parts, args):
     """One optimiser step on one batch, given in parts. Returns what is logged; raises Diverged."""
     # Every loss is normalised by the boxes of the whole batch, so that the parts add up to the gradient of
     # one large batch (exactly, as long as BatchNorm is frozen).
-    box_counts = [len(t["labels"]) for _, _, targets in parts for t in targets]
+    box_counts = sum(gather([len(t["labels"]) for _, _, targets in parts for t in targets]), [])
     logged = {}
     optimizer.zero_grad()
     for images, mask, targets in parts:
@@ -333,9 +426,10 @@ def train_step(forward, criterion, optimizer, parts, args):
         with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
             out = forward(images.to(args.device), mask.to(args.device))
         losses = criterion(out, targets, box_counts)  # outside of autocast: in float32
-        losses["total"].backward()
+        (losses["total"] * WORLD).backward()  # DDP takes the mean over processes, this makes it a sum
         for name, loss in losses.items():
             logged[name] = logged.get(name, 0) + loss.detach().flatten()[-1].item()  # of the last stage
+    logged = {name: sum(part[name] for part in gather(logged)) for name in logged}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     logged["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.clip_norm).item()
     if not math.isfinite(logged["grad_norm"]):
@@ -344,43 +438,92 @@ def train_step(forward, criterion, optimizer, parts, args):
     return logged
 
 
+@torch.no_grad()
+def where_it_went_bad(model, images, mask):
+    """The first layer, in order of execution, that returns numbers that are not finite; else where gradients are not."""
+    bad = []
+
+    def check(name):
+        def hook(module, inputs, output):
+            outputs = output if isinstance(output, (tuple, list)) else [output]
+            if any(isinstance(x, torch.Tensor) and not x.isfinite().all() for x in outputs):
+                bad.append(name)
+        return hook
+
+    hooks = [module.register_forward_hook(check(name)) for name, module in model.named_modules() if name]
+    model(images, mask)
+    for hook in hooks:
+        hook.remove()
+    if bad:
+        return f"first bad layer {bad[0]}"
+    # Backward runs from the end, so the last of them went bad first
+    bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    return f"first bad gradient {bad[-1]}" if bad else "all layers are finite again"
+
+
+def open_log(path, step):
+    """log.jsonl, without what a killed run wrote after the checkpoint it now goes on from."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):  # cut off
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    Path(f"{path}.tmp").write_text("".join(kept))
+    os.replace(f"{path}.tmp", path)
+    return open(path, "a", buffering=1)
+
+
 def train(model, criterion, datasets, args, module, model_options, run, resumed):
     """From step 0, or from where the checkpoint `resumed` stopped, to args.steps; `run` keeps everything."""
     train_set, val_set = datasets["train"], datasets["val"]
     optimizer = make_optimizer(model, module, args.lr, args.lr_backbone, args.weight_decay)
-    step, best, seconds = 0, -1.0, 0.0
+    step, best, seconds, window = 0, -1.0, 0.0, []  # window: what is logged of the steps since the last line
     if resumed:
-        step, best, seconds = (resumed[name] for name in ("step", "best", "seconds"))
+        step, best, seconds, window = (resumed[name] for name in ("step", "best", "seconds", "window"))
         optimizer.load_state_dict(resumed["optimizer"])
-        torch.set_rng_state(resumed["rng"])
     if step >= args.steps:
         raise SystemExit(f"{run}: already finished, step {step} of {args.steps}. Give more --steps to go on.")
     announce(model, criterion, datasets, args, step)
-    forward = torch.compile(model) if args.compile else model
+    forward = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+    forward = torch.compile(forward) if args.compile else forward
     batches = Batches(len(train_set), args, step)
     loader = iter(make_loader(train_set, args, batch_sampler=batches))
-    log = open(run / "log.jsonl", "a", buffering=1)
-    bar = tqdm(total=args.steps, initial=step, unit="step", dynamic_ncols=True, disable=None)
-    started, window = time.time() - seconds, []
-    stop = []  # Ctrl-C lets the step finish; a second one kills
-    signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.SIG_DFL)))
+    bar = tqdm(total=args.steps, initial=step, unit="step", dynamic_ncols=True, disable=True if RANK else None)
+    started, stop = time.time() - seconds, []
+    main_process = RANK == 0  # the only one that writes
+    log = open_log(run / "log.jsonl", step) if main_process else None
+
+    def on_signal(number, frame):
+        """Ctrl-C (or a cluster's SIGTERM) lets the step finish and saves; a second Ctrl-C kills."""
+        stop.append(number)
+        if WORLD == 1:  # torchrun passes on a signal that processes may have got already
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
 
     def write_log(**line):
-        log.write(json.dumps({"step": step, "seconds": time.time() - started, **line}) + "\n")
+        if main_process:
+            log.write(json.dumps({"step": step, "seconds": time.time() - started, **line}) + "\n")
 
-    def save_as(name):
-        save(run / name, {
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best,
-            "seconds": time.time() - started, "rng": torch.get_rng_state(), "args": vars(args),
-            "model_options": model_options, "class_names": train_set.class_names,
-            "category_ids": train_set.category_ids,
-        })
+    def save_as(name, keep=None):
+        if main_process:
+            save(run / name, {
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best,
+                "seconds": time.time() - started, "window": window, "args": vars(args),
+                "model_options": model_options, "class_names": train_set.class_names,
+                "category_ids": train_set.category_ids,
+            }, keep)
 
     model.train()
-    while step < args.steps and not stop:
+    if not resumed:
+        save_as("last.pt")  # so that there is always something to go on from
+    while step < args.steps and not any(gather(bool(stop))):
         factor = lr_factor(step, args, batches.steps_per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
+        # Dropout, like the data order, is a function of seed and step: nothing else needs to be restored
+        torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)
         try:
             parts = list(islice(loader, args.accumulate))
             window.append(train_step(forward, criterion, optimizer, parts, args))
@@ -389,7 +532,8 @@ def train(model, criterion, datasets, args, module, model_options, run, resumed)
             if step % args.eval_every == 0 or last:
                 metrics, predictions = evaluate(model, criterion, val_set, args)
         except Diverged as error:
-            raise SystemExit(f"\nThe model diverged at step {step} (lr {args.lr * factor:.2g}): {error}. "
+            where = where_it_went_bad(model, *(x.to(args.device) for x in parts[-1][:2]))
+            raise SystemExit(f"\nThe model diverged at step {step} (lr {args.lr * factor:.2g}): {error}; {where}. "
                              f"Lower --lr{' or leave out --amp' if args.amp else ''}; {run} is from before.")
         bar.update()
         if step % args.log_every == 0 or last:
@@ -400,22 +544,23 @@ def train(model, criterion, datasets, args, module, model_options, run, resumed)
             window = []
         if step % args.eval_every == 0 or last:
             write_log(eval=metrics)
-            bar.write(f"step {step}: AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f}; "
-                      + collapse_line(metrics, len(val_set.class_names)))
             improved, best = metrics["AP"] >= best, max(best, metrics["AP"])
-            save_as("last.pt")
             if improved:
                 save_as("best.pt")
-            visualize.draw_predictions(val_set, predictions, run / "predictions.png")
-            visualize.draw_curves(run / "log.jsonl", run / "curves.png")
+            save_as("last.pt", keep=run / "previous.pt")
+            if main_process:
+                bar.write(f"step {step}: AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f}; "
+                          + collapse_line(metrics, len(val_set.class_names)))
+                visualize.draw_predictions(val_set, predictions, run / "predictions.png")
+                visualize.draw_curves(run / "log.jsonl", run / "curves.png")
     bar.close()
     if step < args.steps:
-        save_as("last.pt")
+        save_as("last.pt", keep=run / "previous.pt")
         raise SystemExit(f"\nStopped at step {step} of {args.steps}, nothing is lost. Go on with:\n"
-                         f"    python train.py --resume {run}")
+                         f"    python train.py --resume {run}" if main_process else 1)
     print(data.explain(metrics))
-    print(f"{(time.time() - started) / 60:.1f} minutes. Best AP {best:.3f}. In {run}: best.pt, last.pt, "
-          f"log.jsonl, curves.png, predictions.png")
+    print(f"{(time.time() - started) / 60:.1f} minutes, peak memory {peak_memory(args)}. Best AP {best:.3f}. In {run}: "
+          f"best.pt, last.pt, log.jsonl, curves.png, predictions.png")
 
 
 def announce(model, criterion, datasets, args, step):
@@ -432,7 +577,8 @@ def announce(model, criterion, datasets, args, step):
           f"{args.steps * args.batch_size / len(train_set):.1f} epochs, lr {args.lr:g} ({args.schedule}), "
           f"seed {args.seed}")
     seconds, queries = time_one_step(model, criterion, train_set, args)
-    print(f"time     about {math.ceil(seconds * (args.steps - step) / 60)} minutes, and the evaluations")
+    print(f"time     about {math.ceil(seconds * (args.steps - step) / 60)} minutes, and the evaluations; "
+          f"memory {peak_memory(args)} for the largest possible batch")
     if queries < train_set.max_boxes:
         print(f"WARNING  {queries} queries, but an image has {train_set.max_boxes} boxes: the rest can never "
               f"be found. Raise --option num_queries=N.")
@@ -440,6 +586,8 @@ def announce(model, criterion, datasets, args, step):
     if args.preset == "paper" and args.lr == model.recipe["lr"] and args.batch_size < published:
         print(f"WARNING  lr {args.lr:g} was published for batches of {published} images, yours have "
               f"{args.batch_size}: lower --lr.")
+    if args.init:
+        return
     if args.preset == "paper" and args.steps < 100_000:
         print(f"WARNING  the transformer starts from random weights and gets {args.steps} steps. DETR needs "
               f"more than 100,000 of them: expect AP near 0.")
@@ -448,25 +596,49 @@ def announce(model, criterion, datasets, args, step):
 
 
 def time_one_step(model, criterion, train_set, args):
-    """(seconds, queries) of one training step, measured on a copy so that nothing of it remains."""
-    images, mask, targets = data.collate([train_set[i] for i in range(args.batch_size // args.accumulate)])
-    targets = [{k: t[k].to(args.device) for k in ("labels", "boxes")} for t in targets]
+    """(seconds, queries) of one training step, measured on a copy so that nothing of it remains.
+
+    Before that one step on the largest batch there can be: if memory runs out, then now and not in an hour.
+    """
+    batch = data.collate([train_set[i] for i in range(args.batch_size // (args.accumulate * WORLD))])
     model = copy.deepcopy(model).train()
-    with torch.random.fork_rng(devices=[]):
-        for _ in range(2):  # the first one warms up
-            start = time.time()
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
-                out = model(images.to(args.device), mask.to(args.device))
-            criterion(out, targets)["total"].backward()
-            if args.device != "cpu":
-                torch.cuda.synchronize()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for images, mask, targets in (largest(batch, train_set, args), batch):
+                targets = [{k: t[k].to(args.device) for k in ("labels", "boxes")} for t in targets]
+                start = time.time()
+                with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+                    out = model(images.to(args.device), mask.to(args.device))
+                criterion(out, targets)["total"].backward()
+                if args.device != "cpu":
+                    torch.cuda.synchronize()
+    except torch.OutOfMemoryError:
+        raise SystemExit(f"Out of memory for parts of {len(images)} images of up to {images.shape[2]} x "
+                         f"{images.shape[3]} pixels. Raise --accumulate {args.accumulate}, or lower --batch-size or "
+                         "--size; --amp needs less, too.")
     return (time.time() - start) * args.accumulate, out["logits"].shape[2]
+
+
+def largest(batch, train_set, args):
+    """A batch padded to the largest canvas that augmentation can produce, a wide and a tall image together."""
+    images, mask, targets = batch
+    side = round(train_set.size * 1333 / 800) if args.preset == "paper" else train_set.size
+    images = images.new_zeros(len(images), 3, side, side)
+    return images, torch.zeros_like(images[:, 0], dtype=torch.bool), targets
+
+
+def peak_memory(args):
+    """The most that this process has needed so far, on the device, as text."""
+    if args.device == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
 def make_parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default="detr", help=f"one of {', '.join(MODELS)}, or a path to a .py file")
+    p.add_argument("--model", help=f"one of {', '.join(MODELS)} (default: detr), or a path to a .py file")
     p.add_argument("--preset", choices=("laptop", "paper"), default="laptop",
                    help="small and from scratch, or as in the paper")
     p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
@@ -478,6 +650,8 @@ def make_parser():
                    "paper: shortest side (800)")
     p.add_argument("--out", help="folder for results; default runs/MODEL-DATA")
     p.add_argument("--resume", metavar="RUN", help="continue a run exactly: its folder or a checkpoint")
+    p.add_argument("--init", metavar="FILE", help="start a new run from the weights of another (file or folder), or "
+                   "from an official checkpoint; other classes and number of queries are fine")
     p.add_argument("--eval", action="store_true", help="only evaluate --weights")
     p.add_argument("--weights", metavar="FILE", help="checkpoint for --eval")
     p.add_argument("--overfit", type=int, metavar="N", help="train and evaluate on the same N images")
@@ -493,7 +667,8 @@ def make_parser():
     p.add_argument("--schedule", choices=("step", "cosine"), help="one drop to a tenth, or cosine to zero")
     p.add_argument("--lr-drop", type=int, help="epoch of the drop (--schedule step)")
     p.add_argument("--warmup", type=int, help="steps over which the learning rate grows from zero")
-    p.add_argument("--eval-every", type=int, help="steps between evaluations; default a tenth of the run")
+    p.add_argument("--eval-every", type=int, help="steps between evaluations and checkpoints; default a tenth "
+                   "of the run, in paper an epoch")
     p.add_argument("--log-every", type=int, default=20, help="steps between lines in log.jsonl")
     p.add_argument("--amp", action="store_true", help="bfloat16 autocast; matching and losses in float32")
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
@@ -506,14 +681,20 @@ def make_parser():
 
 
 def parse(argv=None):
-    """(args, model module, options of the model, checkpoint to go on from or None)."""
+    """(args, model module, options of the model, checkpoint to go on from or None, --init's checkpoint or {})."""
     p = make_parser()
     typed = p.parse_args(argv)
     if typed.eval and not typed.weights:
         p.error("--eval needs --weights FILE")
+    if typed.init and (typed.resume or typed.eval):
+        p.error("--init starts a new run from weights, --resume goes on with an old one, --eval trains nothing: "
+                "give only one of them")
     source = typed.weights if typed.eval else typed.resume
     checkpoint = load_checkpoint(source) if source else None
-    module = load_model_file(checkpoint["args"]["model"] if checkpoint else typed.model)
+    init = read_init(typed.init) if typed.init else {}
+    ours = checkpoint or (init if "model_options" in init else None)  # a run of ours says what its model was
+    p.set_defaults(model=ours["args"]["model"] if ours else "detr")
+    module = load_model_file(ours["args"]["model"] if checkpoint else p.parse_args(argv).model)
     preset = preset_values(typed.preset, module)
     defaults = checkpoint["args"] if checkpoint else {k: preset.pop(k) for k in TRAINING if k in preset}
     if typed.epochs and not typed.steps:
@@ -522,8 +703,10 @@ def parse(argv=None):
     p.set_defaults(**defaults)
     args = p.parse_args(argv)
     check_values(p, args)
-    options = checkpoint["model_options"] if checkpoint else {**preset, **parse_options(p, args.option)}
-    return args, module, options, checkpoint
+    if checkpoint:
+        return args, module, checkpoint["model_options"], checkpoint, init
+    inherited = {k: v for k, v in init.get("model_options", {}).items() if k != "num_queries"}
+    return args, module, {**preset, **inherited, **parse_options(p, args.option)}, None, init
 
 
 def preset_values(preset, module):
@@ -554,8 +737,10 @@ def check_values(p, args):
         value = getattr(args, name)
         if value is not None and not value > 0:  # also catches nan
             p.error(f"--{name.replace('_', '-')} {value}: it must be greater than 0")
-    if args.batch_size % args.accumulate:
-        p.error(f"--batch-size {args.batch_size} is the total: a multiple of --accumulate {args.accumulate}")
+    parts = args.accumulate * WORLD
+    if args.batch_size % parts:
+        p.error(f"--batch-size {args.batch_size} is the total: a multiple of {parts}, --accumulate {args.accumulate} "
+                f"times {WORLD} processes")
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: this torch sees no CUDA device; leave the flag out")
 
@@ -571,12 +756,14 @@ def load_data(args, splits):
 
 def fill_in(args, train_set):
     """What depends on the data: the batch cannot exceed the images; steps from epochs; when to evaluate."""
+    parts = args.accumulate * WORLD
     if len(train_set) < args.batch_size:
-        args.batch_size = max(1, len(train_set) // args.accumulate) * args.accumulate
+        args.batch_size = max(1, len(train_set) // parts) * parts
     if len(train_set) < args.batch_size:
-        raise SystemExit(f"--accumulate {args.accumulate}: there are only {len(train_set)} training images")
-    args.steps = args.steps or args.epochs * (len(train_set) // args.batch_size)
-    args.eval_every = args.eval_every or max(args.steps // 10, 1)
+        raise SystemExit(f"a batch of {parts} parts, but there are only {len(train_set)} training images")
+    epoch = len(train_set) // args.batch_size
+    args.steps = args.steps or args.epochs * epoch
+    args.eval_every = args.eval_every or (epoch if args.preset == "paper" else max(args.steps // 10, 1))
     args.eval_batch_size = args.eval_batch_size or (1 if args.preset == "paper" else args.batch_size)
 
 
@@ -586,7 +773,7 @@ def new_run_folder(args):
     name = f"{Path(args.model).stem}-{Path(source).resolve().name}"
     names = [name] + [f"{name}-{i}" for i in range(2, 1000)]
     for folder in [Path(args.out)] if args.out else [Path("runs") / name for name in names]:
-        if not (folder / "log.jsonl").exists():
+        if not list(folder.glob("*.pt")):
             folder.mkdir(parents=True, exist_ok=True)
             return folder
     raise SystemExit(f"--out {args.out}: holds a run already. Go on with --resume, or give another folder.")
@@ -600,22 +787,36 @@ def describe_run(run, args, module, model_options):
     (run / "args.json").write_text(json.dumps(content, indent=1))
 
 
+def join_processes(args):
+    """torchrun started several processes of this program: each gets a GPU of its own, or a share of the CPU."""
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # one process talks
+
+
 def main(argv=None):
-    args, module, model_options, checkpoint = parse(argv)
+    args, module, model_options, resumed, init = parse(argv)
+    if WORLD > 1:
+        join_processes(args)
     torch.manual_seed(args.seed)
     datasets = load_data(args, ("val",) if args.eval else ("train", "val"))
     val_set = datasets["val"]
-    if checkpoint and checkpoint["class_names"] != val_set.class_names:
-        raise SystemExit(f"the checkpoint knows the classes {', '.join(checkpoint['class_names'])}, but the "
+    if resumed and resumed["class_names"] != val_set.class_names:
+        raise SystemExit(f"the checkpoint knows the classes {', '.join(resumed['class_names'])}, but the "
                          f"data has {', '.join(val_set.class_names)}")
-    if checkpoint:
+    if resumed or init:
         model_options["pretrained_backbone"] = False  # its weights come with the checkpoint
-    elif args.preset == "laptop":
+    if not resumed and args.preset == "laptop":
         # Room for every object and some more: with too few queries boxes are lost, many make learning slow.
-        model_options.setdefault("num_queries", max(20, 2 * datasets["train"].max_boxes))
+        room = max(20, 2 * datasets["train"].max_boxes, init.get("model_options", {}).get("num_queries", 0))
+        model_options.setdefault("num_queries", room)
     model = build_model(module, len(val_set.class_names), model_options).to(args.device)
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
+    if resumed:
+        model.load_state_dict(resumed["model"])
+    if init:
+        initialise(model, module, init, val_set.class_names)
     criterion = SetCriterion(model)
     if args.eval:
         metrics, _ = evaluate(model, criterion, val_set, args)
@@ -624,10 +825,11 @@ def main(argv=None):
     fill_in(args, datasets["train"])
     if args.resume:
         run = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
-    else:
+    elif RANK == 0:
         run = new_run_folder(args)
         describe_run(run, args, module, model_options)
-    train(model, criterion, datasets, args, module, model_options, run, checkpoint)
+    run = gather(run if RANK == 0 else None)[0]
+    train(model, criterion, datasets, args, module, model_options, run, resumed)
 
 
 if __name__ == "__main__":
@@ -639,3 +841,8 @@ if __name__ == "__main__":
         raise SystemExit(f"The model is broken: {error}.")
     except KeyboardInterrupt:
         raise SystemExit("\nInterrupted before the first step; nothing was started.")
+    except RuntimeError as error:
+        if WORLD == 1:
+            raise
+        raise SystemExit(f"Process {RANK} of {WORLD} lost the others ({data.one_line(error)}). The first message above "
+                         "says why; then go on with --resume.")
