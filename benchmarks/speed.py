@@ -127,15 +127,16 @@ def costs(size, B, height, width, repeats):
 
 # ---- Hugging Face transformers, the same configurations ------------------------------------------------------------
 def transformers_model(name):
-    """Their model with random weights; what the papers freeze is frozen, and every layer has its loss, as in ours."""
+    """Their model with random weights, and the paper's configuration, as in ours: dropout inside attention and FFN, a
+    loss for every layer, conv1 and layer1 frozen."""
     import transformers
     stem = {"detr": "Detr", "conditional_detr": "ConditionalDetr", "deformable_detr": "DeformableDetr"}[name]
-    config = getattr(transformers, f"{stem}Config")(num_labels=91, auxiliary_loss=True)
+    config = getattr(transformers, f"{stem}Config")(
+        num_labels=91, auxiliary_loss=True, attention_dropout=0.1, activation_dropout=0.1)
     model = getattr(transformers, f"{stem}ForObjectDetection")(config)
     for key, parameter in model.named_parameters():
-        if "backbone" in key and any(part in key for part in (".conv1.", ".bn1.", ".layer1.")):
-            if ".layer" not in key or ".layer1." in key:
-                parameter.requires_grad_(False)
+        if "backbone" in key and not any(part in key for part in (".layer2.", ".layer3.", ".layer4.")):
+            parameter.requires_grad_(False)
     return model.to(DEVICE)
 
 
