@@ -20,7 +20,6 @@ import importlib.util
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -631,6 +630,10 @@ def peak_memory(args):
     """The most that this process has needed so far, on the device, as text."""
     if args.device == "cuda":
         return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "unknown"
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
 
