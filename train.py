@@ -750,6 +750,7 @@ def check_values(p, args):
 
 def load_data(args, splits):
     paths = {name: getattr(args, name) for name in ("train_json", "train_images", "val_json", "val_images")}
+    splits = ("train",) if args.overfit else splits  # evaluated on what it is trained on
     datasets = data.load(
         args.data, **paths, size=args.size, augment=args.preset, seed=args.seed, splits=splits)
     if args.overfit:

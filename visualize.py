@@ -16,7 +16,6 @@ import argparse
 import inspect
 import json
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -218,7 +217,7 @@ class Scene:
     def best(self, count):
         """Detected queries, at least one, of different objects as far as boxes tell, by falling score.
 
-        Each is (query, its last box [4], "class score").
+        Each is (query, its last box [4], what it says in words).
         """
         queries = nms(self.boxes[-1], self.scores[-1], 0.5)
         detected = (self.scores[-1, queries] > self.threshold).sum().item()
@@ -226,6 +225,7 @@ class Scene:
         return [(query, self.boxes[-1, query], self.title(-1, query)) for query in queries]
 
     def title(self, stage, query):
+        """What a query says at a stage, in words."""
         return f"{self.names[self.labels[stage, query]]} {self.scores[stage, query]:.2f}"
 
     def fading(self, query):
@@ -442,10 +442,10 @@ def make_parser():
     p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
                    help="option of the model as in train.py, e.g. two_stage=true for such official weights")
     p.add_argument("--data", metavar="DIR", help="held-out images of this COCO-format folder instead")
-    p.add_argument("--count", type=int, default=4, help="how many held-out images")
-    p.add_argument("--threshold", type=float, default=0.3, help="least score of a prediction to keep")
+    p.add_argument("--count", type=int, default=4, help="how many held-out images; default 4")
+    p.add_argument("--threshold", type=float, default=0.3, help="least score to keep; default 0.3")
     p.add_argument("--attention", action="store_true", help="also draw what the method's paper shows")
-    p.add_argument("--out", default="pictures", metavar="DIR", help="folder for the pictures")
+    p.add_argument("--out", default="pictures", metavar="DIR", help="folder for pictures; default pictures")
     p.add_argument("--json", metavar="FILE", help="write all kept predictions to this file")
     return p
 
@@ -457,38 +457,38 @@ def load_model(typed):
     options = {**train.parse_options(make_parser(), typed.option), "pretrained_backbone": False}
     if typed.weights:
         checkpoint = train.load_checkpoint(typed.weights)
-        state, args, names = (checkpoint[key] for key in ("model", "args", "class_names"))
+        args, names = checkpoint["args"], checkpoint["class_names"]
         module = train.load_model_file(typed.model or args["model"])
         options = {**checkpoint["model_options"], **options}
     else:
-        module, args = train.load_model_file(typed.model), {"preset": "paper", "size": 800}
-        state, names = read_official(typed.init, module.RECIPE["class_loss"] == "softmax")
+        checkpoint, args = train.read_init(typed.init), {"preset": "paper", "size": 800}
+        module = train.load_model_file(typed.model)
+        names = official_names(checkpoint, module.RECIPE["class_loss"] == "softmax")
     model = train.build_model(module, len(names), options).eval()
     try:
-        model.load_state_dict(state) if typed.weights else module.load_official(model, state)
-    except RuntimeError as error:
+        if typed.weights:
+            model.load_state_dict(checkpoint["model"])
+        else:
+            module.load_official(model, checkpoint)
+    except (RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise SystemExit(f"{typed.weights or typed.init}: of another model, or needs an --option: {reason}")
     return model, names, args
 
 
-def read_official(path, softmax):
-    """(state_dict, class names) of an official checkpoint. Raises SystemExit.
+def official_names(checkpoint, softmax):
+    """Class names for an official checkpoint, whose class head tells how many there are. Raises SystemExit.
 
-    How many classes: the rows of the class head, of which softmax needs one for "no object". 91 are COCO's
-    category ids, as in all published weights; torchvision knows their names.
+    It has a row for each, and with softmax one more for "no object". 91 are COCO's category ids, as in all
+    published weights; torchvision knows their names.
     """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # some also hold their command line
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        state = checkpoint.get("model", checkpoint)
-        rows, = (len(t) for name, t in state.items() if re.fullmatch(r"class_embed\.(0\.)?weight", name))
-    except Exception as error:
-        raise SystemExit(f"{path}: no official checkpoint with a class_embed.weight ({error!r:.80})")
-    if rows - softmax == 91:
-        coco = torchvision.models.get_weight("FasterRCNN_ResNet50_FPN_Weights.COCO_V1")
-        return state, coco.meta["categories"]
-    return state, [f"class {i}" for i in range(rows - softmax)]
+    state = checkpoint.get("model", checkpoint)
+    rows = [len(state[name]) for name in ("class_embed.weight", "class_embed.0.weight") if name in state]
+    if not rows:
+        raise SystemExit("--init: not official weights (no class_embed.weight); for our own use --weights")
+    count = rows[0] - softmax
+    coco = torchvision.models.get_weight("FasterRCNN_ResNet50_FPN_Weights.COCO_V1").meta["categories"]
+    return coco if count == len(coco) else [f"class {i}" for i in range(count)]
 
 
 def trained_size(args):

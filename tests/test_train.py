@@ -244,6 +244,8 @@ def test_two_images_are_overfitted(tmp_path):
     assert done.returncode == 0, done.stderr
     last = json.loads((tmp_path / "runs/detr-shapes/log.jsonl").read_text().splitlines()[-1])
     assert last["eval"]["AP"] > 0.9, f"AP {last['eval']['AP']:.2f} on the two images it was trained on"
+    again = run("--eval", "--weights", "runs/detr-shapes", "--workers", 0, cwd=tmp_path)
+    assert again.returncode == 0 and f"AP         {last['eval']['AP']:6.3f}" in again.stdout, again.stderr
 
 
 def test_a_folder_with_foreign_category_ids_trains(tmp_path):
