@@ -1,7 +1,8 @@
 """Data for all five detectors: images in, padded batches out, COCO numbers at the end.
 
     load()                      the embedded data set `shapes`: nothing to download, drawn when asked for
-    load("my/folder")           your own images with COCO annotations; LAYOUTS says how a folder may look
+    load("my/folder")           your own images with COCO or VOC annotations; LAYOUTS: how a folder may look
+    python data.py my/folder    one screen about such a folder: what is in it, and all that is wrong with it
     dataset[index]              one image and its target; dataset[epoch, index] also chooses the augmentation
     collate(batch)              images of different sizes -> one padded tensor and its mask
     postprocess, coco_eval      what the model says -> scored boxes in pixels -> the 12 COCO numbers
@@ -10,16 +11,21 @@ Legend: B images, Q queries, C classes, n objects in one image, k scored boxes i
 Boxes are (cx, cy, w, h) in [0, 1] of the unpadded image; `boxes_xyxy` are two corners in pixels.
 Whatever is wrong with somebody's data ends in a DataError, a single line for the person who runs the program.
 """
+import argparse
 import colorsys
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import math
 import os
-from collections import defaultdict
-from dataclasses import dataclass
+import reprlib
+import sys
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -30,12 +36,17 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.ops import box_convert
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class DataError(Exception):
     """Something is wrong with the data: what, where (file, image id, annotation id), and what to do."""
+
+
+class SizeDataError(DataError):
+    """An image file has another size than its annotations say."""
 
 
 def one_line(error):
@@ -200,18 +211,21 @@ def texture(rng, h, w):
     return rng.uniform(0.65, 1, (h, w)).astype(np.float32)
 
 
-# ---- COCO folders: read and clean the annotations ----------------------------------------------------------
-LAYOUTS = [  # (annotations, images) below the folder; {} is train or val, or valid as Roboflow says
-    ("annotations/instances_{}2017.json", "{}2017"),
+# ---- Folders: read and clean the annotations ---------------------------------------------------------------
+LAYOUTS = [  # (annotations, images) below the folder; {} is one of SPLIT_NAMES
+    ("annotations/instances_{}2017.json", "{}2017"),  # COCO
     ("annotations/instances_{}.json", "{}"),
-    ("{}/_annotations.coco.json", "{}"),
+    ("{}/_annotations.coco.json", "{}"),  # COCO as Roboflow exports it
+    ("ImageSets/Main/{}.txt", "JPEGImages"),  # VOC; the boxes are in Annotations/*.xml
+    ("{}/*.xml", "{}"),  # VOC as Roboflow exports it: every .xml beside its image
 ]
+SPLIT_NAMES = {"train": ["train", "trainval"], "val": ["val", "valid", "test"]}  # the first that is there
 SMALLEST_SIDE = 0.1  # pixels; float32 arithmetic leaves nothing of a box that is thinner
 THINNEST = 30  # an image longer than this many times its short side may have no pixels left when made small
 
 
 class CocoFolder(Dataset):
-    """Images with COCO annotations.
+    """Images with COCO annotations, or with VOC's, which read_voc turns into COCO's.
 
     class_names, category_ids   lists by class index 0..C-1: the name, and the id in the annotation file
     name, notes                 for messages; `notes` says what was repaired or left out, a line each
@@ -265,76 +279,186 @@ class CocoFolder(Dataset):
         return self._coco
 
 
+@dataclass
+class Split:
+    """What was read of one annotation file and what is wrong with it, {kind of problem: [places]}.
+
+    One problem does not stop the reading, so that all can be told at once: by `load` the first error, by
+    `python data.py` everything.
+    """
+    path: Path = None
+    pictures: list = field(default_factory=list)
+    errors: dict = field(default_factory=lambda: defaultdict(list))  # need a person: not trained until mended
+    notes: dict = field(default_factory=lambda: defaultdict(list))  # were dealt with, each says how
+
+
+def to_lines(problems):
+    """{kind: [places]} -> a line per kind. A kind without places speaks for itself."""
+    texts = [f"{kind}: {len(places)} (first: {places[0]})" if places else kind
+             for kind, places in problems.items()]
+    return [" ".join(text.splitlines())[:500] for text in texts]  # names may hold line breaks and have no end
+
+
 def read_json(path):
-    """An annotation file as a dict, its three lists checked to be lists of dicts. Raises DataError."""
+    """A COCO file as a dict, its three lists checked to be lists of dicts. DataError, without the path."""
     try:
-        contents = json.loads(Path(path).read_bytes())
+        contents = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:  # ValueError: bad JSON; it says line and column
-        raise DataError(f"{path}: cannot be read as JSON: {error}") from None
+        raise DataError(f"cannot be read as JSON: {error}") from None
     if not isinstance(contents, dict):
-        raise DataError(f"{path}: is a {type(contents).__name__}, but COCO annotations are an object with "
-                        "images, annotations and categories (is this a file of results?)")
+        raise DataError(f"is a {type(contents).__name__}, but COCO annotations are an object with images, "
+                        "annotations and categories (is this a file of results?)")
     for key in ("images", "annotations", "categories"):
         entries = contents.get(key)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise DataError(f'{path}: "{key}" should be a list of objects, it is {str(entries)[:40]}')
+            raise DataError(f'"{key}" should be a list of objects, it is {reprlib.repr(entries)}')
     return contents
 
 
-def whole(entry, key, where):
-    """entry[key] if it is a whole number; `where` tells the reader which entry of which file this is."""
-    value = entry.get(key)
-    if type(value) is not int or abs(value) >= 2 ** 53:  # not isinstance: True is an int as well
-        raise DataError(f'{where}: "{key}" should be a whole number, it is {str(value)[:40]!r}')
-    return value
+def read_voc(path, folder, known, errors):
+    """VOC's XML files in the form of a COCO file. Class ids are 1..C in the order of the names.
+
+    path    list of image names in ImageSets/Main, or a folder of XML files
+    folder  of the images; each has the name of its XML file up to the ending
+    known   {id: name} of the training set, or empty; names that are not among them get further ids
+    """
+    try:
+        listed = [] if path.is_dir() else path.read_text("utf-8-sig").split("\n")
+        files = os.listdir(folder) if folder.is_dir() else []
+    except (OSError, ValueError) as error:  # ValueError: not text
+        raise DataError(f"cannot be read: {error}") from None
+    image_of = {Path(file).stem: file for file in files if not file.endswith((".xml", ".txt", ".json"))}
+    below = path.parent.parent.parent / "Annotations"
+    xmls = [below / f"{line.strip()}.xml" for line in listed if line.strip()] or sorted(path.glob("*.xml"))
+    images, annotations = [], []
+    for xml in xmls:
+        try:
+            root = ElementTree.parse(xml).getroot()
+        except (OSError, ValueError, LookupError, SyntaxError) as error:  # SyntaxError: malformed
+            errors["XML files that cannot be read"].append(f"{xml}: {error}")
+            continue
+        if root.tag != "annotation":
+            errors["XML files without VOC annotations"].append(f"{xml}: <{root.tag}>")
+            continue
+        images.append({
+            "id": len(images) + 1,
+            "file_name": image_of.get(xml.stem) or root.findtext("filename") or f"{xml.stem}.jpg",
+            "width": number(root.findtext("size/width")),
+            "height": number(root.findtext("size/height")),
+        })
+        annotations += voc_objects(root, xml, len(images))
+    id_of = {name: i for i, name in known.items()}
+    for name in sorted({entry["class"] for entry in annotations} - {*id_of, ""}):
+        id_of[name] = max(id_of.values(), default=0) + 1
+    for entry in annotations:
+        entry["category_id"] = id_of.get(entry["class"])
+    categories = [{"id": i, "name": name} for name, i in id_of.items()]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def by_id(entries, what, path):
-    """{id: entry}, in the order of the file. DataError if an id is not a whole number or occurs twice."""
+def voc_objects(root, xml, image_id):
+    """The objects of one VOC file as COCO's annotations, except that a class is still a name."""
+    for k, entry in enumerate(root.findall("object"), 1):
+        box = [number(entry.findtext(f"bndbox[1]/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
+        if all(isinstance(v, (int, float)) for v in box):  # else find_fault complains
+            x0, y0, x1, y1 = box  # VOC numbers the pixels from 1 and includes both: 1..640 is COCO's 0 to 640
+            box = [x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1]
+        yield {
+            "image_id": image_id,
+            "class": (entry.findtext("name") or "").strip(),
+            "bbox": box,
+            "iscrowd": int(number(entry.findtext("difficult")) == 1),  # in VOC, too, nobody has to find it
+            "place": f"{xml}, object {k}",
+        }
+
+
+def number(text):
+    """The int or float that a text says. What is no number comes back as it is, to be shown in a message."""
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        return text
+    return int(value) if value.is_integer() else value
+
+
+def is_whole(value):
+    return type(value) is int and abs(value) < 2 ** 53  # not isinstance: True is an int as well
+
+
+def by_id(entries, what, errors):
+    """{id: entry}, in the order of the file, of entries whose id is a whole number not seen before."""
     found = {}
     for k, entry in enumerate(entries):
-        i = whole(entry, "id", f"{path}: {what} number {k + 1}")
-        if i in found:
-            raise DataError(f"{path}: {what} id {i} occurs twice; ids must be unique")
-        found[i] = entry
+        i = entry.get("id")
+        if not is_whole(i):
+            errors[f"{what} ids that are not whole"].append(f"{what} number {k + 1}: {reprlib.repr(i)}")
+        elif i in found:
+            errors[f"{what} ids that occur twice"].append(f"{what} id {i}")
+        else:
+            found[i] = entry
     return found
 
 
-def read_categories(contents, path):
+def read_categories(contents, errors):
     """{category id: name} sorted by id: the position is the class index that models see."""
-    categories = by_id(contents["categories"], "category", path)
-    if not categories:
-        raise DataError(f"{path}: the list of categories is empty")
-    return {i: str(categories[i].get("name", i)) for i in sorted(categories)}
+    categories = by_id(contents["categories"], "category", errors)
+    if not contents["categories"]:
+        errors["the list of categories is empty"] = []
+    names = {i: categories[i].get("name", i) for i in sorted(categories)}
+    return {i: name if isinstance(name, str) else reprlib.repr(name) for i, name in names.items()}
 
 
-def read_images(contents, path, folder):
-    """{image id: (file, height, width)}. Every file must exist; sizes the JSON lacks come from the files."""
-    images, missing = {}, []
-    for i, entry in by_id(contents["images"], "image", path).items():
-        if not isinstance(entry.get("file_name"), str):
-            raise DataError(f'{path}: image id {i} has no "file_name"')
-        file = os.path.join(folder, entry["file_name"])
-        if not os.path.isfile(file):
-            missing.append(file)
-        elif entry.get("height") and entry.get("width"):
-            images[i] = file, *(whole(entry, key, f"{path}: image id {i}") for key in ("height", "width"))
-            if min(images[i][1:]) < 1:
-                raise DataError(f"{path}: image id {i} has a negative width or height")
+def compare_categories(own, categories, errors):
+    """The same id must mean the same class in both files, and val may have no class that was not trained."""
+    for i, name in own.items():
+        if categories.get(i) != name:
+            known = f"is {categories[i]!r}" if i in categories else "does not exist"
+            errors["categories that differ from train's"].append(f"id {i} is {name!r}, in train it {known}")
+
+
+def read_images(contents, folder, errors):
+    """{image id: (file, height, width)}; None for an image that cannot be used, its error being noted.
+
+    Every file must exist. Sizes that the annotations lack come from the files.
+    """
+    images = {}
+    for i, entry in by_id(contents["images"], "image", errors).items():
+        images[i] = None
+        name, height, width = (entry.get(key) for key in ("file_name", "height", "width"))
+        file = os.path.join(folder, name) if isinstance(name, str) else None
+        if file is None:
+            errors["images without a file_name"].append(f"image id {i}")
+        elif not os.path.isfile(file):
+            errors["image files that do not exist"].append(f"{file}, image id {i}")
+        elif not (height and width):
+            try:
+                images[i] = file, *file_size(file, i)
+            except DataError as error:
+                errors["image files that cannot be used"].append(str(error))
+        elif not (is_whole(height) and is_whole(width) and min(height, width) > 0):
+            errors["images whose width and height are not whole numbers above 0 (may be left out)"].append(
+                f"{file}, image id {i}: {reprlib.repr([width, height])}")
         else:
-            images[i] = file, *file_size(file, i)
-    if missing:
-        raise DataError(f"{path}: {len(missing)} of {len(contents['images'])} image files do not exist: "
-                        f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}")
-    if not images:
-        raise DataError(f"{path}: the list of images is empty")
+            images[i] = file, height, width
+    if not contents["images"]:
+        errors["the list of images is empty"] = []
     return images
 
 
-def clean_box(bbox, height, width, where):
+def find_fault(entry, images, label_of):
+    """(kind of error, value at fault) of an annotation that cannot be understood, otherwise (None, None)."""
+    image_id, category_id, bbox = (entry.get(key) for key in ("image_id", "category_id", "bbox"))
+    if not is_whole(image_id) or image_id not in images:
+        return "annotations whose image_id is not among the images", image_id
+    if not is_whole(category_id) or category_id not in label_of:
+        return "annotations whose category_id is not among the categories", category_id
+    if not (isinstance(bbox, list) and len(bbox) == 4 and all(type(v) in (int, float) for v in bbox)):
+        return "annotations whose bbox is not four numbers", bbox
+    return None, None
+
+
+def clean_box(bbox, height, width):
     """COCO's [x, y, width, height] -> (x0, y0, x1, y1) within the image or None; what was wrong or None."""
-    if not isinstance(bbox, list) or len(bbox) != 4 or not all(type(v) in (int, float) for v in bbox):
-        raise DataError(f'{where}: "bbox" should be numbers [x, y, width, height], it is {str(bbox)[:60]}')
     x, y, w, h = bbox
     if not all(abs(v) < 1e9 for v in bbox) or min(w, h) < SMALLEST_SIDE:  # "not <" and not ">=": NaN
         return None, "boxes that are not finite or have no width or height, dropped"
@@ -345,42 +469,54 @@ def clean_box(bbox, height, width, where):
     return (x0, y0, x1, y1), "boxes reaching over the image edge, clipped" if excess > 0.5 else None
 
 
-def read_pictures(contents, path, folder, categories):
-    """(pictures, notes) of one annotation file: cleaned, and what was cleaned. Raises DataError."""
-    images = read_images(contents, path, folder)
+def place(entry, k, images):
+    """What messages call the annotation at index k, so that somebody finds it again."""
+    if isinstance(entry.get("place"), str):  # of read_voc
+        return entry["place"]
+    # ids of annotations serve messages only, so one without is as good
+    name = f"annotation id {entry['id']}" if is_whole(entry.get("id")) else f"annotation number {k + 1}"
+    image = images.get(entry["image_id"]) if is_whole(entry.get("image_id")) else None
+    return f"{os.path.basename(image[0])}, image id {entry['image_id']}, {name}" if image else name
+
+
+def read_pictures(contents, folder, categories, errors, notes):
+    """A Picture for every usable image, its boxes cleaned. Adds to `errors` and `notes`, see Split."""
+    images = read_images(contents, folder, errors)
     label_of = {category_id: label for label, category_id in enumerate(categories)}
-    by_id([entry for entry in contents["annotations"] if entry.get("id") is not None], "annotation", path)
-    objects, problems = defaultdict(list), defaultdict(list)
+    by_id([entry for entry in contents["annotations"] if entry.get("id") is not None], "annotation", errors)
+    objects, seen = defaultdict(list), set()
     for k, entry in enumerate(contents["annotations"]):
-        # ids of annotations serve messages only, so one without is as good
-        name = f"annotation id {entry['id']}" if entry.get("id") is not None else f"annotation number {k + 1}"
-        image_id = whole(entry, "image_id", f"{path}: {name}")
-        category_id = whole(entry, "category_id", f"{path}: {name}")
-        where = f"image id {image_id} {name}"
-        if image_id not in images:
-            raise DataError(f"{path}: {name} is for image id {image_id}, which is not among the images")
-        if category_id not in label_of:
-            raise DataError(f"{path}: {where} has category id {category_id}, not one of the categories")
-        box, problem = clean_box(entry.get("bbox"), *images[image_id][1:], f"{path}: {where}")
+        where = place(entry, k, images)
+        fault, value = find_fault(entry, images, label_of)
+        if fault:
+            errors[fault].append(f"{where}: {reprlib.repr(value)}")
+            continue
+        image_id, label = entry["image_id"], label_of[entry["category_id"]]
+        if images[image_id] is None:
+            continue
+        box, problem = clean_box(entry["bbox"], *images[image_id][1:])
         if problem:
-            problems[problem].append(where)
+            notes[problem].append(where)
         if box is None:
             continue
+        if (image_id, label, box) in seen:
+            notes["boxes given more than once, with the same class, kept"].append(where)
+        seen.add((image_id, label, box))
         crowd = entry.get("iscrowd") == 1
         if crowd:
-            problems["crowd regions, not trained on and not counted in the evaluation"].append(where)
+            notes["crowd regions (VOC: difficult), neither trained on nor evaluated"].append(where)
         area, whole_box = entry.get("area"), (box[2] - box[0]) * (box[3] - box[1])
         if type(area) not in (int, float) or not 0 < area < whole_box:  # missing, nonsense, not clipped
             area = whole_box
-        objects[image_id].append((label_of[category_id], box, area, crowd))
+        objects[image_id].append((label, box, area, crowd))
     pictures = []
-    for image_id, (file, height, width) in images.items():
+    for image_id, (file, height, width) in ((i, image) for i, image in images.items() if image):
         columns = zip(*objects[image_id]) if objects[image_id] else [(), (), (), ()]
         labels, boxes, areas, crowd = map(np.array, columns, (np.int64, np.float32, float, bool))
         pictures.append(Picture(image_id, file, height, width, labels, boxes.reshape(-1, 4), areas, crowd))
         if len(labels) == 0:
-            problems["images without boxes, kept"].append(f"image id {image_id}")
-    return pictures, [f"{path}: {what}: {len(cases)} (first: {cases[0]})" for what, cases in problems.items()]
+            notes["images without boxes, kept"].append(f"{os.path.basename(file)}, image id {image_id}")
+    return pictures
 
 
 # ---- Read images -------------------------------------------------------------------------------------------
@@ -391,15 +527,20 @@ def readable(path, image_id):
         yield
     except Exception as error:
         reason = one_line(error) if str(error) else repr(error)
-        raise DataError(f"{path} (image id {image_id}): {reason}; repair or remove it") from None
+        kind = SizeDataError if isinstance(error, SizeDataError) else DataError
+        raise kind(f"{path} (image id {image_id}): {reason}; repair or remove it") from None
+
+
+def size_shown(raw):
+    """(width, height) of an open PIL image as viewers show it, from its header alone."""
+    quarter_turn = raw.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return raw.size[::-1] if quarter_turn else raw.size
 
 
 def file_size(path, image_id):
-    """(height, width) of an image file as a viewer shows it, from its header alone."""
-    with readable(path, image_id), Image.open(path) as image:
-        width, height = image.size
-        quarter_turn = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        return (width, height) if quarter_turn else (height, width)
+    """(height, width) of an image file as a viewer shows it."""
+    with readable(path, image_id), Image.open(path) as raw:
+        return size_shown(raw)[::-1]
 
 
 def load_image(picture):
@@ -410,13 +551,13 @@ def load_image(picture):
     mirror, a square) we obey, as nearly all tools do.
     """
     with readable(picture.path, picture.id), Image.open(picture.path) as raw:
-        size, turned = (picture.width, picture.height), ImageOps.exif_transpose(raw)
-        if size not in (turned.size, raw.size):
-            raise DataError(f"the file has {turned.width} x {turned.height} pixels, its annotations say "
+        size, shown = (picture.width, picture.height), size_shown(raw)
+        if size not in (shown, raw.size):
+            raise SizeDataError(f"the file has {shown[0]} x {shown[1]} pixels, its annotations say "
                             f"{picture.width} x {picture.height}")
         if max(size) > THINNEST * min(size):
             raise DataError(f"{picture.width} x {picture.height} pixels are too thin to be resized")
-        return to_rgb(turned if turned.size == size else raw)
+        return to_rgb(ImageOps.exif_transpose(raw) if size == shown else raw)
 
 
 def to_rgb(image):
@@ -618,29 +759,77 @@ def find(split, data, json_path, image_folder):
         if json_path is None or image_folder is None:
             raise DataError(f"without a data folder, --{split}-json and --{split}-images are both needed")
         return Path(json_path), Path(image_folder)
-    names = {"train": ["train"], "val": ["val", "valid"]}[split]
-    tried = [(json_name.format(name), folder.format(name)) for name in names for json_name, folder in LAYOUTS]
-    for json_name, folder in tried:
-        if Path(data, json_name).is_file():
-            return Path(data, json_name), Path(data, folder)
-    looked_for = ", ".join(json_name for json_name, _ in tried)
-    raise DataError(f"{data}: no {split} annotations here; looked for {looked_for}. For another layout give "
-                    "--train-json, --train-images, --val-json and --val-images")
+    tried = [(pattern.format(name), folder.format(name)) for name in SPLIT_NAMES[split]
+             for pattern, folder in LAYOUTS]
+    for pattern, folder in tried:
+        for path in Path(data).glob(pattern):
+            return path.parent if "*" in pattern else path, Path(data, folder)
+    looked_for = ", ".join(pattern for pattern, _ in tried[:len(LAYOUTS)])
+    others = " or ".join(SPLIT_NAMES[split][1:])
+    raise DataError(f"{data}: no {split} annotations here; looked for {looked_for}, also with {others} "
+                    f"instead of {split}. For another layout give --train-json, --train-images, --val-json "
+                    "and --val-images")
 
 
-def check_categories(own, own_path, categories, path):
-    """The same id must mean the same class in both files, and val may have no class that was not trained."""
-    for i, name in own.items():
-        if categories.get(i) != name:
-            known = f"is {categories[i]!r}" if i in categories else "does not exist"
-            raise DataError(f"{own_path}: category id {i} is {name!r}, but in {path} it {known}")
+def read_sets(data, given, splits):
+    """({category id: name}, {split: Split}), as far as they can be read.
+
+    given: the four paths of `load` as {split: (json, images)}. DataError only for paths that make no sense.
+    """
+    if data is not None and any(path is not None for pair in given.values() for path in pair):
+        raise DataError("give a data folder or the four paths (--train-json, ...), not both")
+    if data is not None and not Path(data).is_dir():
+        raise DataError(f'{data}: no such folder; the embedded data set is called "shapes"')
+    categories, sets = {}, {}
+    for split in ("train", "val") if "val" in splits else ("train",):
+        # classes are those of the training set even if only val is asked for: a model knows no others
+        one = Split()
+        try:
+            one.path, folder = find(split, data, *given[split])
+            voc = one.path.is_dir() or one.path.suffix == ".txt"
+            contents = read_voc(one.path, folder, categories, one.errors) if voc else read_json(one.path)
+            own = read_categories(contents, one.errors)
+            categories = categories or own
+            compare_categories(own, categories, one.errors)
+            if split in splits and not folder.is_dir():
+                raise DataError(f"{folder}: no such folder; it should hold the images")
+            if split in splits:
+                one.pictures = read_pictures(contents, folder, categories, one.errors, one.notes)
+        except DataError as error:
+            one.errors[str(error)] = []
+        if split in splits or one.path:  # where there is no training set, val has its own classes
+            sets[split] = one
+    compare_sets(categories, sets)
+    return categories, sets
+
+
+def compare_sets(categories, sets):
+    """Adds to the Splits what shows only when all of their pictures are known."""
+    split_of = {}
+    for split, one in sets.items():
+        present = {label for picture in one.pictures for label in picture.labels[~picture.crowd].tolist()}
+        absent = [name for label, name in enumerate(categories.values()) if label not in present]
+        if one.pictures and absent:
+            one.notes[f"no box of class {', '.join(absent)}"] = []
+        if split == "train" and one.pictures and not present and not one.errors:
+            one.errors[f"not a single usable box to train on in {len(one.pictures)} images"] = []
+        for picture in one.pictures:
+            if picture.path in split_of:
+                one.notes[already_in(split_of[picture.path], split)].append(picture.path)
+            split_of.setdefault(picture.path, split)
+
+
+def already_in(home, split):
+    """The kind of problem that an image is when it has been in `home` before."""
+    return f"images that are in {home} already, " + ("kept" if home == split else "so val is too easy")
 
 
 def load(data=None, *, train_json=None, train_images=None, val_json=None, val_images=None, size=None,
          augment="laptop", seed=0, splits=("train", "val")):
     """{"train": data set, "val": data set}, or only those that `splits` names. Raises DataError.
 
-    data      None or "shapes": the embedded set. Else a folder in one of LAYOUTS; or give the four paths
+    data      None or "shapes": the embedded set. Else a folder in one of LAYOUTS; or give the four paths (of
+              VOC, a list in ImageSets/Main or a folder of XML files takes the place of the JSON file)
     size      pixels, see make_transform. By default 96 for shapes; for folders 256, with "paper" 800
     augment   "laptop", "paper" or "none", see make_transform; not for shapes, of which there are enough
     seed      of the augmentation, and of the shapes to train on. The shapes to validate on never change: runs
@@ -656,31 +845,109 @@ def load(data=None, *, train_json=None, train_images=None, val_json=None, val_im
         size = size or 96
         shapes = {"train": Shapes(20000, size, seed, "train"), "val": Shapes(250, size, 0, "val")}
         return {split: shapes[split] for split in splits}
-    if data is not None and explicit:
-        raise DataError("give a data folder or the four paths (--train-json, ...), not both")
-    if data is not None and not Path(data).is_dir():
-        raise DataError(f'{data}: no such folder (and not "shapes", the embedded data set)')
 
-    paths = {split: find(split, data, *given[split]) for split in splits}
-    try:  # classes are those of the training set even if only val is asked for: a model knows no others
-        classes_path = find("train", data, *given["train"])[0]
-    except DataError:  # only val was asked for, and only val is there
-        classes_path = paths["val"][0]
-    contents = {path: read_json(path) for path in {classes_path, *(path for path, _ in paths.values())}}
-    categories = read_categories(contents[classes_path], classes_path)
+    categories, sets = read_sets(data, given, splits)
+    for one in sets.values():
+        if one.errors:
+            message, *others = to_lines(one.errors)
+            more = "; python data.py lists more errors" if others else ""
+            raise DataError((f"{one.path}: " if one.path else "") + message + more)
     datasets = {}
-    for split, (path, folder) in paths.items():
-        if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder; it should hold the images of {path}")
-        check_categories(read_categories(contents[path], path), path, categories, classes_path)
-        pictures, notes = read_pictures(contents[path], path, folder, categories)
-        present = np.unique(np.concatenate([picture.labels[~picture.crowd] for picture in pictures]))
-        if split == "train" and len(present) == 0:
-            raise DataError(f"{path}: not a single usable box to train on in {len(pictures)} images")
-        absent = [name for label, name in enumerate(categories.values()) if label not in present]
-        if absent:
-            notes.append(f"{path}: no box of class {', '.join(absent)}")
-        name = f"{path.stem if data is None else Path(data).resolve().name} {split}"
-        datasets[split] = CocoFolder(name, pictures, categories, notes, split == "train", augment,
+    for split in splits:
+        one = sets[split]
+        name = f"{one.path.stem if data is None else Path(data).resolve().name} {split}"
+        notes = [f"{one.path}: {line}" for line in to_lines(one.notes)]
+        datasets[split] = CocoFolder(name, one.pictures, categories, notes, split == "train", augment,
                                      size or (800 if augment == "paper" else 256), seed)
     return datasets
+
+
+# ---- Check a folder ----------------------------------------------------------------------------------------
+def check_files(sets):
+    """Opens every image file and adds to the Splits what only the files can tell."""
+    originals = {}  # fingerprint of a file: the first path it was found at, and the split
+    pictures = [(split, one, picture) for split, one in sets.items() for picture in one.pictures]
+    for split, one, picture in tqdm(pictures, "images", dynamic_ncols=True, leave=False, disable=None):
+        try:
+            load_image(picture)
+        except DataError as error:
+            fault = "are of another size" if isinstance(error, SizeDataError) else "cannot be used"
+            one.errors[f"image files that {fault}"].append(str(error))
+            continue
+        with Image.open(picture.path) as raw:
+            if raw.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                one.notes["photos to be turned (EXIF), used as they were annotated"].append(picture.path)
+        fingerprint = hashlib.sha256(Path(picture.path).read_bytes()).digest()
+        original, home = originals.setdefault(fingerprint, (picture.path, split))
+        if original != picture.path:  # equal paths have been noted when they were read
+            one.notes[already_in(home, split)].append(f"{picture.path} is {original}")
+
+
+def summarize(pictures, classes):
+    """Rows (what, number or text) about the pictures of one Split. Pixels as annotated; without crowds."""
+    def spread(values):
+        return f"{min(values):.0f} / {np.median(values):.0f} / {max(values):.0f}" if len(values) else "-"
+
+    counts = [int((~picture.crowd).sum()) for picture in pictures]
+    labels, boxes, areas = (np.concatenate([getattr(picture, name)[~picture.crowd] for picture in pictures])
+                            for name in ("labels", "boxes_xyxy", "areas"))
+    shares = np.bincount(np.digitize(areas, (32 ** 2, 96 ** 2)), minlength=3) / max(1, len(areas))
+    return [
+        ("images", len(pictures)),
+        ("  without boxes", counts.count(0)),
+        ("  boxes in one: min / median / max", spread(counts)),
+        ("  width: min / median / max", spread([picture.width for picture in pictures])),
+        ("  height: min / median / max", spread([picture.height for picture in pictures])),
+        ("boxes", len(labels)),
+        ("  width: min / median / max", spread(boxes[:, 2] - boxes[:, 0])),
+        ("  height: min / median / max", spread(boxes[:, 3] - boxes[:, 1])),
+        ("  area to 32 x 32 / to 96 x 96 / above", " / ".join(f"{share:.0%}" for share in shares)),
+        *[(f"  {name}", (labels == label).sum()) for label, name in classes.items()],
+    ]
+
+
+def table(categories, sets):
+    """The Splits in numbers, a column for each, as text. Of many classes it shows the most common ones."""
+    counts = Counter(label for one in sets.values() for picture in one.pictures
+                     for label in picture.labels[~picture.crowd].tolist())
+    classes = {label: list(categories.values())[label] for label, _ in counts.most_common(15)}
+    sets = {split: one for split, one in sets.items() if one.pictures}
+    rows = [("", *sets)]
+    for cells in zip(*(summarize(one.pictures, classes) for one in sets.values())):
+        rows.append((cells[0][0], *(text for _, text in cells)))
+    if len(counts) > len(classes):
+        rows.append((f"  and {len(counts) - len(classes)} more classes",))
+    return "\n".join(f"{what[:40]:<40}" + "".join(f"{text:>22}" for text in texts) for what, *texts in rows)
+
+
+def main(argv=None):
+    """Checks the data set that the command line names. Returns 1 if train.py would refuse it, else 0."""
+    p = argparse.ArgumentParser(description="What is in a data set, and all that is wrong with it.")
+    p.add_argument("data", nargs="?", metavar="DIR", help="folder with COCO or VOC annotations")
+    for name in ("train-json", "train-images", "val-json", "val-images"):
+        p.add_argument(f"--{name}", metavar="PATH", help="instead of DIR: the four paths one by one")
+    args = p.parse_args(argv)
+    if not any(vars(args).values()):
+        p.error("which folder?")
+    given = {"train": (args.train_json, args.train_images), "val": (args.val_json, args.val_images)}
+    categories, sets = read_sets(args.data, given, ("train", "val"))
+    check_files(sets)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal cannot show
+    print(table(categories, sets))
+    for split, one in sets.items():
+        found = [f"  error: {line}" for line in to_lines(one.errors)]
+        found += [f"  note: {line}" for line in to_lines(one.notes)]
+        print(f"\n{split}: {one.path or 'not found'}", *found or ["  nothing wrong"], sep="\n")
+    refused = any(one.errors for one in sets.values())
+    print("\ntrain.py will not train on this: mend the errors and check again." if refused else
+          "\nThis can be trained on.")
+    return int(refused)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except DataError as error:
+        sys.exit(f"data: {one_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted; nothing was changed.")

@@ -204,7 +204,8 @@ def main():
     if not present:
         raise SystemExit(f"{RESULTS}: no results yet; run without --table first.")
     table([name for name in [*RACE, *EXTRA] if name in present])
-    draw([name for name in RACE if name in present])
+    if racing := [name for name in RACE if name in present]:
+        draw(racing)
 
 
 if __name__ == "__main__":

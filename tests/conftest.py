@@ -27,6 +27,8 @@ def pytest_configure(config):
         raise pytest.UsageError(f"--like is {config.getoption('--like')}, it must be one of {', '.join(MARKS)}")
     if not Path(config.getoption("--file")).is_file():
         raise pytest.UsageError(f"--file {config.getoption('--file')}: no such file")
+    if config.getoption("--points"):  # the table says all
+        config.option.tbstyle, config.option.reportchars = "no", ""
 
 
 def pytest_ignore_collect(collection_path, config):

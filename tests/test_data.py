@@ -216,17 +216,17 @@ def edit(key, index, **values):
     (lambda c: c.update(images=[], annotations=[]), ["images", "empty"]),
     (lambda c: c.update(annotations=[]), ["not a single usable box"]),
     (edit("images", 1, id="2"), ["image number 2", "'2'"]),
-    (edit("images", 1, id=1), ["image id 1 occurs twice"]),
+    (edit("images", 1, id=1), ["image ids that occur twice", "image id 1"]),
     (edit("images", 1, file_name=...), ["image id 2", "file_name"]),
-    (edit("images", 1, file_name="gone.png"), ["1 of 3", "gone.png"]),
-    (edit("images", 1, width=-64), ["image id 2", "negative"]),
-    (edit("images", 1, width="64"), ["image id 2", '"width"']),
-    (edit("categories", 1, id=7), ["category id 7 occurs twice"]),
+    (edit("images", 1, file_name="gone.png"), ["do not exist: 1", "gone.png"]),
+    (edit("images", 1, width=-64), ["image id 2", "[-64, 48]"]),
+    (edit("images", 1, width="64"), ["image id 2", "['64', 48]"]),
+    (edit("categories", 1, id=7), ["category ids that occur twice", "category id 7"]),
     (edit("categories", 1, id=None), ["category number 2"]),
-    (edit("annotations", 1, id=1), ["annotation id 1 occurs twice"]),
+    (edit("annotations", 1, id=1), ["annotation ids that occur twice", "annotation id 1"]),
     (edit("annotations", 1, id=True), ["annotation number 2", "True"]),
-    (edit("annotations", 1, image_id=99), ["annotation id 2", "image id 99"]),
-    (edit("annotations", 1, category_id=5), ["annotation id 2", "image id 2", "category id 5"]),
+    (edit("annotations", 1, image_id=99), ["annotation id 2", "image_id", "99"]),
+    (edit("annotations", 1, category_id=5), ["2.png", "annotation id 2", "image id 2", "category_id", "5"]),
     (edit("annotations", 1, category_id=...), ["annotation id 2", "category_id"]),
     (edit("annotations", 1, bbox=...), ["annotation id 2", "image id 2", "bbox"]),
     (edit("annotations", 1, bbox=[1, 2, 3]), ["annotation id 2", "image id 2", "[1, 2, 3]"]),
@@ -264,21 +264,21 @@ def test_missing_things_are_named(folder):
     assert "instances_train2017.json" in message(folder / "train"), "say what was looked for"
     assert "b.json" in message(train_json="b.json", train_images=folder, val_json="b.json", val_images=folder)
     assert "augment" in message(folder, augment="heavy") and "size" in message(size=5)
-    for image in (folder / "train").iterdir():
-        image.unlink()
-    assert "3 of 3 image files do not exist" in message(folder)
-    (folder / "train").rmdir()
-    assert "train: no such folder" in message(folder)
     (folder / "annotations/instances_val.json").unlink()
     assert "no val annotations" in message(folder)
+    for image in (folder / "train").iterdir():
+        image.unlink()
+    assert "image files that do not exist: 3 (first: " in message(folder)
+    (folder / "train").rmdir()
+    assert "train: no such folder" in message(folder)
 
 
 def test_val_must_not_know_other_classes_than_train(folder):
     change(folder, lambda c: c["categories"].append({"id": 9, "name": "cow"}), "val")
-    with pytest.raises(DataError, match="category id 9 is 'cow', but in .*_train.json it does not exist"):
+    with pytest.raises(DataError, match="_val.json: .*id 9 is 'cow', in train it does not exist"):
         data.load(folder)
     change(folder, lambda c: c.update(categories=[{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]), "val")
-    with pytest.raises(DataError, match="category id 3 is 'cat', but in .* it is 'dog'"):
+    with pytest.raises(DataError, match="_val.json: .*id 3 is 'cat', in train it is 'dog'"):
         data.load(folder)
 
 
@@ -293,11 +293,11 @@ def test_bad_boxes_are_repaired_or_dropped_and_reported_once(folder):
         "boxes over the edge are cut at it; those that are outside, empty or not finite go"
     notes = {note.split(": ", 1)[1] for note in dataset.notes}
     assert notes == {
-        "boxes reaching over the image edge, clipped: 2 (first: image id 1 annotation id 50)",
-        "boxes outside their image, dropped: 1 (first: image id 1 annotation id 52)",
+        "boxes reaching over the image edge, clipped: 2 (first: 1.png, image id 1, annotation id 50)",
+        "boxes outside their image, dropped: 1 (first: 1.png, image id 1, annotation id 52)",
         "boxes that are not finite or have no width or height, dropped: 5 "
-        "(first: image id 1 annotation id 53)",
-        "images without boxes, kept: 2 (first: image id 2)",
+        "(first: 1.png, image id 1, annotation id 53)",
+        "images without boxes, kept: 2 (first: 2.png, image id 2)",
         "no box of class dog",
     }, "the ninth box is off by a tenth of a pixel: rounding, not worth a note"
 
@@ -425,8 +425,10 @@ def test_a_damaged_image_gives_one_line(folder, spoil, words):
     assert_one_line(error.value, str(folder / "train/1.png"), "image id 1", *words)
 
 
-def test_an_error_in_a_worker_is_still_one_line(folder):
-    (folder / "train/1.png").write_bytes(b"not an image")
+@pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(b"not an image"),
+                                   lambda path: write_image(path, width=100)])
+def test_an_error_in_a_worker_is_still_one_line(folder, spoil):
+    spoil(folder / "train/1.png")
     dataset = data.first(data.load(folder)["train"], 1)
     batches = iter(DataLoader(dataset, num_workers=1, collate_fn=data.collate))
     with pytest.raises(DataError) as error:
