@@ -1,7 +1,7 @@
 """Train, evaluate and resume any of the detectors in this folder, or your own file that keeps their contract.
 
     python train.py --model detr                   embedded data set, small model, ends by itself
-    python train.py --model detr --data DIR        your COCO-format folder
+    python train.py --model detr --data DIR        your folder, COCO or VOC format
     python train.py --model detr --overfit 2       two images: AP must come close to 1, or something is broken
     python train.py --resume runs/detr-shapes      go on after Ctrl-C or a crash, exactly where it stopped
     python train.py --data DIR --init runs/detr-shapes    a new run that starts from the weights of another
@@ -646,7 +646,7 @@ def make_parser():
                    help="small and from scratch, or as in the paper")
     p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
                    help="an option of the model, as in its build(); may be given several times")
-    p.add_argument("--data", metavar="DIR", help="COCO-format folder; default: the embedded shapes")
+    p.add_argument("--data", metavar="DIR", help="folder in COCO or VOC format; default: the embedded shapes")
     for name in ("train-json", "train-images", "val-json", "val-images"):
         p.add_argument(f"--{name}", metavar="PATH", help="instead of --data: the four paths one by one")
     p.add_argument("--size", type=int, help="pixels; laptop: longest side (96 for shapes, 256 for folders), "
