@@ -1,7 +1,7 @@
 """Do later decoder stages make a query better? The measurements that SQR starts from, for any of the five models.
 
     python benchmarks/stages.py runs/deformable_detr-shapes runs/sqr-shapes
-    python benchmarks/stages.py runs/sqr-shapes --option recurrent=true      the last stage, looped
+    python benchmarks/stages.py runs/sqr-shapes --loops 8            the last stage alone, again and again (DQRR)
     python benchmarks/stages.py RUN --picture docs/stages.png                where an early stage knew better
 
 Per run: AP of every stage; the two rates of the paper (section 3), which compare the last stage's prediction with what
@@ -104,16 +104,20 @@ def predict(model, dataset, args):
     return images_seen
 
 
-def load(path, changed_options):
-    """(model, validation set, args) of a run of train.py, with some of the model's options changed."""
+def load(path, loops):
+    """(model, validation set, args) of a run of train.py; with `loops` the last stage of sqr.py runs so many times."""
     checkpoint = train.load_checkpoint(path / "best.pt" if path.is_dir() else path)
     args = argparse.Namespace(**checkpoint["args"])
     args.device, args.workers = "cuda" if torch.cuda.is_available() else "cpu", 0
     args.eval_batch_size = args.eval_batch_size or args.batch_size
     dataset = train.load_data(args, ("val",))["val"]
-    options = {**checkpoint["model_options"], "pretrained_backbone": False, **changed_options}
+    options = {**checkpoint["model_options"], "pretrained_backbone": False}
+    if loops:
+        options["recurrent"] = True
     model = train.build_model(train.load_model_file(args.model), len(dataset.class_names), options)
     model.load_state_dict(checkpoint["model"])
+    if loops:
+        model.num_stages = loops
     return model.to(args.device), dataset, args
 
 
@@ -165,12 +169,12 @@ def draw(dataset, images, path, count=6):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs, or checkpoints")
-    p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="changed option of the model")
+    p.add_argument("--loops", type=int, metavar="N", help="of sqr.py: run only the last stage, N times")
     p.add_argument("--picture", metavar="FILE", help="of the last run")
     args = p.parse_args()
     print("| run | AP of stages 1, 2, ... | oracle AP | TP fading | FP exacerbation |\n|---|---|---|---|---|")
     for path in args.runs:
-        model, dataset, settings = load(path, train.parse_options(p, args.option))
+        model, dataset, settings = load(path, args.loops)
         images = predict(model, dataset, settings)
         stages = [average_precision(dataset, images, lambda image: at_stage(image, s))
                   for s in range(len(images[0].scores))]
