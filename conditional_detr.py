@@ -327,6 +327,7 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(hidden_dim, nheads, dropout)
         self.norm1 = nn.LayerNorm(hidden_dim)
         self.ca_q_content = nn.Linear(hidden_dim, hidden_dim)
+        # The 43.5 M parameters of the published log count five more of these, unused, in layers 2 to 6
         self.ca_q_pos = nn.Linear(hidden_dim, hidden_dim) if first else None
         self.ca_q_sine = nn.Linear(hidden_dim, hidden_dim)
         self.ca_k_content = nn.Linear(hidden_dim, hidden_dim)

@@ -272,7 +272,7 @@ class MSDeformAttn(nn.Module):
             self.sampling_offsets.bias.copy_(star.expand(M, L, K, 2).flatten())
         nn.init.zeros_(self.sampling_offsets.weight)
         nn.init.zeros_(self.attention_weights.weight)
-        nn.init.zeros_(self.attention_weights.bias)
+        nn.init.zeros_(self.attention_weights.bias)  # after the softmax the paper's 1/(LK)
         nn.init.zeros_(self.value_proj.bias)
         nn.init.zeros_(self.output_proj.bias)
 
@@ -409,6 +409,7 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tgt, query_pos, reference, memory, spatial_shapes, mask):
+        # tgt is learned from the start, so the first self-attention is not idle as in DETR
         q, k, v = self.sa_proj(tgt + query_pos, tgt + query_pos, tgt)  # 3 x [B, Q, D]
         tgt = self.norm1(tgt + self.dropout(self.self_attn(q, k, v)))
 

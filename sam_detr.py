@@ -296,7 +296,7 @@ class MSDeformAttn(nn.Module):
             self.sampling_offsets.bias.copy_(star.expand(M, L, K, 2).flatten())
         nn.init.zeros_(self.sampling_offsets.weight)
         nn.init.zeros_(self.attention_weights.weight)
-        nn.init.zeros_(self.attention_weights.bias)
+        nn.init.zeros_(self.attention_weights.bias)  # after the softmax the paper's 1/(LK)
         nn.init.zeros_(self.value_proj.bias)
         nn.init.zeros_(self.output_proj.bias)
 

@@ -7,7 +7,8 @@ The idea: the last decoder stage gives the answer, but is trained no harder than
 the stages before it made of a query, mistakes included. So, in training, a stage is also fed the outputs of
 earlier stages, and everything it makes of them is supervised. Inference does not change.
 
-Diff me against: deformable_detr.py; recollect="none" gives the same predictions, bit for bit.
+Diff me against: deformable_detr.py; recollect="none" gives the same predictions, bit for bit. Sections and
+equations in comments are Deformable DETR's, except for query recollection.
 
 Departures from the official code (numbers are the same, tests/test_sqr.py holds them):
     every group of queries has its own reference boxes and its own stage's heads, so box_refine and two_stage
@@ -26,7 +27,7 @@ import torchvision
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-# How the paper trains it (section 5.1 and appendix A.3). train.py reads this.
+# As Deformable DETR is trained (its section 5.1 and appendix A.3). train.py reads this.
 RECIPE = dict(
     epochs=50,
     lr_drop=40,
@@ -272,7 +273,7 @@ class MSDeformAttn(nn.Module):
             self.sampling_offsets.bias.copy_(star.expand(M, L, K, 2).flatten())
         nn.init.zeros_(self.sampling_offsets.weight)
         nn.init.zeros_(self.attention_weights.weight)
-        nn.init.zeros_(self.attention_weights.bias)
+        nn.init.zeros_(self.attention_weights.bias)  # after the softmax the paper's 1/(LK)
         nn.init.zeros_(self.value_proj.bias)
         nn.init.zeros_(self.output_proj.bias)
 
@@ -443,6 +444,7 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tgt, query_pos, reference, memory, spatial_shapes, mask):
+        # tgt is learned from the start, so the first self-attention is not idle as in DETR
         q, k, v = self.sa_proj(tgt + query_pos, tgt + query_pos, tgt)  # 3 x [B, Q, D]
         tgt = self.norm1(tgt + self.dropout(self.self_attn(q, k, v)))
 
