@@ -69,6 +69,10 @@ LOOKS = {  # colour, line
     "deformable_detr two-stage": ("tab:blue", "--"),
     "sqr": ("tab:red", "-"),
     "sqr dense": ("tab:red", "--"),
+    "deformable_detr 1300 steps": ("tab:cyan", "-"),
+    "sqr 1300 steps": ("tab:pink", "-"),
+    "sqr recurrent": ("tab:red", ":"),
+    "sam_detr 1800 steps": ("tab:purple", "--"),
 }
 
 
@@ -204,8 +208,7 @@ def main():
     if not present:
         raise SystemExit(f"{RESULTS}: no results yet; run without --table first.")
     table([name for name in [*RACE, *EXTRA] if name in present])
-    if racing := [name for name in RACE if name in present]:
-        draw(racing)
+    draw([name for name in LOOKS if name in present])
 
 
 if __name__ == "__main__":

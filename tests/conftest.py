@@ -7,7 +7,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's files, from 
 
 
 def pytest_addoption(parser):
-    group = parser.getgroup("grading", "grade a file of your own: pytest tests --file my_detr.py --like conditional_detr")
+    group = parser.getgroup("grading", "grade a file: pytest tests --file my_detr.py --like conditional_detr --points")
     group.addoption("--file", help="run the marks on this file, and nothing else")
     group.addoption("--like", help="the file of ours that it is meant to equal")
     group.addoption("--points", action="store_true", help="print the points in a table")
@@ -19,7 +19,7 @@ def pytest_configure(config):
     if not config.getoption("--file"):
         import torch
 
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)  # threads cost tiny models more than they give
         return
     from grader import MARKS
 
@@ -42,5 +42,6 @@ def pytest_terminal_summary(terminalreporter, config):
     if config.getoption("--points") and results:
         from grader import table
 
+        file, like, seed = (config.getoption(f"--{name}") for name in ("file", "like", "seed"))
         terminalreporter.section("points")
-        terminalreporter.write_line(table(*(config.getoption(f"--{name}") for name in ("file", "like", "seed")), results))
+        terminalreporter.write_line(table(file, like, seed, results))

@@ -1,0 +1,61 @@
+"""docs/exercises.md: every block that it takes out loses the marks it names, and nothing breaks in another way."""
+import importlib
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import marks
+import pytest
+from blank import blank
+from grader import MARKS, sentence
+from test_planted import CHEAP, small_backbone  # noqa: F401, a fixture
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "docs" / "exercises.md").read_text()
+EXERCISES = re.findall(r"    python tests/blank.py (\w+)\.py (.+) > my_\w+\.py\n\nMarks: ([\w, ]+)\.", TEXT)
+
+
+def module_without(file, blocks):
+    module = types.ModuleType(file)
+    module.__file__ = f"my_{file}.py"
+    exec(compile(blank((ROOT / f"{file}.py").read_text(), *blocks), module.__file__, "exec"), module.__dict__)
+    return module
+
+
+@pytest.mark.parametrize("file, blocks, named", EXERCISES, ids=lambda x: x)
+def test_what_is_not_written_yet_loses_its_marks_and_says_so(file, blocks, named, small_backbone):  # noqa: F811
+    module, ours, lost = module_without(file, blocks.split()), importlib.import_module(file), {}
+    only = "Only this one" in TEXT.split(f"{file}.py {blocks} >")[1].split("**")[0]
+    for name in CHEAP[file] if only else {*named.split(", "), "shapes", "training", "everything"} & {*CHEAP[file]}:
+        try:
+            getattr(marks, name)(module, ours, 0)
+        except Exception as error:
+            lost[name] = sentence(error, module.__file__)
+    assert set(named.split(", ")) <= set(lost)
+    block = re.compile("not written yet: (" + "|".join(blocks.split()) + r")(\.\w+)?$")
+    assert all(block.match(why) for why in lost.values()), lost
+    if only:
+        assert set(lost) == {named}, lost
+
+
+def test_every_file_has_exercises_and_every_question_an_answer():
+    assert {file for file, *_ in EXERCISES} == set(MARKS)
+    questions, answers = TEXT.split("## Answers")
+    asked, answered = re.findall(r"\((\d+[a-z])\)", questions), re.findall(r"^\* (\d+[a-z])\. ", answers, re.M)
+    assert asked == answered
+    numbers = [int(n) for n in re.findall(r"^\*\*(\d+)\. ", questions, re.M)]
+    assert numbers == list(range(1, len(EXERCISES) + 1)), "an exercise without a command and marks"
+
+
+def test_the_command_blanks_a_file_and_lists_what_it_knows():
+    def run(*blocks):
+        command = [sys.executable, "tests/blank.py", "detr.py", *blocks]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    done = run("MLP", "sine")
+    assert done.stdout.count('raise NotImplementedError("not written yet")') == 2
+    assert done.stdout.count("\n") < (ROOT / "detr.py").read_text().count("\n")
+    done = run("YOLO")
+    assert done.returncode == 2 and "no block 'YOLO'; there are Backbone" in done.stderr

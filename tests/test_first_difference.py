@@ -1,0 +1,101 @@
+"""The first difference is named where it is, and how it differs, as far as that can be told."""
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from first_difference import PLAIN, VARIANTS, first_difference, how, main
+from planted import MISTAKES, module_of
+from test_planted import small_backbone  # noqa: F401, a fixture
+
+# (words of a mistake, index into VARIANTS, where it is seen first, how)
+SEEN = [
+    ("the mask is inverted", 0, "argument `input` of encoder.layers.0.self_attn.out_proj", "off by up to"),
+    ("positions encode x in the first half", 0, "argument `pos` of encoder", "its two halves are swapped"),
+    ("decoder self-attention is along the batch", 0, "argument `q` of decoder.layers.0.self_attn", "transposed"),
+    ("the decoder looks at padding", 0, "argument `input` of decoder.layers.0.cross_attn.out_proj",
+     "only at 1 of dimension 0"),
+    ("boxes are corners", 0, "the output boxes of stage 1", "corners (x, y, x, y) instead of centre and size"),
+    ("boxes have no sigmoid", 0, "the output boxes of stage 1", "the sigmoid is missing"),
+    ("lambda is left out", 0, "output of decoder.spatial_query (call 2)", "off by up to"),
+    ("width and height are relative", 0, "the output boxes of stage 1", "only at 2, 3 of dimension 2"),
+    ("offsets are divided by (H, W)", 0, "argument `input` of encoder.layers.0.self_attn.output_proj", "off by up to"),
+    ("the Gaussian lacks the 1/8", 1, "argument `bias` of decoder.layers.0.cross_attn", "scaled by 8"),
+    ("a stage is fed three stages", 1, "argument `tgt` of decoder.layers.2", "shape [8, 6, 32], not [6, 6, 32]"),
+]
+
+
+@pytest.mark.parametrize("words, variant, place, description", SEEN, ids=lambda x: str(x)[:40])
+def test_a_planted_mistake_is_named(words, variant, place, description, small_backbone):  # noqa: F811
+    mistake = next(m for m in MISTAKES if m.what.startswith(words))
+    student, ours = module_of(mistake), importlib.import_module(mistake.file)
+    line = next(first_difference(student, ours, variants=[VARIANTS[mistake.file][variant]]))
+    assert f"the first difference is {place}: " in line and description in line, line
+
+
+def test_a_mistake_that_people_make_is_recognised(small_backbone):  # noqa: F811
+    """One of two_stage: its wrong choice of proposals must not be seen in every other mistake's numbers."""
+    for words in ("the mask is inverted", "proposals are ranked"):
+        mistake = next(m for m in MISTAKES if m.what.startswith(words))
+        variants = [v for v in VARIANTS[mistake.file] if v[0] in ("with the default options", "with two_stage")][-1:]
+        _, _, *lines = first_difference(module_of(mistake), importlib.import_module(mistake.file), variants=variants)
+        assert lines == [f"The output is exactly that of our file where {mistake.what}."]
+
+
+def test_differences_in_gradients_and_initial_values_are_named(small_backbone):  # noqa: F811
+    for words, expected in [
+        ("the reference point is detached", "does not reach reference.head.layers.0.weight (a detach too much?)"),
+        ("the class head does not start", "class_head.bias starts at"),
+    ]:
+        mistake = next(m for m in MISTAKES if m.what.startswith(words))
+        lines = list(first_difference(module_of(mistake), importlib.import_module(mistake.file)))
+        assert "predictions agree" in lines[0] and expected in lines[0], lines
+
+
+def test_other_names_inside_leave_the_stages_of_the_output(small_backbone, monkeypatch):  # noqa: F811
+    import detr
+    import other_detr
+
+    assert list(first_difference(other_detr, detr))[0].endswith("no difference, neither in numbers nor in gradients.")
+    forward = other_detr.Detector.forward
+
+    def wrong(self, images, mask):
+        out = forward(self, images, mask)
+        return {**out, "boxes": torch.cat([out["boxes"][:1], 1 - out["boxes"][1:]])}
+
+    monkeypatch.setattr(other_detr.Detector, "forward", wrong)
+    assert "the output boxes of stage 2" in list(first_difference(other_detr, detr, variants=[PLAIN]))[0]
+
+
+def test_how_two_tensors_differ():
+    torch.manual_seed(0)
+    x, padding = torch.randn(2, 5, 8), torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]).bool()
+    on_padding = x + padding[..., None]
+    cases = [
+        (x.transpose(1, 2), "transposed, its dimensions are ours in the order [0, 2, 1]"),
+        (x * 3, "scaled by 3"),
+        (x + 0.5, "shifted by 0.5"),
+        (-x, "scaled by -1"),
+        (x * 0, "all zero"),
+        (x.sigmoid(), "a sigmoid too much"),
+        (x.flip(1), "in reverse order along dimension 1"),
+        (on_padding, "wrong only on tokens that are padding"),
+        (x.softmax(1), "softmax over dimension 1 too much"),
+        (x[:1], "shape [1, 5, 8], not [2, 5, 8]"),
+        (x.log(), "not finite"),
+    ]
+    for theirs, words in cases:
+        assert how(theirs, x, padding).startswith(words), words
+    assert how(~padding, padding) == "inverted"
+
+
+def test_the_command(monkeypatch, capsys):
+    other = Path(__file__).parent / "golden.py"
+    monkeypatch.setattr(sys, "argv", ["first_difference.py", str(other), "--like", "detr"])
+    main()
+    assert "cannot be built or filled. not written yet: build" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["first_difference.py", "nothing.py", "--like", "detr"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "nothing.py: no such file" in capsys.readouterr().err
