@@ -2,10 +2,14 @@
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,9 +176,25 @@ def test_data_order_is_a_function_of_seed_and_step():
 QUICK = ["--workers", "0", "--size", "48", "--batch-size", "4", "--option", "enc_layers=1", "--option", "dec_layers=1"]
 
 
-def run(*flags, cwd, **how):
-    return subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, flags)], cwd=cwd, capture_output=True,
-                          text=True, timeout=170, **how)
+def train_py(flags, cwd, out, err):
+    """In a process of its own: python train.py with these flags."""
+    os.chdir(cwd)
+    sys.stdout, sys.stderr = open(out, "w"), open(err, "w")
+    sys.argv = ["train.py", *flags]
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+def run(*flags, cwd):
+    """What train.py answers to these flags. Each call is a new process, but they all share one start of torch."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["torch", "torchvision", "data", "visualize", "train"])
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        process = server.Process(target=train_py, args=(list(map(str, flags)), cwd, out, err))
+        process.start()
+        process.join(170)
+        assert process.exitcode is not None, "train.py does not end"
+        return SimpleNamespace(returncode=process.exitcode, stdout=out.read_text(), stderr=err.read_text())
 
 
 def small_coco(folder, images=3, bbox=(4, 4, 20, 20), **changes):
