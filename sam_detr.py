@@ -409,12 +409,18 @@ class SemanticsAligner(nn.Module):
             nn.ReLU(),
             nn.Linear(2 * hidden_dim, nheads * (4 if smca else 2)),
         )
-        # The official code zeroes the last weight as well, but its Xavier initialisation (as ours) undoes it:
-        # points start at random places in the box, not at its centre. We keep the random start. A repair must
-        # spare the scales of smca: they are used squared, so that zeros would get no gradient.
-        nn.init.zeros_(self.point_mlp[-1].bias)
         self.reweight_content = nn.Linear(hidden_dim, nheads * hidden_dim)
         self.reweight_position = nn.Linear(hidden_dim, nheads * hidden_dim)
+
+    def centre_points(self):
+        """Start every point at the centre of its box; to be called after Xavier initialisation.
+
+        The official code means to, but calls them in the other order, so its points start anywhere in the box
+        (quirk). On shapes the centre was ahead from step 300 to 600 of 900 (AP 0.079, 0.049), then level.
+        """
+        # Not the scales of smca: they are used squared, so that zeros would get no gradient
+        nn.init.zeros_(self.point_mlp[-1].weight[:2 * self.nheads])
+        nn.init.zeros_(self.point_mlp[-1].bias)
 
     def regions(self, reference, memory, mask):
         """F_R = RoIAlign(F, box), the reference boxes' contents: [B*Q, D, 7, 7]."""
@@ -575,6 +581,8 @@ class SAMDETR(nn.Module):
         self.box_head = nn.ModuleList(copy.deepcopy(box_head) for _ in range(dec_layers))
         xavier_uniform(self.encoder)
         xavier_uniform(self.decoder)
+        for layer in self.decoder.layers:
+            layer.aligner.centre_points()
         for module in self.modules():
             if isinstance(module, MSDeformAttn):
                 module.reset_parameters()

@@ -41,7 +41,8 @@ def test_multi_scale_goes_from_coarse_to_fine_with_any_number_of_decoder_layers(
 # ---- The paper's claims ----------------------------------------------------------------------------------------------
 def test_salient_points_lie_inside_the_reference_box():
     model = tiny(dec_layers=3).eval()
-    torch.nn.init.normal_(model.decoder.layers[0].aligner.point_mlp[-1].weight, std=10)  # far from the centre
+    for layer in model.decoder.layers:
+        torch.nn.init.normal_(layer.aligner.point_mlp[-1].weight, std=10)  # far from the centre
     calls = record(layer.aligner for layer in model.decoder.layers)
     with torch.no_grad():
         out = model(*batch())
@@ -51,6 +52,15 @@ def test_salient_points_lie_inside_the_reference_box():
         offset = (points - box[:, :, None, :2]) / box[:, :, None, 2:]  # [B, Q, M, 2]
         assert (offset.abs() <= 0.5 + 1e-5).all(), "a salient point lies outside its reference box"
         assert (offset.std(2) > 1e-3).all(), "heads look at different points"
+
+
+def test_points_start_at_the_centre_of_the_box_and_scales_do_not_start_at_zero():
+    model = tiny(smca=True).eval()
+    calls = record(layer.aligner for layer in model.decoder.layers)
+    with torch.no_grad():
+        model(*batch())
+    for (_, reference, *_), (_, _, points, scale) in calls:
+        assert points.equal(reference[:, :, None, :2].expand_as(points)) and scale.abs().min() > 0
 
 
 def aligner_of_open_weights(smca=False):
@@ -152,6 +162,7 @@ def test_padding_changes_nothing_behind_the_backbone_as_long_as_boxes_stay_insid
     model = tiny(dec_layers=1).eval()
     model.backbone = Patches(3, 512, 32, 32, bias=False)
     torch.nn.init.normal_(model.box_head[0].layers[-1].weight)
+    torch.nn.init.normal_(model.decoder.layers[0].aligner.point_mlp[-1].weight)  # points leave the centre
     with torch.no_grad():
         model.query_embed.weight.copy_(torch.tensor([0.2, -0.2, 1.0, 1.0]))
         assert padding_error() > 1e-4, "boxes over the edge no longer read padding? Then say so in the README"
