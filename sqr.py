@@ -246,10 +246,10 @@ def deformable_sampling(value, spatial_shapes, locations, weights):
         # [B, h*w, M, D/M] -> [B, M, D/M, h*w] -> [B*M, D/M, h, w]
         feature_map = levels[level].permute(0, 2, 3, 1).reshape(B * M, -1, h, w)
         points = grid[:, :, :, level].transpose(1, 2).flatten(0, 1)  # [B*M, Q, K, 2]
-        weight = weights[:, :, :, level].transpose(1, 2).reshape(B * M, 1, Q, K)
+        weight = weights[:, :, :, level].transpose(1, 2).flatten(0, 1)  # [B*M, Q, K]
         sampled = F.grid_sample(feature_map, points, align_corners=False)  # [B*M, D/M, Q, K]
-        total = total + (sampled * weight).sum(-1)  # [B*M, D/M, Q]
-    return total.view(B, -1, Q).transpose(1, 2)  # [B, Q, D]
+        total = total + torch.einsum("ndqk,nqk->nqd", sampled, weight)  # [B*M, Q, D/M]
+    return total.unflatten(0, (B, M)).transpose(1, 2).flatten(2)  # [B, Q, D]
 
 
 class MSDeformAttn(nn.Module):

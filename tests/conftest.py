@@ -1,10 +1,15 @@
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's files, from wherever pytest is started
+
+# These start processes and wait for them, half of the time of all tests. When everything runs and there are two
+# cores, a second pytest takes them; its report follows the first one's.
+SECOND_CORE = ("test_grader.py", "test_train.py", "test_trust.py")
 
 
 def pytest_addoption(parser):
@@ -19,6 +24,9 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if not config.getoption("--file"):
         os.environ["OMP_NUM_THREADS"] = "1"  # threads cost tiny models more than they give, here and in subprocesses
+        if set(config.invocation_params.args) <= {"-q", "tests"} and os.cpu_count() > 1:
+            command = [sys.executable, "-m", "pytest", "-q", *(str(Path(__file__).with_name(f)) for f in SECOND_CORE)]
+            config.second_core = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         return
     from grader import MARKS
 
@@ -31,12 +39,25 @@ def pytest_configure(config):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """With --file the grading tests run and nothing else, without it all others."""
+    """With --file the grading tests run and nothing else, without it all others, on two cores if there are."""
+    if hasattr(config, "second_core") and collection_path.name in SECOND_CORE:
+        return True
     if collection_path.name.startswith("test_"):
         return (collection_path.name == "test_grade.py") != bool(config.getoption("--file")) or None
 
 
+def pytest_sessionfinish(session):
+    if second := getattr(session.config, "second_core", None):
+        if session.exitstatus == pytest.ExitCode.INTERRUPTED:
+            second.terminate()
+        session.config.second_report = second.communicate()[0]
+        session.exitstatus = session.exitstatus or second.returncode
+
+
 def pytest_terminal_summary(terminalreporter, config):
+    if hasattr(config, "second_report"):
+        terminalreporter.section("the second core: " + ", ".join(SECOND_CORE))
+        terminalreporter.write_line(config.second_report)
     results = getattr(config, "grading_results", None)
     if config.getoption("--points") and results:
         from grader import table
