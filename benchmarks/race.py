@@ -48,8 +48,9 @@ RACE = {
     "sqr": runner("sqr"),
     "sqr dense": runner("sqr", "recollect=\"dense\""),
 }
-# Beside the race: more steps, and ablations of a paper.
+# Beside the race: other numbers of steps, and ablations of a paper.
 EXTRA = {
+    "detr 3600 steps": runner("detr", steps=3600),
     "deformable_detr 1300 steps": runner("deformable_detr", steps=1300),
     "sqr 1300 steps": runner("sqr", steps=1300),
     "sqr recurrent": runner("sqr", "recurrent=true"),
@@ -60,7 +61,7 @@ EXTRA = {
     "csq-t": runner("conditional_detr", "spatial_query=csq-t", steps=1000),
     "csq-c": runner("conditional_detr", "spatial_query=csq-c", steps=1000),
 }
-LOOKS = {  # colour, line
+LOOKS = {  # in the figure: colour, line
     "detr": ("tab:gray", "-"),
     "conditional_detr": ("tab:orange", "-"),
     "sam_detr": ("tab:purple", "-"),
@@ -69,9 +70,6 @@ LOOKS = {  # colour, line
     "deformable_detr two-stage": ("tab:blue", "--"),
     "sqr": ("tab:red", "-"),
     "sqr dense": ("tab:red", "--"),
-    "deformable_detr 1300 steps": ("tab:cyan", "-"),
-    "sqr 1300 steps": ("tab:pink", "-"),
-    "sqr recurrent": ("tab:red", ":"),
     "sam_detr 1800 steps": ("tab:purple", "--"),
 }
 
@@ -134,9 +132,13 @@ def read_results():
 
 
 # ---- Table and figure ----------------------------------------------------------------------------------------------
+def entries_of(name):
+    return [entry for entry in read_results().values() if entry["name"] == name]
+
+
 def curves(name):
     """All seeds of a runner: (its entries, steps [n], AP [seeds, n], minutes [n])."""
-    entries = [entry for entry in read_results().values() if entry["name"] == name]
+    entries = entries_of(name)
     steps = np.array([line["step"] for line in entries[0]["evals"]])
     values = np.array([[line["AP"] for line in entry["evals"]] for entry in entries])
     minutes = np.mean([entry["cpu_minutes"] for entry in entries]) * steps / steps[-1]
@@ -159,19 +161,24 @@ def spread(values, form="{:.3f}"):
     return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
 
 
+def images_to(entries):
+    """Mean number of training images until AP50 = 0.5; None without runs, or if a seed never gets there."""
+    reached = [crossing(entry) for entry in entries]
+    return statistics.mean(reached) * entries[0]["batch"] if reached and None not in reached else None
+
+
 def table(names):
-    """Markdown, one row a runner."""
-    print("| runner | seeds | batch | steps | CPU min | AP | AP50 | AP small | steps to AP50 0.5 | images to it |")
+    """Markdown, one row a runner. "DETR / it": images that DETR needs to AP50 0.5 over those that the runner needs."""
+    print("| runner | seeds | batch | steps | CPU min | AP | AP50 | AP small | images to AP50 0.5 | DETR / it |")
     print("|---|---|---|---|---|---|---|---|---|---|")
+    detr = images_to(entries_of("detr")) or images_to(entries_of("detr 3600 steps"))
     for name in names:
-        entries = curves(name)[0]
-        last = [entry["evals"][-1] for entry in entries]
-        reached = [crossing(entry) for entry in entries]
-        batch = entries[0]["batch"]
-        when = ["never"] * 2 if None in reached else [spread(reached, "{:.0f}"), f"{statistics.mean(reached) * batch:.0f}"]
+        entries = entries_of(name)
+        last, batch, images = [entry["evals"][-1] for entry in entries], entries[0]["batch"], images_to(entries)
         print(f"| {name} | {len(entries)} | {batch} | {last[0]['step']} | "
-              f"{statistics.mean(e['cpu_minutes'] for e in entries):.1f} | {spread([x['AP'] for x in last])} | "
-              f"{spread([x['AP50'] for x in last])} | {spread([x['AP_small'] for x in last])} | {' | '.join(when)} |")
+              f"{statistics.mean(e['cpu_minutes'] for e in entries):.1f} | "
+              + " | ".join(spread([line[key] for line in last]) for key in ("AP", "AP50", "AP_small"))
+              + f" | {f'{images:.0f}' if images else 'never'} | {f'{detr / images:.1f}' if detr and images else ''} |")
 
 
 def draw(names):

@@ -6,6 +6,7 @@
 
 A training step is forward, matching, losses and backward of one batch; no optimiser. Memory is the peak of live tensors
 above what is there before (parameters are). Models take turns, so that noise hits all of them alike; times are medians.
+"of its limit": the time its multiply-adds would take at the speed of one large matrix product, divided by its time.
 """
 import argparse
 import importlib
@@ -88,11 +89,11 @@ def peak_memory(call):
     return max(itertools.accumulate(sizes)) / 2**20
 
 
-def multiply_adds(model, images, mask):
-    """Of one forward pass, in units of 1e9; the papers call them FLOPs. Matrix products and convolutions, not bilinear
-    sampling, softmax or RoIAlign."""
+def multiply_adds(call):
+    """Of one call, in units of 1e9; the papers call those of a forward pass FLOPs. Matrix products and convolutions, not
+    bilinear sampling, softmax or RoIAlign."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.eval()(images, mask)
+        call()
     return counter.get_total_flops() / 2e9  # the counter sees two operations in each
 
 
@@ -115,14 +116,19 @@ def costs(size, B, height, width, repeats):
     forward = {name: lambda m=model: inference(m, images, mask) for name, model in models.items()}
     step = {name: lambda m=model, c=criteria[name]: training_step(m, c, images, mask, targets)
             for name, model in models.items()}
-    infer, trained = take_turns(forward, repeats), take_turns(step, repeats)
+    matrix = torch.randn(2048, 2048, device=DEVICE)
+    product = {"product": lambda: matrix @ matrix}
+    infer, trained = take_turns({**forward, **product}, repeats), take_turns({**step, **product}, repeats)
     print(f"\n{size} size, {B} x {height} x {width}, {DEVICE}, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}\n\n| model | parameters | multiply-adds | inference | training step | its memory |\n"
-          "|---|---|---|---|---|---|")
+          f"{torch.__version__}; large matrix product: {2.048**3 / infer['product']:.0f} G multiply-adds a second\n\n"
+          "| model | parameters | multiply-adds | inference | of its limit | training step | of its limit | its memory |\n"
+          "|---|---|---|---|---|---|---|---|")
     for name, model in models.items():
         count = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"| {name} | {count:.1f} M | {multiply_adds(model, images, mask):.1f} G | {infer[name]:.3f} s | "
-              f"{trained[name]:.3f} s | {peak_memory(step[name]):.0f} MiB |", flush=True)
+        work = [multiply_adds(lambda: model.eval()(images, mask)), multiply_adds(step[name])]
+        at_best = [G / 2.048**3 * t["product"] / t[name] for G, t in zip(work, (infer, trained))]
+        print(f"| {name} | {count:.1f} M | {work[0]:.1f} G | {infer[name]:.3f} s | {at_best[0]:.0%} | "
+              f"{trained[name]:.3f} s | {at_best[1]:.0%} | {peak_memory(step[name]):.0f} MiB |", flush=True)
 
 
 # ---- Hugging Face transformers, the same configurations ------------------------------------------------------------
@@ -180,7 +186,8 @@ def main():
     if args.flops:
         images, mask, _ = batch(1, *args.flops)
         for name in MODELS:
-            print(f"{name:28} {multiply_adds(build(name, 'paper'), images, mask):6.1f} G")
+            model = build(name, "paper")
+            print(f"{name:28} {multiply_adds(lambda: model.eval()(images, mask)):6.1f} G")
     elif args.against_transformers:
         try:
             import transformers  # noqa: F401
