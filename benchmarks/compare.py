@@ -1,6 +1,6 @@
 """AP of several runs against steps and against minutes, in one figure.
 
-    python benchmarks/compare.py docs/curves.png runs/detr-shapes runs/conditional_detr-shapes ...
+    python benchmarks/compare.py curves.png runs/detr-shapes runs/conditional_detr-shapes ...
 """
 import json
 import sys
