@@ -194,7 +194,7 @@ def draw(names):
             ax.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
     axes[0].set(xlabel="training images seen", ylabel="AP on held-out images", ylim=(0, None))
     axes[1].set(xlabel="minutes of one CPU core, evaluations included")
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="upper right")
     for ax in axes:
         ax.grid(alpha=0.3)
         ax.set_xlim(0, None)
