@@ -1,6 +1,6 @@
 """The race: every method trains on `shapes` for about ten minutes of one core, with the same pictures in the same order.
 
-    python benchmarks/race.py --jobs 2                       every runner, seed 0: about 60 minutes on 2 cores
+    python benchmarks/race.py --jobs 2                       every runner, seed 0: about 45 minutes on 2 cores
     python benchmarks/race.py --seeds 0 1 2 --only sqr deformable_detr
     python benchmarks/race.py --table                        no training: table and figure from the results
 

@@ -3,7 +3,7 @@
     python benchmarks/sampling.py            one encoder layer of Deformable DETR at 480 x 640
 
 All forms give the same numbers (checked first, with gradients). Times alternate, so that their ratios can be trusted.
-The fastest is not the one in deformable_detr.py: it no longer shows that a feature map is read at points.
+The last is the fastest forward, but not in training, and no longer shows that a feature map is read at points.
 """
 import argparse
 import statistics
