@@ -1,6 +1,6 @@
 """Take a block out of a file, for somebody to write it again.
 
-    python tests/blank.py conditional_detr.py SpatialQuery > my_detr.py
+    python -m tests.grading.blank conditional_detr.py SpatialQuery > my_detr.py
 
 A function or method (CLASS.METHOD) keeps its docstring and loses the rest; of a class all methods do but __init__,
 because parameters must exist for weights to be loaded. Several blocks may be named. docs/exercises.md proposes some.

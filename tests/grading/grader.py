@@ -1,4 +1,4 @@
-"""Run the marks of tests/marks.py on somebody's file, in a process of its own.
+"""Run the marks of tests/grading/marks.py on somebody's file, in a process of its own.
 
 The file may hang, leave Python, print without end or want all memory: that costs it one mark, and the rest go on.
 This is no fence against cheating: the file runs with the rights of whoever grades it.
@@ -15,7 +15,8 @@ import time
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.grading.files import ROOT, ours_named, parent_of
+
 GIGABYTES = 4  # of memory beyond what torch itself takes
 
 # The marks of every file and their points. What a mark asks for is the first line of its function in marks.py.
@@ -56,13 +57,20 @@ BUILDS_ON = {
 }
 
 
+def marks_of(like):
+    """{mark: points} of one of our files; relatives have those of their parent."""
+    while like not in MARKS:
+        like = parent_of(like)
+    return MARKS[like]
+
+
 def grade(file, like, seed=0, names=None, seconds=120):
     """Yields (mark, None if it is met or else a sentence) one by one; `seconds` are for each."""
-    left = list(names or MARKS[like])
+    left = list(names or marks_of(like))
     while left:
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.jsonl"
-            child = Child(Path(__file__).resolve(), Path(file).resolve(), like, seed, seconds, report, *left)
+            child = Child(Path(file).resolve(), like, seed, seconds, report, *left)
             running, told = None, 0
             while True:
                 ended = child.ended(0.05)
@@ -93,7 +101,7 @@ class Child:
 
     def __init__(self, *arguments):
         self.process = subprocess.Popen(
-            [sys.executable, *map(str, arguments)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            [sys.executable, "-m", "tests.grading.grader", *map(str, arguments)], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, start_new_session=True)
         self.tail = b""
         threading.Thread(target=self.drain, daemon=True).start()
@@ -140,7 +148,7 @@ def advice(name, results):
 
 def table(file, like, seed, results):
     """The points, mark by mark, with a sentence for every one that is lost."""
-    points = MARKS[like]
+    points = marks_of(like)
     lines = [f"{file}, graded like {like}, seed {seed}"]
     for name, sentence in results.items():
         why = f"   {sentence}{advice(name, results)}" if sentence else ""
@@ -201,15 +209,12 @@ def qualified_name(error):
 
 
 def main(path, like, seed, seconds, report, *names):
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    import importlib
-
     import torch
 
-    import marks
+    from tests.grading import marks
 
     torch.set_num_threads(min(2, torch.get_num_threads()))
-    ours = importlib.import_module(like)
+    ours = ours_named(like)
     limit_memory()
 
     def say(mark, done, lost=None):

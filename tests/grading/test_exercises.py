@@ -1,20 +1,19 @@
 """docs/exercises.md: every block that it takes out loses the marks it names, and nothing breaks in another way."""
-import importlib
 import re
 import subprocess
 import sys
 import types
-from pathlib import Path
 
-import marks
 import pytest
-from blank import blank
-from grader import MARKS, sentence
-from test_planted import CHEAP, small_backbone  # noqa: F401, a fixture
 
-ROOT = Path(__file__).parents[1]
+from tests.grading import marks
+from tests.grading.blank import blank
+from tests.grading.files import ROOT, ours_named
+from tests.grading.grader import MARKS, sentence
+from tests.grading.small import CHEAP
+
 TEXT = (ROOT / "docs" / "exercises.md").read_text()
-EXERCISES = re.findall(r"    python tests/blank.py (\w+)\.py (.+) > my_\w+\.py\n\nMarks: ([\w, ]+)\.", TEXT)
+EXERCISES = re.findall(r"    python -m tests.grading.blank (\w+)\.py (.+) > my_\w+\.py\n\nMarks: ([\w, ]+)\.", TEXT)
 
 
 def module_without(file, blocks):
@@ -25,8 +24,8 @@ def module_without(file, blocks):
 
 
 @pytest.mark.parametrize("file, blocks, named", EXERCISES, ids=lambda x: x)
-def test_what_is_not_written_yet_loses_its_marks_and_says_so(file, blocks, named, small_backbone):  # noqa: F811
-    module, ours, lost = module_without(file, blocks.split()), importlib.import_module(file), {}
+def test_what_is_not_written_yet_loses_its_marks_and_says_so(file, blocks, named, small_backbone):
+    module, ours, lost = module_without(file, blocks.split()), ours_named(file), {}
     only = "Only this one" in TEXT.split(f"{file}.py {blocks} >")[1].split("**")[0]
     for name in CHEAP[file] if only else {*named.split(", "), "shapes", "training", "everything"} & {*CHEAP[file]}:
         try:
@@ -51,7 +50,7 @@ def test_every_file_has_exercises_and_every_question_an_answer():
 
 def test_the_command_blanks_a_file_and_lists_what_it_knows():
     def run(*blocks):
-        command = [sys.executable, "tests/blank.py", "detr.py", *blocks]
+        command = [sys.executable, "-m", "tests.grading.blank", "detr.py", *blocks]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     done = run("MLP", "sine")

@@ -1,28 +1,34 @@
-"""Where do my numbers leave yours?  python tests/first_difference.py my_detr.py --like conditional_detr
+"""Where do my numbers leave yours?  python -m tests.grading.first_difference my_detr.py --like conditional_detr
 
 Both models get the same weights (through load_official) and the same images. If their parts have the same names, the
 arguments and outputs of all parts are compared in the order of execution, else the stages of the output. The first
 difference is named and described, and compared with what our file gives with each of the mistakes that people make.
 """
 import argparse
-import importlib
 import inspect
 import itertools
-import sys
 from pathlib import Path
 
 import torch
 from torchvision.ops import box_convert
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from grader import MARKS, load_file, sentence  # noqa: E402
-from marks import (  # noqa: E402
-    BOTH, PADDED, WIDE, NotLoaded, NotWritten, Pair, batch, gradient_pattern, gradient_sizes, origin, ranked, start,
+from tests.grading.grader import MARKS, load_file, ours_named, sentence
+from tests.grading.marks import (
+    BOTH,
+    PADDED,
+    WIDE,
+    NotLoaded,
+    NotWritten,
+    Pair,
+    batch,
+    gradient_pattern,
+    gradient_sizes,
+    origin,
+    ranked,
+    start,
     training,
 )
-from planted import MISTAKES, module_of  # noqa: E402
+from tests.grading.planted import MISTAKES, module_of
 
 # What is looked at one after the other: (what it is called, options of the pair, changes of the weights, image sizes)
 PLAIN = ("with the default options", {}, (), PADDED)
@@ -248,7 +254,7 @@ def main():
     if not Path(args.file).is_file():
         parser.error(f"{args.file}: no such file")
     student = load_file(str(Path(args.file).resolve()))
-    for line in first_difference(student, importlib.import_module(args.like), args.seed):
+    for line in first_difference(student, ours_named(args.like), args.seed):
         print(line)
 
 

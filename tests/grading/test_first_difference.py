@@ -1,13 +1,13 @@
 """The first difference is named where it is, and how it differs, as far as that can be told."""
-import importlib
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from first_difference import PLAIN, VARIANTS, first_difference, how, main
-from planted import MISTAKES, module_of
-from test_planted import small_backbone  # noqa: F401, a fixture
+
+from tests.grading.files import ROOT, ours_named
+from tests.grading.first_difference import PLAIN, VARIANTS, first_difference, how, main
+from tests.grading.planted import MISTAKES, module_of
 
 # (words of a mistake, index into VARIANTS, where it is seen first, how)
 SEEN = [
@@ -27,35 +27,35 @@ SEEN = [
 
 
 @pytest.mark.parametrize("words, variant, place, description", SEEN, ids=lambda x: str(x)[:40])
-def test_a_planted_mistake_is_named(words, variant, place, description, small_backbone):  # noqa: F811
+def test_a_planted_mistake_is_named(words, variant, place, description, small_backbone):
     mistake = next(m for m in MISTAKES if m.what.startswith(words))
-    student, ours = module_of(mistake), importlib.import_module(mistake.file)
+    student, ours = module_of(mistake), ours_named(mistake.file)
     line = next(first_difference(student, ours, variants=[VARIANTS[mistake.file][variant]]))
     assert f"the first difference is {place}: " in line and description in line, line
 
 
-def test_a_mistake_that_people_make_is_recognised(small_backbone):  # noqa: F811
+def test_a_mistake_that_people_make_is_recognised(small_backbone):
     """One of two_stage: its wrong choice of proposals must not be seen in every other mistake's numbers."""
     for words in ("the mask is inverted", "proposals are ranked"):
         mistake = next(m for m in MISTAKES if m.what.startswith(words))
         variants = [v for v in VARIANTS[mistake.file] if v[0] in ("with the default options", "with two_stage")][-1:]
-        _, _, *lines = first_difference(module_of(mistake), importlib.import_module(mistake.file), variants=variants)
+        _, _, *lines = first_difference(module_of(mistake), ours_named(mistake.file), variants=variants)
         assert lines == [f"The output is exactly that of our file where {mistake.what}."]
 
 
-def test_differences_in_gradients_and_initial_values_are_named(small_backbone):  # noqa: F811
+def test_differences_in_gradients_and_initial_values_are_named(small_backbone):
     for words, expected in [
         ("the reference point is detached", "does not reach reference.head.layers.0.weight (a detach too much?)"),
         ("the class head does not start", "class_head.bias starts at"),
     ]:
         mistake = next(m for m in MISTAKES if m.what.startswith(words))
-        lines = list(first_difference(module_of(mistake), importlib.import_module(mistake.file)))
+        lines = list(first_difference(module_of(mistake), ours_named(mistake.file)))
         assert "predictions agree" in lines[0] and expected in lines[0], lines
 
 
-def test_other_names_inside_leave_the_stages_of_the_output(small_backbone, monkeypatch):  # noqa: F811
+def test_other_names_inside_leave_the_stages_of_the_output(small_backbone, monkeypatch):
     import detr
-    import other_detr
+    from tests.grading import other_detr
 
     assert list(first_difference(other_detr, detr))[0].endswith("no difference, neither in numbers nor in gradients.")
     forward = other_detr.Detector.forward
@@ -91,7 +91,7 @@ def test_how_two_tensors_differ():
 
 
 def test_the_command(monkeypatch, capsys):
-    other = Path(__file__).parent / "golden.py"
+    other = ROOT / "tests" / "golden.py"
     monkeypatch.setattr(sys, "argv", ["first_difference.py", str(other), "--like", "detr"])
     main()
     assert "cannot be built or filled. not written yet: build" in capsys.readouterr().out

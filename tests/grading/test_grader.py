@@ -1,13 +1,12 @@
 """The grader is tested through its command: our files get all points, and no file takes it down."""
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from grader import MARKS, grade, table
-from test_planted import CHEAP, lost, small_backbone  # noqa: F401, a fixture
 
-ROOT = Path(__file__).parents[1]
+from tests.grading.files import ROOT
+from tests.grading.grader import MARKS, grade, table
+from tests.grading.small import CHEAP, lost
 
 
 def command(*options):
@@ -26,12 +25,12 @@ def test_the_command_gives_our_files_all_points(file, left_out):
 
 
 def test_the_command_says_what_is_wrong_with_its_options():
-    assert "must be one of detr, conditional_detr" in command("--file", "detr.py", "--like", "yolo")[1]
+    assert "must be one of conditional_detr, deformable_detr, detr" in command("--file", "detr.py", "--like", "yolo")[1]
     assert "no such file" in command("--file", "nothing.py", "--like", "detr")[1]
 
 
-def test_a_file_that_is_built_in_another_way_gets_all_points(small_backbone):  # noqa: F811
-    import other_detr
+def test_a_file_that_is_built_in_another_way_gets_all_points(small_backbone):
+    from tests.grading import other_detr
 
     assert not lost(other_detr, "detr", CHEAP["detr"])
 
@@ -108,8 +107,8 @@ def test_a_file_that_cannot_be_imported_is_told_so(tmp_path):
     assert all("cannot be imported: ZeroDivisionError" in sentence for sentence in results.values()), results
 
 
-def test_without_load_official_the_marks_that_need_no_weights_remain(small_backbone, monkeypatch):  # noqa: F811
-    import other_detr
+def test_without_load_official_the_marks_that_need_no_weights_remain(small_backbone, monkeypatch):
+    from tests.grading import other_detr
 
     monkeypatch.delattr(other_detr, "load_official")
     found = lost(other_detr, "detr", CHEAP["detr"])

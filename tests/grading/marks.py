@@ -3,14 +3,15 @@
 A student's file is seen through the contract alone: build, forward, load_official; for train.py SetCriterion. To
 tell one concept from another, weights are chosen so that little else matters. We may change our own model, whose
 names we know, and hand its weights over as an official checkpoint: no private and no official name of a parameter
-is needed. tests/grader.py runs the marks, tests/test_planted.py shows that each finds the mistakes it is for.
+is needed. tests/grading/grader.py runs the marks, tests/grading/test_planted.py shows that each finds the mistakes it is for.
 """
 import math
 import re
 from functools import lru_cache
 
 import torch
-from golden import Case, assert_close, fill, our_name
+
+from tests.golden import Case, assert_close, fill, our_name
 
 # A golden case of the same structure, for the official names of parameters, and options that belong to it
 CASES = {

@@ -1,14 +1,12 @@
 """Mistakes that people make, as patches of our files: each turns one of them into a wrong one.
 
-tests/test_planted.py shows that every mistake is found by the mark it belongs to; tests/first_difference.py compares
+tests/grading/test_planted.py shows that every mistake is found by the mark it belongs to; tests/grading/first_difference.py compares
 a student's numbers with those of our file with each mistake in it, and so can call many of them by name.
 """
-import sys
 import types
 from collections import namedtuple
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.grading.files import path_of
 
 # what: completes "the numbers are those of our file, but ..."; mark: the one that is lost, whatever else is
 Mistake = namedtuple("Mistake", "file mark what old new")
@@ -250,15 +248,13 @@ MISTAKES = planted("detr", ATTENTION + POSITIONS + [
 def module_of(mistake, file=None):
     """Our file with the mistake in it, as a module. `file` may be another one; None if it has no such text."""
     name = file or mistake.file
-    text = (ROOT / f"{name}.py").read_text()
+    path = path_of(name)
+    text = path.read_text(encoding="utf-8")
     if text.count(mistake.old) != 1:
-        assert file, (f"{name}.py has {text.count(mistake.old)} times what is to be changed so that {mistake.what}:\n"
+        assert file, (f"{path.name} has {text.count(mistake.old)} times what is to be changed so that {mistake.what}:\n"
                       f"{mistake.old}")
         return None
     module = types.ModuleType(name)
-    module.__file__ = str(ROOT / f"{name}.py")
+    module.__file__ = str(path)
     exec(compile(text.replace(mistake.old, mistake.new), f"{name}, {mistake.what}", "exec"), module.__dict__)
     return module
-
-
-sys.path.insert(0, str(ROOT))
