@@ -9,7 +9,7 @@
     python train.py --model detr --preset paper --data COCO --batch-size 16 --accumulate 4
     torchrun --nproc-per-node 8 train.py ...       the same on 8 GPUs: same total batch, same gradients
 
-Reading order: SetCriterion (matching and losses), then train(). What is about data is in data.py, about
+Reading order: SetCriterion (matching and losses), then train(). What is about data is in support/, about
 pictures in visualize.py. A model file gives RECIPE (how the paper trains it), LAPTOP (what the small preset
 changes for it), build() and load_official(); nothing here asks for a model's name.
 """
@@ -34,8 +34,10 @@ from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_convert, generalized_box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 from tqdm import tqdm
 
-import data
 import visualize
+from support import data
+from support.evaluation import coco_eval, explain, postprocess
+from support.images import DataError, one_line
 
 HERE = Path(__file__).parent
 MODELS = ("detr", "conditional_detr", "deformable_detr", "sam_detr", "sqr")
@@ -289,13 +291,13 @@ def evaluate(model, criterion, dataset, args):
         logits, boxes = out["logits"][-1].float().cpu(), out["boxes"][-1].float().cpu()
         if not (logits.isfinite().all() and boxes.isfinite().all()):
             raise Diverged("predictions are not finite")
-        found = data.postprocess(logits, boxes, [t["size"] for t in targets], criterion.softmax)
+        found = postprocess(logits, boxes, [t["size"] for t in targets], criterion.softmax)
         predictions.update((t["image_id"], p) for t, p in zip(targets, found))
         all_boxes.append(boxes)
     model.train()
     predictions = {image_id: found for part in gather(predictions) for image_id, found in part.items()}
     boxes = torch.cat(sum(gather(all_boxes), []))  # [N, Q, 4]
-    metrics = data.coco_eval(dataset, predictions)
+    metrics = coco_eval(dataset, predictions)
     metrics["spread_images"] = boxes.std(0, unbiased=False).mean().item()  # one query over all images
     metrics["spread_queries"] = boxes.std(1, unbiased=False).mean().item()  # one image over all queries
     seen = torch.cat([p["labels"][p["scores"] > 0.3] for p in predictions.values()]).unique()
@@ -557,7 +559,7 @@ def train(model, criterion, datasets, args, module, model_options, run, resumed)
         save_as("last.pt", keep=run / "previous.pt")
         raise SystemExit(f"\nStopped at step {step} of {args.steps}, nothing is lost. Go on with:\n"
                          f"    python train.py --resume {run}" if main_process else 1)
-    print(data.explain(metrics))
+    print(explain(metrics))
     print(f"{(time.time() - started) / 60:.1f} minutes, peak memory {peak_memory(args)}. Best AP {best:.3f}. In {run}: "
           f"best.pt, last.pt, log.jsonl, curves.png, predictions.png")
 
@@ -621,7 +623,7 @@ def time_one_step(model, criterion, train_set, args):
 def largest(batch, train_set, args):
     """A batch padded to the largest canvas that augmentation can produce, a wide and a tall image together."""
     images, mask, targets = batch
-    side = round(train_set.size * 1333 / 800) if args.preset == "paper" else train_set.size
+    side, _ = data.largest_canvas(train_set.size, args.preset)
     images = images.new_zeros(len(images), 3, side, side)
     return images, torch.zeros_like(images[:, 0], dtype=torch.bool), targets
 
@@ -754,7 +756,7 @@ def load_data(args, splits):
     datasets = data.load(
         args.data, **paths, size=args.size, augment=args.preset, seed=args.seed, splits=splits)
     if args.overfit:
-        datasets["train"] = datasets["val"] = data.first(datasets["train"], args.overfit)
+        datasets["train"] = datasets["val"] = data.first_with_boxes(datasets["train"], args.overfit)
     return datasets
 
 
@@ -824,7 +826,7 @@ def main(argv=None):
     criterion = SetCriterion(model)
     if args.eval:
         metrics, _ = evaluate(model, criterion, val_set, args)
-        print(f"{data.explain(metrics)}\n{collapse_line(metrics, len(val_set.class_names))}")
+        print(f"{explain(metrics)}\n{collapse_line(metrics, len(val_set.class_names))}")
         return
     fill_in(args, datasets["train"])
     if args.resume:
@@ -839,8 +841,8 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except data.DataError as error:
-        raise SystemExit(f"data: {data.one_line(error)}")
+    except DataError as error:
+        raise SystemExit(f"data: {one_line(error)}")
     except Diverged as error:
         raise SystemExit(f"The model is broken: {error}.")
     except KeyboardInterrupt:
@@ -848,5 +850,5 @@ if __name__ == "__main__":
     except RuntimeError as error:
         if WORLD == 1:
             raise
-        raise SystemExit(f"Process {RANK} of {WORLD} lost the others ({data.one_line(error)}). The first message above "
+        raise SystemExit(f"Process {RANK} of {WORLD} lost the others ({one_line(error)}). The first message above "
                          "says why; then go on with --resume.")

@@ -27,14 +27,16 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from torchvision.ops import box_convert, box_iou, nms
 
-import data
+from support import data
+from support.evaluation import postprocess
+from support.images import IMAGENET_MEAN, IMAGENET_STD, AnnotatedImage, DataError, file_size, one_line
 
 TRUE, PREDICTED, REFERENCE = "#00c853", "#ff1744", "#40c4ff"  # green, red, blue
 
 
 def to_picture(image):
     """Undo the normalisation: [3, H, W] float -> [H, W, 3] in 0..1, for imshow."""
-    mean, std = torch.tensor(data.IMAGENET_MEAN), torch.tensor(data.IMAGENET_STD)
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     return (image.permute(1, 2, 0) * std + mean).clamp(0, 1).numpy()  # [H, W, 3]
 
 
@@ -243,7 +245,7 @@ class Scene:
 
 
 def make_scene(dataset, index, names, model, threshold):
-    """(Scene of one image of a data set, its scored boxes as data.postprocess returns them)."""
+    """(Scene of one image of a data set, its scored boxes as postprocess returns them)."""
     images, mask, (target,) = data.collate([dataset[index]])
     out, seen = look(model, images, mask)
     softmax, logits = model.recipe["class_loss"] == "softmax", out["logits"][:, 0]  # [S, Q, .]
@@ -252,7 +254,7 @@ def make_scene(dataset, index, names, model, threshold):
     boxes, true = (box_convert(b, "cxcywh", "xyxy") * pixels for b in (out["boxes"][:, 0], target["boxes"]))
     truth = list(zip([dataset.class_names[i] for i in target["labels"]], true))
     scene = Scene(images[0], target["size"], names, truth, scores, labels, boxes, seen, threshold)
-    return scene, data.postprocess(out["logits"][-1], out["boxes"][-1], [scene.size], softmax)[0]
+    return scene, postprocess(out["logits"][-1], out["boxes"][-1], [scene.size], softmax)[0]
 
 
 # ---- A picture for each method: what its paper shows -------------------------------------------------------
@@ -495,16 +497,15 @@ def trained_size(args):
     """Pixels as make_transform takes them: --size of the training, or what data.load took in its place."""
     if args["size"]:
         return args["size"]
-    shapes = args["data"] in (None, "shapes") and args["train_json"] is None
-    return 96 if shapes else 800 if args["preset"] == "paper" else 256
+    return data.default_size(args["preset"], data.is_shapes(args["data"], args["train_json"]))
 
 
 def held_out(args, folder, count):
     """The first held-out images with objects, from `folder` or else from the data that was trained on."""
-    names = ("data", "train_json", "train_images", "val_json", "val_images")
-    source = {"data": folder} if folder else {name: args[name] for name in names}
-    sets = data.load(**source, size=trained_size(args), augment=args["preset"], splits=("val",))
-    return data.first(sets["val"], count)
+    names = ("train_json", "train_images", "val_json", "val_images")
+    paths = {} if folder else {name: args[name] for name in names}
+    sets = data.load(folder or args["data"], **paths, size=trained_size(args), augment=args["preset"], splits=("val",))
+    return data.first_with_boxes(sets["val"], count)
 
 
 def own_images(paths, args):
@@ -512,14 +513,14 @@ def own_images(paths, args):
     files = []
     for path in map(Path, paths):
         if not path.exists():
-            raise data.DataError(f"{path}: no such image or folder")
+            raise DataError(f"{path}: no such image or folder")
         inside = path.iterdir() if path.is_dir() else []
         found = sorted(file for file in inside if file.suffix.lower() in SUFFIXES)
         if path.is_dir() and not found:
-            raise data.DataError(f"{path}: no images in this folder; looked for {' '.join(SUFFIXES)}")
+            raise DataError(f"{path}: no images in this folder; looked for {' '.join(SUFFIXES)}")
         files += found or [path]
     nothing = np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0), np.zeros(0, bool)
-    pictures = [data.Picture(i, str(f), *data.file_size(f, i), *nothing) for i, f in enumerate(files)]
+    pictures = [AnnotatedImage(i, str(f), *file_size(f, i), *nothing) for i, f in enumerate(files)]
     return data.CocoFolder("images", pictures, {}, [], False, args["preset"], trained_size(args), seed=0)
 
 
@@ -530,7 +531,7 @@ def main(argv=None):
         p.error("--init needs --model NAME, and an IMAGE or --data DIR")
     model, names, args = load_model(typed)
     dataset = own_images(typed.images, args) if typed.images else held_out(args, typed.data, typed.count)
-    files = [getattr(item, "path", f"shapes-{item}") for item in dataset.items]  # shapes have numbers only
+    files = [dataset.path_of(index) for index in range(len(dataset))]
     stems, kept, out = [Path(file).stem for file in files], [], Path(typed.out)
     out.mkdir(parents=True, exist_ok=True)
     for i, (file, stem) in enumerate(zip(files, stems)):
@@ -556,7 +557,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except data.DataError as error:
-        raise SystemExit(f"data: {data.one_line(error)}")
+    except DataError as error:
+        raise SystemExit(f"data: {one_line(error)}")
     except OSError as error:
         raise SystemExit(str(error))

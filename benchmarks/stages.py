@@ -26,9 +26,10 @@ from matplotlib.figure import Figure
 from torchvision.ops import box_convert, box_iou
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import data  # noqa: E402
 import train  # noqa: E402
 import visualize  # noqa: E402
+from support.evaluation import coco_eval  # noqa: E402
+from support.images import DataError, one_line  # noqa: E402
 
 
 @dataclass
@@ -122,7 +123,7 @@ def load(path, loops):
 
 
 def average_precision(dataset, images, choose):
-    return data.coco_eval(dataset, {image.image_id: choose(image) for image in images})["AP"]
+    return coco_eval(dataset, {image.image_id: choose(image) for image in images})["AP"]
 
 
 # ---- Picture -------------------------------------------------------------------------------------------------------
@@ -188,5 +189,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except data.DataError as error:
-        raise SystemExit(f"data: {data.one_line(error)}")
+    except DataError as error:
+        raise SystemExit(f"data: {one_line(error)}")

@@ -1,4 +1,4 @@
-"""python data.py DIR: what it says about good and bad folders; VOC folders; hundreds of damaged files.
+"""python -m support.check_data DIR: what it says about good and bad folders; VOC folders; hundreds of damaged files.
 
 A data set may be wrong in any way: the answer is a line that names the file, never a traceback, and never
 boxes that nobody drew.
@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 from test_data import annotations_of, assert_one_line, change, edit, write_image
 
-import data
-from data import DataError
+from support import check_data, data
+from support.images import AnnotatedImage, DataError, load_image
 
 TRAIN = [[10, 8, 20, 16], [30, 4, 12, 30], [2, 2, 50, 40]]
 VAL = [[5, 5, 40, 40], [1, 2, 6, 5]]
@@ -39,8 +39,8 @@ def folder(tmp_path):
 
 
 def check(capsys, *flags):
-    """(exit status, what was printed) of `python data.py`, flags being a folder or the four paths."""
-    status = data.main([str(flag) for flag in flags])
+    """(exit status, what was printed) of `python -m support.check_data`, flags being a folder or the four paths."""
+    status = check_data.main([str(flag) for flag in flags])
     return status, capsys.readouterr().out
 
 
@@ -200,7 +200,7 @@ def test_problems_of_all_kinds_are_listed_together_while_loading_names_the_first
         assert words in text
     with pytest.raises(DataError) as error:
         data.load(folder)
-    assert_one_line(error.value, "instances_train.json", "1.png", "python data.py lists more errors")
+    assert_one_line(error.value, "instances_train.json", "1.png", "python -m support.check_data lists more errors")
 
 
 def test_a_name_with_line_breaks_and_without_end_still_gives_one_line(folder):
@@ -234,10 +234,10 @@ def test_four_paths_and_wrong_arguments(folder, capsys):
 
 
 def run_command(monkeypatch, *flags):
-    """data.py as a program; returns what it exits with: a status, or the text of an error."""
-    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, flags)])
+    """support/check_data.py as a program; returns what it exits with: a status, or the text of an error."""
+    monkeypatch.setattr(sys, "argv", ["check_data", *map(str, flags)])
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(data.__file__, run_name="__main__")
+        runpy.run_path(check_data.__file__, run_name="__main__")
     return end.value.code
 
 
@@ -296,18 +296,18 @@ def test_voc_folders_are_read_like_coco(voc, capsys):
     folder, _ = voc
     sets = data.load(folder, size=64, augment="none")
     assert sets["train"].class_names == ["cat", "dog"] and sets["train"].category_ids == [1, 2]
-    found = {Path(p.path).stem: p for p in sets["train"].items}
+    found = {Path(p.path).stem: p for p in sets["train"].images}
     assert sorted(found) == sorted(VOC_TRAIN)
     assert found["b"].boxes_xyxy.tolist() == [[10, 8, 30, 24]], "VOC's first pixel is 1, its last is included"
     assert found["a.x"].boxes_xyxy.tolist() == [[0, 0, 64, 48], [2, 2, 9, 9]], "1..64 is all; no parts"
     assert found["a.x"].labels.tolist() == [0, 1] and found["a.x"].crowd.tolist() == [False, True]
     assert found["c"].boxes_xyxy.shape == (0, 4)
     assert sets["train"].num_boxes == 2, "difficult ones do not count"
-    image, target = sets["train"][[p.path for p in sets["train"].items].index(found["b"].path)]
+    image, target = sets["train"][[p.path for p in sets["train"].images].index(found["b"].path)]
     assert target["boxes"][0].tolist() == pytest.approx([20 / 64, 16 / 48, 20 / 64, 16 / 48])
     assert image[:, 8:24, 10:30].min() > 1 > image[:, :8].max(), "the box is around the white pixels"
     assert sets["val"].class_names == ["cat", "dog"], "val has no dogs"
-    assert sets["val"].items[0].boxes_xyxy.tolist() == [[4, 5, 14, 25]]
+    assert sets["val"].images[0].boxes_xyxy.tolist() == [[4, 5, 14, 25]]
     status, text = check(capsys, folder)
     assert status == 0 and "crowd regions (VOC: difficult)" in text and "a.x.xml, object 2)" in text
 
@@ -327,7 +327,7 @@ def test_voc_image_size_and_name_may_be_missing(voc):
     folder, xmls = voc
     (xmls / "b.xml").write_text(
         f"<annotation><object><name> dog </name>{voc_box('11.0', 9, 30, 24.5)}</object></annotation>")
-    picture = next(p for p in data.load(folder)["train"].items if p.path.endswith("b.png"))
+    picture = next(p for p in data.load(folder)["train"].images if p.path.endswith("b.png"))
     assert (picture.height, picture.width, picture.boxes_xyxy.tolist()) == (48, 64, [[10, 8, 30, 24.5]])
 
 
@@ -399,17 +399,17 @@ def assert_sound(folder, capsys):
         assert str(folder) in problem and "train" in problem.replace(str(folder), ""), f"where? {problem}"
         assert len(problem.splitlines()) == 1 and len(problem) < 2000, f"one line, please: {problem}"
     status, text = check(capsys, folder)
-    assert status == (problem is not None), f"load said {problem}, but python data.py\n{text}"
+    assert status == (problem is not None), f"load said {problem}, but python -m support.check_data\n{text}"
     assert time.process_time() - start < 5, "it took far too long"
     if problem:
         return None
-    for picture, target in zip(sets["train"].items, targets, strict=True):
+    for picture, target in zip(sets["train"].images, targets, strict=True):
         boxes_xyxy, size = picture.boxes_xyxy, [picture.width, picture.height] * 2
         assert np.isfinite(boxes_xyxy).all() and (boxes_xyxy >= 0).all() and (boxes_xyxy <= size).all()
         assert (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all() and (picture.areas > 0).all()
         assert set(picture.labels.tolist()) <= set(range(len(sets["train"].class_names)))
         assert ((target["boxes"] >= 0) & (target["boxes"] <= 1)).all()
-    return sets["train"].items
+    return sets["train"].images
 
 
 def clip(x0, y0, x1, y1, width, height):
@@ -530,7 +530,7 @@ def test_damaged_voc_files_are_named_or_read_rightly(tmp_path, capsys):
 @pytest.mark.parametrize("ending", ["png", "jpg", "gif", "bmp", "tif", "webp"])
 def test_damaged_images_are_named_or_still_rgb(tmp_path, ending):
     path = tmp_path / f"x.{ending}"
-    picture = data.Picture(5, str(path), 18, 24, *[np.zeros(0)] * 4)
+    picture = AnnotatedImage(5, str(path), 18, 24, *[np.zeros(0)] * 4)
     noise = np.random.default_rng(0).integers(0, 256, (18, 24, 3), np.uint8)
     Image.fromarray(noise).save(path)
     good = path.read_bytes()
@@ -544,7 +544,7 @@ def test_damaged_images_are_named_or_still_rgb(tmp_path, ending):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                image = data.load_image(picture)
+                image = load_image(picture)
                 assert (image.mode, image.size) == ("RGB", (24, 18))
             except DataError as error:
                 assert_one_line(error, str(path), "image id 5")

@@ -1,4 +1,4 @@
-"""data.py: what goes in, right or wrong, and what comes out. All data sets here are made on the spot."""
+"""Data: what goes in, right or wrong, and what comes out. All data sets here are made on the spot."""
 import json
 import pickle
 
@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.ops import box_convert
 
-import data
-from data import DataError
+from support import data, shapes
+from support.evaluation import coco_eval, explain, postprocess
+from support.images import AnnotatedImage, DataError, load_image, one_line
+from support.shapes import Shapes
 
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]  # not sorted, not from 0, not without gaps
 
@@ -89,12 +91,12 @@ def assert_same(a, b, why):
 
 # ---- Shapes ----------------------------------------------------------------------------------------------
 def test_shapes_box_is_tight_around_the_pixels_drawn(monkeypatch):
-    monkeypatch.setattr(data, "draw_background", lambda rng, h, w: np.zeros((h, w, 3), np.float32))
-    monkeypatch.setattr(data, "pick_colour", lambda rng, label, background: np.full(3, 255, np.float32))
-    monkeypatch.setattr(data, "texture", lambda rng, h, w: np.ones((h, w), np.float32))
-    monkeypatch.setattr(data, "MAX_OBJECTS", 1)
+    monkeypatch.setattr(shapes, "draw_background", lambda rng, h, w: np.zeros((h, w, 3), np.float32))
+    monkeypatch.setattr(shapes, "pick_colour", lambda rng, label, background: np.full(3, 255, np.float32))
+    monkeypatch.setattr(shapes, "draw_texture", lambda rng, h, w: np.ones((h, w), np.float32))
+    monkeypatch.setattr(shapes, "MAX_OBJECTS", 1)
     for size in (32, 128):
-        dataset = data.Shapes(40, size)
+        dataset = Shapes(40, size)
         for image, target in (dataset[i] for i in range(40)):
             if len(target["boxes"]):
                 assert torch.allclose(pixel_boxes(image, target)[0], bright(image), atol=1e-3), \
@@ -102,7 +104,7 @@ def test_shapes_box_is_tight_around_the_pixels_drawn(monkeypatch):
 
 
 def test_shapes_have_what_a_detector_needs_to_be_tested_on():
-    dataset = data.Shapes(200, 128)
+    dataset = Shapes(200, 128)
     drawn = [dataset.draw(i) for i in range(200)]
     labels = np.concatenate([picture.labels for _, picture, _ in drawn])
     sides = np.concatenate([picture.areas for _, picture, _ in drawn]) ** 0.5
@@ -165,7 +167,7 @@ def assert_targets_are_right(sets):
         for k, box in enumerate(boxes, 1):
             image, target = dataset[k - 1]
             assert image.shape[0] == 3 and image.dtype == torch.float32 and max(image.shape[1:]) <= 64
-            assert type(image) is type(target["boxes"]) is torch.Tensor, "no tv_tensors outside data.py"
+            assert type(image) is type(target["boxes"]) is torch.Tensor, "no tv_tensors outside support/data.py"
             assert (target["image_id"], target["size"]) == (k, (48, 64))
             assert target["labels"].tolist() == ([(1, 0)[k % 2]] if box else []), "id 7 is class 1, 3 is 0"
             if not box:
@@ -191,7 +193,7 @@ def test_val_alone_keeps_the_classes_of_the_training_set(folder):
 
 # ---- Bad input: one clear line ---------------------------------------------------------------------------
 def assert_one_line(error, *words):
-    message = data.one_line(error)
+    message = one_line(error)
     assert "\n" not in str(error), f"one line, please: {error}"
     for word in words:
         assert word in message, f"the message should name {word!r}: {message}"
@@ -288,7 +290,7 @@ def test_bad_boxes_are_repaired_or_dropped_and_reported_once(folder):
     change(folder, lambda c: c.update(annotations=[
         {"id": k, "image_id": 1, "category_id": 7, "bbox": box} for k, box in enumerate(bad, 50)]))
     dataset = data.load(folder)["train"]
-    assert dataset.items[0].boxes_xyxy.tolist() == pytest.approx(
+    assert dataset.images[0].boxes_xyxy.tolist() == pytest.approx(
         np.array([[0, 0, 15, 15], [60, 40, 64, 48], [0.2, 0.2, 64, 48]])), \
         "boxes over the edge are cut at it; those that are outside, empty or not finite go"
     notes = {note.split(": ", 1)[1] for note in dataset.notes}
@@ -319,23 +321,23 @@ def test_missing_fields_are_filled_in(folder):
     dataset = data.load(folder)["train"]
     truth = dataset.coco.dataset["annotations"]
     assert [(a["id"], a["area"], a["iscrowd"]) for a in truth] == [(1, 1200, 0), (2, 1200, 0)]
-    assert (dataset.items[0].height, dataset.items[0].width) == (48, 64), "sizes come from the file"
+    assert (dataset.images[0].height, dataset.images[0].width) == (48, 64), "sizes come from the file"
 
 
 def test_outline_area_is_kept_and_nonsense_is_not(folder):
     areas = [100, -3, 0, "big", 10 ** 6, None]
     change(folder, lambda c: c.update(annotations=[
         {"image_id": 1, "category_id": 7, "bbox": [1, 2, 30, 40], "area": area} for area in areas]))
-    assert data.load(folder)["train"].items[0].areas.tolist() == [100] + [1200] * 5
+    assert data.load(folder)["train"].images[0].areas.tolist() == [100] + [1200] * 5
 
 
 # ---- Image files -----------------------------------------------------------------------------------------
 def load_single(tmp_path, image, name="x.png", size=None, **save):
-    """Saves a PIL image and reads it back as data.py does; returns uint8 [H, W, 3]."""
+    """Saves a PIL image and reads it back as training does; returns uint8 [H, W, 3]."""
     image.save(tmp_path / name, **save)
     width, height = size or image.size
-    picture = data.Picture(1, str(tmp_path / name), height, width, *[np.zeros(0)] * 4)
-    loaded = data.load_image(picture)
+    picture = AnnotatedImage(1, str(tmp_path / name), height, width, *[np.zeros(0)] * 4)
+    loaded = load_image(picture)
     assert loaded.mode == "RGB"
     return np.asarray(loaded)
 
@@ -429,12 +431,12 @@ def test_a_damaged_image_gives_one_line(folder, spoil, words):
                                    lambda path: write_image(path, width=100)])
 def test_an_error_in_a_worker_is_still_one_line(folder, spoil):
     spoil(folder / "train/1.png")
-    dataset = data.first(data.load(folder)["train"], 1)
+    dataset = data.first_with_boxes(data.load(folder)["train"], 1)
     batches = iter(DataLoader(dataset, num_workers=1, collate_fn=data.collate))
     with pytest.raises(DataError) as error:
         next(batches)
     assert next(batches, None) is None  # the end: lets the worker go
-    message = data.one_line(error.value)
+    message = one_line(error.value)
     assert message.startswith(f"{folder}/train/1.png (image id 1)") and "\n" not in message, message
 
 
@@ -530,7 +532,7 @@ def test_loading_leaves_every_global_generator_alone(folder):
 
 # ---- Batches ---------------------------------------------------------------------------------------------
 def test_padding_is_zero_and_masked_and_nothing_else_is():
-    items = [data.Shapes(5, 64)[i] for i in range(5)]
+    items = [Shapes(5, 64)[i] for i in range(5)]
     images, mask, targets = data.collate(items)
     assert images.shape == (5, 3, max(i.shape[1] for i, _ in items), max(i.shape[2] for i, _ in items))
     assert mask.shape == images.shape[:1] + images.shape[2:] and mask.dtype == torch.bool
@@ -545,18 +547,18 @@ def test_padding_is_zero_and_masked_and_nothing_else_is():
 def test_first_takes_images_with_boxes_and_stops_augmenting(folder):
     change(folder, lambda c: c | {"annotations": c["annotations"][1:]})  # images 1 and 3 are empty
     dataset = data.load(folder, size=64)["train"]
-    small = data.first(dataset, 1)
+    small = data.first_with_boxes(dataset, 1)
     assert (len(small), len(dataset), small.num_boxes, list(small.coco.imgs)) == (1, 3, 1, [2])
     assert all(torch.equal(small[epoch, 0][0], small[0][0]) for epoch in range(5)), "should hold still"
-    moving = data.first(dataset, 1, augment=True)
+    moving = data.first_with_boxes(dataset, 1, augment=True)
     assert any(not torch.equal(moving[epoch, 0][0], small[0][0]) for epoch in range(5))
-    shapes = data.first(data.load(size=64)["train"], 4)
+    shapes = data.first_with_boxes(data.load(size=64)["train"], 4)
     assert len(shapes) == len(shapes.coco.imgs) == 4 and all(len(shapes[i][1]["labels"]) for i in range(4))
     assert small.class_names == dataset.class_names
 
 
 def test_datasets_travel_to_workers_on_windows_and_mac(folder):
-    for dataset in (data.load(folder, size=64)["train"], data.Shapes(3, 64)):
+    for dataset in (data.load(folder, size=64)["train"], Shapes(3, 64)):
         dataset.coco
         assert_same(pickle.loads(pickle.dumps(dataset))[1], dataset[1], "pickled and back")
 
@@ -566,7 +568,7 @@ def test_datasets_travel_to_workers_on_windows_and_mac(folder):
 def test_postprocess_agrees_with_the_official_code(name, softmax):
     case = Case(name)
     sizes = case.arrays["target_sizes_hw"].tolist()
-    results = data.postprocess(case.arrays["logits"], case.arrays["boxes"], sizes, softmax)
+    results = postprocess(case.arrays["logits"], case.arrays["boxes"], sizes, softmax)
     for i, result in enumerate(results):
         assert torch.equal(result["labels"], case.arrays[f"result_{i}_labels"].long())
         assert torch.allclose(result["scores"], case.arrays[f"result_{i}_scores"], rtol=0, atol=1e-6)
@@ -575,7 +577,7 @@ def test_postprocess_agrees_with_the_official_code(name, softmax):
 
 def test_postprocess_with_few_queries_keeps_all_pairs():
     logits, boxes = torch.randn(1, 3, 2), torch.rand(1, 3, 4)
-    (result,) = data.postprocess(logits, boxes, [(10, 20)], softmax=False)
+    (result,) = postprocess(logits, boxes, [(10, 20)], softmax=False)
     assert len(result["scores"]) == 6 and result["scores"].diff().max() <= 0, "3 queries x 2 classes, sorted"
 
 
@@ -600,22 +602,22 @@ def perfect(dataset):
 
 def test_perfect_predictions_have_ap_1_and_print_nothing(folder, capsys):
     dataset = data.load(folder)["val"]
-    metrics = data.coco_eval(dataset, perfect(dataset))
+    metrics = coco_eval(dataset, perfect(dataset))
     assert list(metrics) == ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
                              "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"]
     assert metrics["AP"] == metrics["AP_small"] == metrics["AP_medium"] == pytest.approx(1)
     assert metrics["AP_large"] == metrics["AR_large"] == -1, "nothing as large as 96 x 96 here"
     assert capsys.readouterr().out == "", "pycocotools should be silent"
-    table = data.explain(metrics)
+    table = explain(metrics)
     assert all(name in table for name in metrics) and "-1 =" in table
-    shapes = data.first(data.load(size=64)["val"], 5)
-    assert data.coco_eval(shapes, perfect(shapes))["AP"] == pytest.approx(1)
+    shapes = data.first_with_boxes(data.load(size=64)["val"], 5)
+    assert coco_eval(shapes, perfect(shapes))["AP"] == pytest.approx(1)
 
 
 def test_class_indices_are_mapped_back_to_category_ids(folder):
     dataset = data.load(folder)["val"]
     swapped = {i: p | {"labels": 1 - p["labels"]} for i, p in perfect(dataset).items()}
-    assert data.coco_eval(dataset, swapped)["AP"] == 0, "right boxes with the wrong class are worth nothing"
+    assert coco_eval(dataset, swapped)["AP"] == 0, "right boxes with the wrong class are worth nothing"
     assert {a["category_id"] for a in dataset.coco.dataset["annotations"]} == {3, 7}
 
 
@@ -626,7 +628,7 @@ def test_ap_of_cases_computed_by_hand(folder):
     dataset = data.load(folder)["val"]
 
     def ap(predictions, name="AP", **how):
-        return data.coco_eval(dataset, predictions, **how)[name]
+        return coco_eval(dataset, predictions, **how)[name]
 
     hit, miss = (0.9, 0, [0, 0, 10, 10]), (0.95, 0, [30, 30, 10, 10])
     assert ap({1: answer(hit), 2: answer(hit)}) == pytest.approx(1), "annotation id 0 counts like any other"
@@ -649,7 +651,7 @@ def test_crowds_are_not_trained_on_and_forgiven_in_the_evaluation(folder):
     for field in (dataset[0][1]["boxes"], dataset[0][1]["labels"]):
         assert len(field) == 0, "the crowd box should be gone together with its label"
     found = {1: answer((0.99, 1, [10, 10, 8, 8]), (0.98, 1, [20, 20, 8, 8])), 2: answer((0.9, 1, VAL[1]))}
-    assert data.coco_eval(dataset, found)["AP"] == pytest.approx(1), \
+    assert coco_eval(dataset, found)["AP"] == pytest.approx(1), \
         "what is found inside a crowd is neither right nor wrong"
     assert any("crowd regions" in note and ": 1 (" in note for note in dataset.notes)
 
@@ -672,5 +674,5 @@ def test_evaluation_agrees_with_pycocotools_on_the_files_themselves(folder, tmp_
     truth = COCO(str(folder / "annotations/instances_val.json"))
     judge = COCOeval(truth, truth.loadRes(results), "bbox")
     judge.evaluate(), judge.accumulate(), judge.summarize()
-    assert list(data.coco_eval(dataset, found).values()) == pytest.approx(judge.stats.tolist(), abs=1e-9)
+    assert list(coco_eval(dataset, found).values()) == pytest.approx(judge.stats.tolist(), abs=1e-9)
     assert 0.05 < judge.stats[0] < 0.95, "the test should be neither hopeless nor trivial"

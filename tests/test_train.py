@@ -19,8 +19,8 @@ import torch
 from test_models import tiny
 from torchvision.ops import box_convert, generalized_box_iou
 
-import data
 import train
+from support.images import DataError
 
 ROOT = Path(__file__).parents[1]
 SOFTMAX = SimpleNamespace(recipe=dict(class_loss="softmax", w_class=1, w_l1=5, w_giou=2))
@@ -187,7 +187,7 @@ def train_py(flags, cwd, out, err):
 def run(*flags, cwd):
     """What train.py answers to these flags. Each call is a new process, but they all share one start of torch."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["torch", "torchvision", "data", "visualize", "train"])
+    server.set_forkserver_preload(["torch", "torchvision", "support.data", "visualize", "train"])
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         process = server.Process(target=train_py, args=(list(map(str, flags)), cwd, out, err))
@@ -323,7 +323,7 @@ def test_wrong_flags_get_one_clear_line(what, tmp_path, monkeypatch, capsys):
 
 def check_refused(flags, message, capsys):
     """main() ends with SystemExit or DataError whose single line says what is wrong, and no run is left behind."""
-    with pytest.raises((SystemExit, data.DataError)) as stopped:
+    with pytest.raises((SystemExit, DataError)) as stopped:
         train.main(flags)
     text = capsys.readouterr().err.strip().splitlines()[-1:] if stopped.value.args == (2,) else [str(stopped.value)]
     assert re.search(message, text[0], re.S), text

@@ -34,7 +34,7 @@ def test_twenty_kills_lose_nothing(tmp_path):
     flags = ["--data", "set", *QUICK, "--batch-size", "2", "--steps", "40", "--eval-every", "1", "--log-every", "3",
              "--option", "dropout=0.1"]
     server = multiprocessing.get_context("forkserver")  # each child is a process of its own, but torch is loaded once
-    server.set_forkserver_preload(["torch", "torchvision", "data", "visualize", "train"])
+    server.set_forkserver_preload(["torch", "torchvision", "support.data", "visualize", "train"])
 
     def start(*words):
         child = server.Process(target=train_in_child, args=([str(tmp_path), *words],))

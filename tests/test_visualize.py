@@ -14,9 +14,10 @@ from PIL import Image
 from test_golden import options_of
 from test_models import TINY, batch, tiny
 
-import data
 import train
 import visualize
+from support.images import DataError
+from support.shapes import SHAPE_NAMES
 
 ROOT = Path(__file__).parents[1]
 EXPECTED = {"detr": "draw_attention", "conditional_detr": "draw_spatial", "deformable_detr": "draw_sampling",
@@ -241,7 +242,7 @@ def test_every_method_gets_its_pictures_from_a_checkpoint_alone(name, tmp_path, 
     monkeypatch.chdir(tmp_path)
     _, option = case = next(case for case in CASES if case[0] == name)
     options = {**TINY, option: True} if option else TINY
-    path = save("best.pt", name, run(*case)[0].state_dict(), options, data.SHAPE_NAMES[:3])
+    path = save("best.pt", name, run(*case)[0].state_dict(), options, SHAPE_NAMES[:3])
     visualize.main(["--weights", path, "--attention", "--count", "1", "--threshold", "0.9"])
     for kind in "predictions", "attention":
         assert min(Image.open(f"pictures/shapes-0-{kind}.png").size) > 200
@@ -295,7 +296,7 @@ def test_the_class_head_tells_how_many_classes_official_weights_have():
 
 def one_line(flags):
     """The message that main() ends with."""
-    with pytest.raises((SystemExit, data.DataError)) as error:
+    with pytest.raises((SystemExit, DataError)) as error:
         visualize.main(flags)
     message = str(error.value)
     assert "\n" not in message and len(message) < 400

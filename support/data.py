@@ -1,0 +1,235 @@
+"""Data for all detectors: a folder or the embedded shapes in, padded batches out.
+
+    load()                      the embedded data set `shapes`: nothing to download, drawn when asked for
+    load("my/folder")           your own images; annotations.LAYOUTS says how a folder may look
+    dataset[index]              one image and its target; dataset[epoch, index] also chooses the augmentation
+    collate(batch)              images of different sizes -> one padded tensor and its mask
+
+Legend: B images, C classes, n objects in one image, H x W pixels. Boxes are (cx, cy, w, h) in [0, 1] of the
+unpadded image; `boxes_xyxy` are two corners in pixels.
+Whatever is wrong with somebody's data ends in a DataError, a single line for the person who runs the program.
+"""
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from support.annotations import problem_lines, read_splits
+from support.evaluation import to_coco
+from support.images import DataError, load_image, to_input_and_target
+from support.shapes import Shapes
+
+LAPTOP_SIZE = {"shapes": 96, "folder": 256}  # longest side in pixels
+PAPER_SIZE, PAPER_LONGEST = 800, 1333  # DETR's: the short side, and the most for the long one
+
+
+class CocoFolder(Dataset):
+    """Images with COCO annotations, or with VOC's, which read_voc turns into COCO's.
+
+    class_names, category_ids   lists by class index 0..C-1: the name, and the id in the annotation file
+    name, notes                 for messages; `notes` says what was repaired or left out, a line each
+    num_boxes, max_boxes        in all images; in the fullest one. Without crowds.
+    count_boxes(index)          in one image
+    path_of(index)              the image file; of shapes, which have none, "shapes-7"
+    subset(indices)             some of the images as a data set of their own
+    coco                        the ground truth as a pycocotools object, in original pixels and ids
+
+    dataset[key], key an index or (epoch, index), returns the image, float32 [3, H, W] with ImageNet's mean
+    and std taken out, and a target: labels int64 [n]; boxes float32 [n, 4]; image_id; size, the original
+    (height, width). Random numbers depend on (seed, epoch, index) alone, whichever worker draws them, and no
+    global generator moves. Raises DataError for an image that cannot be used.
+    """
+
+    def __init__(self, name, images, categories, notes, train, augment, size, seed):
+        self.name, self.images, self.notes = name, images, notes
+        self.category_ids, self.class_names = list(categories), list(categories.values())
+        self.augment, self.size, self.seed = augment, size, seed
+        self.transform = make_transform(train, augment, size)
+        self._coco = None
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, key):
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        annotated = self.images[index]
+        image = tv_tensors.Image(v2.functional.pil_to_tensor(load_image(annotated)))  # uint8 [3, H, W]
+        boxes = tv_tensors.BoundingBoxes(annotated.boxes_xyxy[~annotated.crowd], format="XYXY",
+                                         canvas_size=(annotated.height, annotated.width))  # [n, 4]
+        target = {"boxes": boxes, "labels": torch.from_numpy(annotated.labels[~annotated.crowd])}
+        seed = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)
+        with torch.random.fork_rng(devices=[]):  # v2 draws from torch's global generator; this puts it back
+            torch.default_generator.manual_seed(int(seed[0]))  # torch.manual_seed would reseed the GPUs, too
+            image, target = self.transform(image, target)
+        return to_input_and_target(image, target["boxes"], target["labels"], annotated)
+
+    def path_of(self, index):
+        return self.images[index].path
+
+    def count_boxes(self, index):
+        return int((~self.images[index].crowd).sum())
+
+    def subset(self, indices):
+        some = copy.copy(self)
+        some.images, some._coco = [self.images[index] for index in indices], None
+        return some
+
+    @property
+    def num_boxes(self):
+        return sum(map(self.count_boxes, range(len(self))))
+
+    @property
+    def max_boxes(self):
+        return max(map(self.count_boxes, range(len(self))))
+
+    @property
+    def coco(self):
+        if self._coco is None:
+            self._coco = to_coco(self, self.images)
+        return self._coco
+
+
+# ---- Augmentation ------------------------------------------------------------------------------------------
+class RandomSizeCrop(torch.nn.Module):
+    """Cuts out a window with sides of smallest..largest pixels, each uniform, as far as the image reaches.
+
+    An object of which less than a pixel is left disappears together with its label.
+    """
+
+    def __init__(self, smallest, largest):
+        super().__init__()
+        self.smallest, self.largest = smallest, largest
+
+    def forward(self, image, target):
+        height, width = (int(torch.randint(min(self.smallest, side), min(self.largest, side) + 1, ()))
+                         for side in image.shape[-2:])
+        return v2.SanitizeBoundingBoxes()(*v2.RandomCrop((height, width))(image, target))
+
+
+def make_transform(train, augment, size):
+    """What happens to an image before the network: a function (image, target) -> (image, target).
+
+    "none"    the image is resized to just fit into size x size pixels, its shape kept
+    "laptop"  the same; in training also mirrored, lighter or darker, and half the time magnified and cut
+    "paper"   DETR's: short side 800 (training: 480 to 800), long side up to 1333; in training also mirrored,
+              and half the time cut to 384 to 600 before. `size` stands for the 800 and scales all of these.
+    """
+    if augment == "paper":
+        scale = size / PAPER_SIZE
+        longest, _ = largest_canvas(size, augment)
+        if not train:
+            return v2.RandomShortestSize([size], longest)
+        resize = v2.RandomShortestSize([round(side * scale) for side in range(480, 801, 32)], longest)
+        cut = [v2.RandomShortestSize([round(side * scale) for side in (400, 500, 600)]),
+               RandomSizeCrop(round(384 * scale), round(600 * scale)), resize]
+        return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomChoice([resize, v2.Compose(cut)])])
+
+    fit = v2.Resize(size=None, max_size=size)
+    if augment == "none" or not train:
+        return fit
+    magnify = [v2.Resize(size=None, max_size=round(size * zoom)) for zoom in (1.0, 1.2, 1.4, 1.6)]
+    cut = [v2.RandomChoice(magnify), RandomSizeCrop(round(size * 0.7), size)]
+    return v2.Compose([
+        v2.RandomHorizontalFlip(),  # not upside down: right for cells, wrong for people and most of the world
+        v2.RandomChoice([fit, v2.Compose(cut)]),
+        v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),  # not hue: it may tell classes apart
+    ])
+
+
+# ---- Batches -----------------------------------------------------------------------------------------------
+def collate(batch):
+    """List of (image, target) -> images [B, 3, H, W], mask [B, H, W] bool, list of B targets.
+
+    Each image sits in the top left corner of a common canvas. The rest is zeros (ImageNet's mean colour),
+    where the mask is True: without it the network could not tell padding from a grey wall.
+    """
+    images, targets = zip(*batch)
+    height, width = max(image.shape[1] for image in images), max(image.shape[2] for image in images)
+    padded = torch.zeros(len(images), 3, height, width)  # [B, 3, H, W]
+    mask = torch.ones(len(images), height, width, dtype=torch.bool)  # [B, H, W]
+    for image, canvas, padding in zip(images, padded, mask):
+        canvas[:, :image.shape[1], :image.shape[2]] = image
+        padding[:image.shape[1], :image.shape[2]] = False
+    return padded, mask, list(targets)
+
+
+def pad_batch(images, mask, height, width):
+    """Makes the canvas of a batch larger: zeros are added on the right and below, and True in the mask."""
+    more = (0, width - images.shape[3], 0, height - images.shape[2])
+    pad = torch.nn.functional.pad
+    return pad(images, more), pad(mask, more, value=True)  # [B, 3, height, width], [B, height, width]
+
+
+def first_with_boxes(dataset, n, augment=False):
+    """The first n images that have boxes, as a data set of their own; not augmented unless asked for."""
+    indices = []
+    for index in range(len(dataset)):
+        if len(indices) == n:
+            break
+        if dataset.count_boxes(index):
+            indices.append(index)
+    small = dataset.subset(indices)
+    if not augment and isinstance(dataset, CocoFolder):  # shapes never are
+        small.transform = make_transform(False, dataset.augment, dataset.size)
+    return small
+
+
+# ---- Load --------------------------------------------------------------------------------------------------
+def is_shapes(folder, *paths):
+    """Whether these arguments of `load` mean the embedded data set."""
+    return folder in (None, "shapes") and all(path is None for path in paths)
+
+
+def default_size(augment, is_shapes):
+    """What `load` takes for `size` if nobody says: pixels, as make_transform means them."""
+    if is_shapes:
+        return LAPTOP_SIZE["shapes"]
+    return PAPER_SIZE if augment == "paper" else LAPTOP_SIZE["folder"]
+
+
+def largest_canvas(size, augment):
+    """(height, width) of the largest batch that can occur: one image may be wide and another one high."""
+    side = round(PAPER_LONGEST * size / PAPER_SIZE) if augment == "paper" else size
+    return side, side
+
+
+def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_images=None, size=None,
+         augment="laptop", seed=0, splits=("train", "val")):
+    """{"train": data set, "val": data set}, or only those that `splits` names. Raises DataError.
+
+    folder    None or "shapes": the embedded set. Else a folder in one of LAYOUTS; or give the four paths (of
+              VOC, a list in ImageSets/Main or a folder of XML files takes the place of the JSON file)
+    size      pixels, see make_transform; by default default_size
+    augment   "laptop", "paper" or "none", see make_transform; not for shapes, of which there are enough
+    seed      of the augmentation, and of the shapes to train on. The shapes to validate on never change: runs
+              with different seeds compare.
+    """
+    if augment not in ("laptop", "paper", "none"):
+        raise DataError(f'augment can be "laptop", "paper" or "none", not {augment!r}')
+    if size is not None and size < 32 or seed < 0:
+        raise DataError(f"size must be at least 32 pixels (it is {size}) and seed at least 0 (it is {seed})")
+    given = {"train": (train_json, train_images), "val": (val_json, val_images)}
+    shapes_wanted = is_shapes(folder, train_json, train_images, val_json, val_images)
+    size = size or default_size(augment, shapes_wanted)
+    if shapes_wanted:
+        shapes = {"train": Shapes(20000, size, seed, "train"), "val": Shapes(250, size, 0, "val")}
+        return {split: shapes[split] for split in splits}
+
+    categories, readings = read_splits(folder, given, splits)
+    for reading in readings.values():
+        if reading.errors:
+            message, *others = problem_lines(reading.errors)
+            more = "; python -m support.check_data lists more errors" if others else ""
+            raise DataError((f"{reading.path}: " if reading.path else "") + message + more)
+    datasets = {}
+    for split in splits:
+        reading = readings[split]
+        name = f"{reading.path.stem if folder is None else Path(folder).resolve().name} {split}"
+        notes = [f"{reading.path}: {line}" for line in problem_lines(reading.notes)]
+        datasets[split] = CocoFolder(
+            name, reading.images, categories, notes, split == "train", augment, size, seed)
+    return datasets

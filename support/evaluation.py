@@ -1,0 +1,103 @@
+"""From what a model says to the 12 COCO numbers: scored boxes in pixels, then pycocotools.
+
+Legend: B images, Q queries, C classes, k scored boxes in one image. Boxes are (cx, cy, w, h) in [0, 1] of the
+unpadded image; `boxes_xyxy` are two corners in pixels.
+"""
+import contextlib
+import io
+
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torchvision.ops import box_convert
+
+from support.images import AnnotatedImage
+
+
+@torch.no_grad()
+def postprocess(logits, boxes, sizes, softmax):
+    """Outputs of one stage -> scored boxes. Low scores stay: AP is about the ranking, without a threshold.
+
+    logits [B, Q, C] (with softmax C + 1, the last is no-object) and boxes [B, Q, 4] as the model gives them;
+    sizes: B pairs (height, width) of the original images. Returns B dicts: scores [k], labels [k], boxes [k,
+    4] xyxy in original pixels. softmax: the best class of each query, k = Q. Else the best 100 of all Q * C
+    pairs, so that a query may give two answers.
+    """
+    logits, boxes = logits.float(), boxes.float()
+    if softmax:
+        scores, labels = logits.softmax(-1)[..., :-1].max(-1)  # [B, Q]
+    else:
+        B, Q, C = logits.shape
+        scores, pairs = logits.sigmoid().flatten(1).topk(min(100, Q * C))  # [B, k]
+        labels = pairs % C
+        boxes = boxes.take_along_dim((pairs // C)[:, :, None], 1)  # [B, k, 4]
+    scale = torch.tensor([(w, h, w, h) for h, w in sizes], dtype=torch.float32, device=boxes.device)  # [B, 4]
+    boxes_xyxy = box_convert(boxes, "cxcywh", "xyxy") * scale[:, None]
+    return [{"scores": s, "labels": l, "boxes": b} for s, l, b in zip(scores, labels, boxes_xyxy)]
+
+
+def to_coco(dataset, annotated_images, scores=None):
+    """pycocotools' form of AnnotatedImages; with `scores`, one list per image, they are detections."""
+    images, annotations = [], []
+    for k, annotated in enumerate(annotated_images):
+        images.append({"id": annotated.id, "height": annotated.height, "width": annotated.width})
+        boxes = box_convert(torch.as_tensor(annotated.boxes_xyxy), "xyxy", "xywh").tolist()
+        for i, (label, box) in enumerate(zip(annotated.labels.tolist(), boxes)):
+            annotations.append({
+                "id": len(annotations) + 1,  # not the file's: COCOeval takes a match with id 0 for no match
+                "image_id": annotated.id,
+                "category_id": dataset.category_ids[label],
+                "bbox": box,
+                "area": float(annotated.areas[i]),
+                "iscrowd": int(annotated.crowd[i]),
+                "score": scores[k][i] if scores else 1.0,
+            })
+    coco = COCO()
+    coco.dataset = {"images": images, "annotations": annotations, "categories": [
+        {"id": i, "name": name} for i, name in zip(dataset.category_ids, dataset.class_names)]}
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+        coco.createIndex()
+    return coco
+
+
+METRICS = {
+    "AP": "average precision, mean over IoU 0.50, 0.55, ... 0.95: the number that papers call AP",
+    "AP50": "the same if a box counts as right from IoU 0.50 on",
+    "AP75": "from IoU 0.75 on: needs tight boxes",
+    "AP_small": "AP of objects up to 32 x 32 pixels in area",
+    "AP_medium": "from 32 x 32 to 96 x 96",
+    "AP_large": "from 96 x 96 on",
+    "AR1": "average recall, same IoUs, when only the best box per image and class counts",
+    "AR10": "the best 10",
+    "AR100": "the best 100",
+    "AR_small": "AR100 of small objects",
+    "AR_medium": "of medium ones",
+    "AR_large": "of large ones",
+}
+
+
+def coco_eval(dataset, predictions, image_ids=None):
+    """METRICS as {name: number} for {image id: dict from `postprocess`}, over `image_ids` or else all images.
+
+    An image without an entry counts as one in which nothing was found.
+    """
+    truth, found = dataset.coco, []
+    for image_id, one in predictions.items():
+        boxes_xyxy, size = one["boxes"].cpu(), truth.imgs[image_id]
+        areas = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(1)  # [k]
+        found.append(AnnotatedImage(image_id, "", size["height"], size["width"], one["labels"], boxes_xyxy,
+                                    areas, crowd=torch.zeros_like(areas)))
+    scores = [one["scores"].tolist() for one in predictions.values()]
+    judge = COCOeval(truth, to_coco(dataset, found, scores), "bbox")
+    judge.params.imgIds = sorted(truth.imgs if image_ids is None else image_ids)
+    with contextlib.redirect_stdout(io.StringIO()):
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    return dict(zip(METRICS, judge.stats.tolist()))
+
+
+def explain(metrics):
+    """The 12 numbers as a table in words."""
+    rows = [f"{name:<10} {metrics[name]:6.3f}  {meaning}" for name, meaning in METRICS.items()]
+    return "\n".join(rows + ["-1 = no ground truth of that size. Pixels are those of the original images."])

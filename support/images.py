@@ -1,0 +1,102 @@
+"""Image files: what annotations say about one, its pixels, and one line if it is damaged."""
+import contextlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torchvision.ops import box_convert
+from torchvision.transforms import v2
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+THINNEST = 30  # an image longer than this many times its short side may have no pixels left when made small
+
+
+class DataError(Exception):
+    """Something is wrong with the data: what, where (file, image id, annotation id), and what to do."""
+
+
+class SizeDataError(DataError):
+    """An image file has another size than its annotations say."""
+
+
+def one_line(error):
+    """The message of a DataError. From a DataLoader worker it comes as a traceback, whose last line it is."""
+    return str(error).strip().splitlines()[-1].split("DataError: ", 1)[-1]
+
+
+@dataclass
+class AnnotatedImage:
+    """Where one image is and what is on it, in pixels of the image as it was annotated. Holds no pixels."""
+    id: int
+    path: str
+    height: int
+    width: int
+    labels: np.ndarray  # [n] int64, 0..C-1
+    boxes_xyxy: np.ndarray  # [n, 4] float32, inside the image
+    areas: np.ndarray  # [n], square pixels: of the object's outline if the file knows it, else of its box
+    crowd: np.ndarray  # [n] bool: one box around many objects; not trained on, ignored by the evaluation
+
+
+@contextlib.contextmanager
+def as_data_error(path, image_id):
+    """Whatever PIL raises for a damaged file becomes a DataError: OSError, SyntaxError, struct.error, ..."""
+    try:
+        yield
+    except Exception as error:
+        reason = one_line(error) if str(error) else repr(error)
+        kind = SizeDataError if isinstance(error, SizeDataError) else DataError
+        raise kind(f"{path} (image id {image_id}): {reason}; repair or remove it") from None
+
+
+def size_shown(raw):
+    """(width, height) of an open PIL image as viewers show it, from its header alone."""
+    quarter_turn = raw.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return raw.size[::-1] if quarter_turn else raw.size
+
+
+def file_size(path, image_id):
+    """(height, width) of an image file as a viewer shows it."""
+    with as_data_error(path, image_id), Image.open(path) as raw:
+        return size_shown(raw)[::-1]
+
+
+def load_image(annotated):
+    """An AnnotatedImage's pixels as a PIL image in RGB. DataError if damaged or not of the annotated size.
+
+    A camera stores what its sensor saw, plus an EXIF note "turn me". Tools that obey the note draw boxes on
+    the turned image, others on the raw one: the annotated size tells which. Where it does not (half a turn, a
+    mirror, a square) we obey, as nearly all tools do.
+    """
+    with as_data_error(annotated.path, annotated.id), Image.open(annotated.path) as raw:
+        size, shown = (annotated.width, annotated.height), size_shown(raw)
+        if size not in (shown, raw.size):
+            raise SizeDataError(f"the file has {shown[0]} x {shown[1]} pixels, its annotations say "
+                            f"{annotated.width} x {annotated.height}")
+        if max(size) > THINNEST * min(size):
+            raise DataError(f"{annotated.width} x {annotated.height} pixels are too thin to be resized")
+        return to_rgb(ImageOps.exif_transpose(raw) if size == shown else raw)
+
+
+def to_rgb(image):
+    """Any PIL image -> RGB. 16 bits are scaled to 8, not clipped; transparent parts become white."""
+    if image.mode == "F":
+        raise DataError("floating-point pixels have no agreed range; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # "I;16", or "I": 32 bits, in which some versions of PIL hold 16
+        values = np.asarray(image).clip(0).astype(float)
+        image = Image.fromarray((values * 255 / max(65535, values.max())).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def to_input_and_target(image, boxes_xyxy, labels, annotated):
+    """uint8 image [3, H, W] and boxes in its pixels -> what model and losses expect (see CocoFolder)."""
+    height, width = image.shape[-2:]
+    image = v2.functional.to_dtype(image.as_subclass(torch.Tensor), torch.float32, scale=True)
+    image = v2.functional.normalize(image, IMAGENET_MEAN, IMAGENET_STD)
+    boxes_xyxy = torch.as_tensor(boxes_xyxy) / torch.tensor([width, height, width, height])
+    boxes = box_convert(boxes_xyxy.clamp(0, 1), "xyxy", "cxcywh")  # clamp: rounding errors only
+    return image, {"labels": torch.as_tensor(labels), "boxes": boxes,
+                   "image_id": annotated.id, "size": (annotated.height, annotated.width)}
