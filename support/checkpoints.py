@@ -1,0 +1,179 @@
+"""Checkpoints: written whole or not at all, read without trust, and weights that another run starts from."""
+import argparse
+import os
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+
+NEEDED = ("model", "args", "model_options", "class_names", "category_ids")  # to use the weights
+NEEDED_TO_RESUME = ("optimizer", "step", "best", "seconds", "window")
+RENAMED = {"decoder.spatial_query.scale.": "decoder.query_scale.", "reference.head.": "reference."}  # since old runs
+
+
+# ---- Write and read ----------------------------------------------------------------------------------------
+def save(path, content, keep=None):
+    """Atomic: a crash at any moment leaves a whole file, the old or the new one; `keep` names a copy of the old."""
+    with open(f"{path}.tmp", "wb") as file:
+        torch.save(content, file)
+        os.fsync(file.fileno())
+    if keep and path.exists():
+        shutil.copyfile(path, f"{keep}.tmp")
+        os.replace(f"{keep}.tmp", keep)
+    os.replace(f"{path}.tmp", path)
+
+
+def read_file(path):
+    """What torch.save wrote: tensors and plain values, and the Namespace of the official checkpoints; no code.
+
+    torch.load does not look at the checksums in the file, so that a flipped bit would pass. Raises SystemExit.
+    """
+    if not path.is_file():
+        raise SystemExit(f"{path}: no such checkpoint.")
+    try:
+        if zipfile.is_zipfile(path):  # older files, such as some official ones, are none
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"wrong checksum of {damaged}")
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise SystemExit(f"{path}: not a readable checkpoint ({type(error).__name__}); cut off, damaged, or not ours?")
+
+
+def load_checkpoint(path):
+    """A checkpoint of train.py, from a file or a run's folder: there the last one, or if it is damaged the one before.
+
+    The returned dict also has "path", the file it came from. Raises SystemExit.
+    """
+    path = Path(path)
+    if path.is_dir():
+        last, previous = path / "last.pt", path / "previous.pt"
+        try:
+            return load_checkpoint(last)
+        except SystemExit as error:
+            if not previous.exists():
+                raise
+            print(f"{error} Taking {previous}, the one before it.", file=sys.stderr)
+            return load_checkpoint(previous)
+    checkpoint = read_file(path)
+    if not isinstance(checkpoint, dict):
+        raise SystemExit(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint.")
+    missing = [name for name in NEEDED if name not in checkpoint]
+    if missing:
+        raise SystemExit(f"{path}: not a checkpoint of train.py (no {', '.join(missing)}). To start a new run "
+                         "from official weights use --init.")
+    return {**checkpoint, "model": with_new_names(checkpoint["model"]), "path": str(path)}
+
+
+def with_new_names(state):
+    """Weights of an old run under today's names of the parameters."""
+    for old, new in RENAMED.items():
+        state = {new + name[len(old):] if name.startswith(old) else name: value for name, value in state.items()}
+    return state
+
+
+def read_init(path):
+    """The file behind --init, ours or official; of a run's folder best.pt."""
+    path = Path(path)
+    checkpoint = read_file(path / "best.pt" if path.is_dir() else path)
+    if not isinstance(checkpoint, dict):
+        raise SystemExit(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint.")
+    return checkpoint
+
+
+def check_data(checkpoint, datasets):
+    """Raises SystemExit unless the data are those of the checkpoint, wherever they lie now."""
+    for dataset in datasets.values():
+        if checkpoint["class_names"] != dataset.class_names:
+            raise SystemExit(f"the checkpoint knows the classes {', '.join(checkpoint['class_names'])}, but the "
+                             f"data has {', '.join(dataset.class_names)}")
+    count = checkpoint.get("num_images")  # runs from before do not say
+    if "train" in datasets and count not in (None, len(datasets["train"])):
+        raise SystemExit(f"the run was trained on {count} images, but there are {len(datasets['train'])} here; to go on "
+                         "with other images start a new run with --init")
+
+
+def load_weights(model, checkpoint):
+    """The weights of a checkpoint of ours into its model. Raises SystemExit if they are those of another."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise SystemExit(f"{checkpoint['path']}: its weights are not those of this model; has the file changed since "
+                         f"the run began? {reason}")
+
+
+def load_optimizer(optimizer, model, checkpoint, weight_decay):
+    """The optimiser's memory from a checkpoint; rates and weight decay stay those of this start. Raises SystemExit."""
+    wanted = [(group["peak_lr"], weight_decay) for group in optimizer.param_groups]
+    try:
+        saved = checkpoint["optimizer"]
+        if not all("part" in group for group in saved["param_groups"]):
+            saved = regroup(saved, optimizer, model, checkpoint["args"])
+        optimizer.load_state_dict(saved)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise SystemExit(f"{checkpoint['path']}: its optimiser does not fit this model ({error}); "
+                         "to start a new run from its weights use --init.")
+    for group, (peak_lr, weight_decay) in zip(optimizer.param_groups, wanted):
+        group.update(peak_lr=peak_lr, weight_decay=weight_decay)
+
+
+def regroup(saved, optimizer, model, old_args):
+    """The optimiser's state of a run from before groups had names, when all of one rate were one group.
+
+    State is kept by the number of the parameter, counted through the groups; here they are numbered anew.
+    """
+    lr, lr_backbone = old_args["lr"], old_args["lr_backbone"]
+    rate_of = {"rest": lr, "backbone": lr_backbone, "slow": lr * 0.1}
+    part_of = {id(p): group["part"] for group in optimizer.param_groups for p in group["params"]}
+    trained = [p for p in model.parameters() if id(p) in part_of]
+    rates = list(dict.fromkeys((lr, lr_backbone, lr * 0.1)))
+    old_order = sorted(trained, key=lambda p: rates.index(rate_of[part_of[id(p)]]))  # a group keeps the model's order
+    new_order = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    state = {new_order.index(id(p)): saved["state"][i] for i, p in enumerate(old_order) if i in saved["state"]}
+    return {**optimizer.state_dict(), "state": state}
+
+
+# ---- Weights of another run --------------------------------------------------------------------------------
+def in_our_names(module, checkpoint):
+    """The tensors of a checkpoint, ours or official, under our names and of any shape: {name: tensor}."""
+    state = with_new_names(checkpoint["model"]) if "model_options" in checkpoint else \
+        module.rename_official(checkpoint.get("model", checkpoint))
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+
+
+def initialise(model, module, checkpoint, class_names):
+    """Copy all that fits into the model; say what does not. As many queries are copied as both have.
+
+    A class head is copied only if it is known to be for the same classes. Source of the habit: the many who
+    fine-tune DETR on their own data delete the class head and keep everything else. Raises SystemExit.
+    """
+    given, left = in_our_names(module, checkpoint), []
+    queries = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
+    state, copied = model.state_dict(), 0
+    for name, tensor in state.items():
+        source = given.pop(name, None)
+        if source is None:
+            if not name.endswith("num_batches_tracked"):  # frozen BatchNorm has none
+                left.append(f"{name}: not in the file, keeps its random start")
+        elif name.startswith("class_head.") and checkpoint.get("class_names") != class_names:
+            left.append(f"{name}: for other classes, made anew")
+        elif source.shape == tensor.shape:
+            tensor.copy_(source)
+            copied += 1
+        elif name in queries and source.shape[1:] == tensor.shape[1:]:
+            n = min(len(source), len(tensor))
+            tensor[:n] = source[:n]
+            copied += 1
+            left.append(f"{name}: the first {n} of the file's {len(source)} queries, the model has {len(tensor)}")
+        else:
+            left.append(f"{name}: {list(source.shape)} in the file, {list(tensor.shape)} here, keeps its random start")
+    left += [f"{name}: only in the file, not used" for name in given if not name.endswith("num_batches_tracked")]
+    print(f"init     {copied} of {len(state)} tensors copied" + (", except:" if left else ""))
+    for line in left[:12] + [f"and {len(left) - 12} more"] * (len(left) > 12):
+        print(f"         {line}")
+    if copied < len(state) / 2:
+        raise SystemExit("--init: most of it does not fit. Is it the same --model, with the same --preset and options?")

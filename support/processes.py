@@ -1,0 +1,57 @@
+"""Several processes: those of torchrun, which train one model together, and those that load images."""
+import os
+import signal
+import sys
+
+import torch
+
+from support import data
+
+
+
+def from_environment(name, default):
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default
+
+
+RANK, WORLD = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)  # set by torchrun
+
+
+def join(device):
+    """Take this process's place among those of torchrun: a GPU of its own, or a share of the CPU.
+
+    Raises SystemExit if torchrun's variables are there in part only.
+    """
+    if WORLD == 1:
+        return
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise SystemExit(f"WORLD_SIZE is set in the environment, but {', '.join(missing)} is not: "
+                         "start with torchrun, or unset WORLD_SIZE.")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # one process talks
+
+
+def gather(value):
+    """The values of all processes, in order of their ranks; [value] if there is only this one."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def make_loader(dataset, args, **how):
+    """Loads batches in args.workers processes, or in this one if there are none."""
+    # A generator of its own: otherwise every loader draws a number from the global one, which dropout uses, and
+    # a resumed run, having made one loader more, would not repeat the straight one.
+    return torch.utils.data.DataLoader(
+        dataset, num_workers=args.workers, collate_fn=data.collate, pin_memory=args.device == "cuda",
+        worker_init_fn=leave_signals_to_the_main_process, generator=torch.Generator(), **how)
+
+
+def leave_signals_to_the_main_process(worker):
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and schedulers signal every process of the group
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,164 @@
+"""What a run says: what it is about to do, whether memory will do, what the numbers of an evaluation mean."""
+import contextlib
+import copy
+import math
+import sys
+import time
+
+import torch
+
+from support import data, processes
+from support.images import DataError, one_line
+from support.model_files import check_output
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Whatever goes wrong for the person who runs a program ends in a line that says what to do, not in a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a class or file name may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except DataError as error:
+        raise SystemExit(f"data: {one_line(error)}")
+    except FloatingPointError as error:
+        raise SystemExit(f"The model is broken: {error}.")
+    except KeyboardInterrupt:
+        raise SystemExit("\nInterrupted before the first step; nothing was started.")
+    except OSError as error:
+        raise SystemExit(f"{one_line(error)}. What was saved before is still there; --resume goes on from it.")
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise SystemExit("A process that loads images was killed, by hand or for lack of memory. Go on with --resume, "
+                             "and perhaps --workers 0.")
+        if processes.WORLD == 1:
+            raise
+        raise SystemExit(f"Process {processes.RANK} of {processes.WORLD} lost the others ({one_line(error)}). The first "
+                         "message above says why; then go on with --resume.")
+
+
+def announce(model, datasets, args, run, train_step):
+    """Say what is about to happen, how long it will take, and what to expect of it.
+
+    train_step: a function of (model, parts) that does one step, see try_out.
+    """
+    train_set = datasets["train"]
+    print(f"model    {args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
+          f"on {args.device}")
+    for split, d in datasets.items():
+        print(f"{split:8} {d.name}: {len(d)} images, {d.num_boxes} boxes, at most {d.max_boxes} in an image")
+        for note in d.notes:
+            print(f"         note: {note}")
+    print(f"classes  {len(train_set.class_names)}: {', '.join(train_set.class_names)}")
+    print(f"run      {args.steps} steps of {args.batch_size} images = "
+          f"{args.steps * args.batch_size / len(train_set):.1f} epochs, lr {args.lr:g} ({args.schedule}), "
+          f"seed {args.seed}")
+    seconds, queries = try_out(model, train_set, args, train_step)
+    print(f"time     about {math.ceil(seconds * (args.steps - run.step) / 60)} minutes, and the evaluations; "
+          f"memory {peak_memory(args)} for the largest possible batch")
+    for warning in warnings(model, train_set, args, queries):
+        print(f"WARNING  {warning}")
+
+
+def warnings(model, train_set, args, queries):
+    """What makes a run disappoint and can be known before it starts, a sentence each."""
+    if queries < train_set.max_boxes:
+        yield (f"{queries} queries, but an image has {train_set.max_boxes} boxes: the rest can never "
+               "be found. Raise --option num_queries=N.")
+    published = model.recipe.get("batch_size", 0)
+    if args.preset == "paper" and args.lr == model.recipe.get("lr") and args.batch_size < published:
+        yield (f"lr {args.lr:g} was published for batches of {published} images, yours have "
+               f"{args.batch_size}: lower --lr.")
+    if args.init:
+        return
+    if args.preset == "paper" and args.steps < 100_000:
+        yield (f"the transformer starts from random weights and gets {args.steps} steps. DETR needs "
+               "more than 100,000 of them: expect AP near 0.")
+    elif args.preset == "laptop" and len(train_set) < 1000 and not args.overfit:
+        yield f"from scratch on {len(train_set)} images: AP stays near 0 for long and ends modest."
+
+
+def try_out(model, train_set, args, train_step):
+    """(seconds, queries) of one training step, made on a copy of the model so that nothing of it remains.
+
+    Before it one step on the largest batch there can be: if memory runs out, then now and not in an hour. Raises
+    SystemExit for that, and for a model whose output breaks the contract.
+    """
+    part = args.batch_size // (args.accumulate * processes.WORLD)
+    images, mask, targets = data.collate([train_set[i] for i in range(part)])
+    canvas = data.largest_canvas(train_set.size, args.preset)
+    largest = images.new_zeros(part, 3, *canvas), mask.new_zeros(part, *canvas), targets
+    model = copy.deepcopy(model).train()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            with torch.no_grad():
+                out = model(images.to(args.device), mask.to(args.device))
+            check_output(out, model, part, len(train_set.class_names))
+            train_step(model, [largest] * args.accumulate)
+            synchronize(args)
+            start = time.time()
+            train_step(model, [(images, mask, targets)] * args.accumulate)
+            synchronize(args)
+    except torch.OutOfMemoryError:
+        raise SystemExit(f"Out of memory for parts of {part} images of up to {canvas[0]} x {canvas[1]} pixels. "
+                         f"Raise --accumulate {args.accumulate}, or lower --batch-size or --size; --amp needs less, too.")
+    return time.time() - start, out["logits"].shape[2]
+
+
+def synchronize(args):
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(args):
+    """The most that this process has needed so far, on the device, as text."""
+    if args.device == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "unknown"
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
+
+
+def collapse_line(metrics, num_classes):
+    """The most alarming symptom in one line: the same boxes for every image or every query."""
+    images, queries, classes = (metrics[k] for k in ("spread_images", "spread_queries", "classes_predicted"))
+    line = (f"boxes vary by {images:.3f} between images and {queries:.3f} between queries; {classes} of "
+            f"{num_classes} classes reach a score of 0.3")
+    if min(images, queries) < 0.005:
+        line += ("\n  COLLAPSED: the same boxes everywhere. Usual early on; if it stays, the model is "
+                 "undertrained (see README) or its features do not depend on the image.")
+    return line
+
+
+@torch.no_grad()
+def where_it_went_bad(model, images, mask):
+    """The first layer, in order of execution, that returns numbers that are not finite; else where gradients are not."""
+    bad = []
+
+    def check(name):
+        def hook(module, inputs, output):
+            outputs = output if isinstance(output, (tuple, list)) else [output]
+            if any(isinstance(x, torch.Tensor) and not x.isfinite().all() for x in outputs):
+                bad.append(name)
+        return hook
+
+    hooks = [module.register_forward_hook(check(name)) for name, module in model.named_modules() if name]
+    model(images, mask)
+    for hook in hooks:
+        hook.remove()
+    if bad:
+        return f"first bad layer {bad[0]}"
+    # Backward runs from the end, so the last of them went bad first
+    bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    return f"first bad gradient {bad[-1]}" if bad else "all layers are finite again"
+
+
+def divergence(error, model, parts, args, run, lr):
+    """The message of a run that stops because numbers are no longer finite."""
+    where = where_it_went_bad(model, *(x.to(args.device) for x in parts[-1][:2]))
+    return (f"\nThe model diverged at step {run.step} (lr {lr:.2g}): {error}; {where}. Lower --lr"
+            f"{' or leave out --amp' if args.amp else ''}, with --resume {run.folder} too, which goes on from before.")

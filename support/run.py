@@ -1,0 +1,177 @@
+"""One run of train.py: its folder, how far it is, its log, checkpoints and pictures, and how it is stopped."""
+import contextlib
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torchvision
+from tqdm import tqdm
+
+import visualize as pictures
+from support import processes
+from support.checkpoints import save
+from support.evaluation import explain
+from support.report import collapse_line, peak_memory
+
+FILES = ("args.json", "last.pt", "previous.pt", "best.pt", "log.jsonl", "curves.png", "predictions.png")
+
+
+class Run:
+    """Owns everything about a run that is neither model nor data. Only the process of rank 0 writes.
+
+    step    optimiser steps done
+    best    the highest AP so far, -1 before the first evaluation
+    window  what was logged of each step since the last line of log.jsonl
+    """
+
+    def __init__(self, args, module, model_options, resumed):
+        self.args, self.module, self.model_options = args, module, model_options
+        self.step, self.best, self.seconds, self.window = 0, -1.0, 0.0, []
+        self.folder, self.resumed, self.signals = None, resumed, []
+        if resumed:
+            self.step, self.best, self.seconds, self.window = (
+                resumed[name] for name in ("step", "best", "seconds", "window"))
+            self.folder = Path(resumed["path"]).parent
+        if self.step >= args.steps:
+            raise SystemExit(f"{self.folder}: already finished, step {self.step} of {args.steps}. "
+                             "Give more --steps to go on.")
+
+    # ---- Start and end ----
+    def start(self, model, optimizer, datasets):
+        """Claims the folder, opens the log, listens to Ctrl-C."""
+        self.model, self.optimizer, self.val_set = model, optimizer, datasets["val"]
+        self.identity = {"class_names": datasets["train"].class_names, "category_ids": datasets["train"].category_ids,
+                         "num_images": len(datasets["train"])}
+        self.started = time.time() - self.seconds
+        self.bar = tqdm(total=self.args.steps, initial=self.step, unit="step", dynamic_ncols=True,
+                        disable=True if processes.RANK else None)
+        if processes.RANK == 0 and not self.resumed:
+            self.folder = claim_folder(self.args, self.module)
+            self.describe()
+        if processes.RANK == 0 and self.resumed:
+            self.set_damaged_file_aside()
+        self.folder = processes.gather(self.folder)[0]
+        self.log = open_log(self.folder / "log.jsonl", self.step) if processes.RANK == 0 else None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+        if not self.resumed:
+            self.save("last.pt")  # so that there is always something to go on from
+
+    def on_signal(self, number, frame):
+        """Ctrl-C (or a cluster's SIGTERM) lets the step finish and saves; a second Ctrl-C kills."""
+        self.signals.append(number)
+        if processes.WORLD == 1:  # torchrun passes on a signal that processes may have got already
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def goes_on(self):
+        """False at the last step, or if any process was asked to stop."""
+        return self.step < self.args.steps and not any(processes.gather(bool(self.signals)))
+
+    def finish(self):
+        """Says how it ended. Raises SystemExit with the command to go on if the run was stopped."""
+        self.bar.close()
+        if self.step < self.args.steps:
+            self.save("last.pt", keep="previous.pt")
+            raise SystemExit(f"\nStopped at step {self.step} of {self.args.steps}, nothing is lost. Go on with:\n"
+                             f"    python train.py --resume {shlex.quote(str(self.folder))}"
+                             if processes.RANK == 0 else 1)
+        print(explain(self.metrics))
+        print(f"{(time.time() - self.started) / 60:.1f} minutes, peak memory {peak_memory(self.args)}. "
+              f"Best AP {self.best:.3f}. In {self.folder}: best.pt, last.pt, log.jsonl, curves.png, predictions.png")
+
+    # ---- What happened ----
+    def is_last(self):
+        return self.step == self.args.steps
+
+    def evaluation_is_due(self):
+        return self.step % self.args.eval_every == 0 or self.is_last()
+
+    def log_step(self, losses, epoch, lr):
+        """Counts one optimiser step; every `log_every` of them writes their mean."""
+        self.step += 1
+        self.window.append(losses)
+        self.bar.update()
+        if self.step % self.args.log_every == 0 or self.is_last():
+            mean = {name: sum(step[name] for step in self.window) / len(self.window) for name in losses}
+            self.write(epoch=epoch, lr=lr, **mean)
+            self.bar.set_postfix_str(f"loss {mean['total']:.2f}, gradient {mean['grad_norm']:.1f}, "
+                                     f"AP {max(self.best, 0):.3f}")
+            self.window = []
+
+    def log_evaluation(self, metrics, predictions):
+        """Writes the numbers, keeps the best weights and the last, draws predictions and curves."""
+        self.metrics = metrics
+        self.write(eval=metrics)
+        improved, self.best = metrics["AP"] >= self.best, max(self.best, metrics["AP"])
+        if improved:
+            self.save("best.pt")
+        self.save("last.pt", keep="previous.pt")
+        if processes.RANK == 0:
+            self.bar.write(f"step {self.step}: AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f}; "
+                           + collapse_line(metrics, len(self.val_set.class_names)))
+            pictures.draw_predictions(self.val_set, predictions, self.folder / "predictions.png")
+            pictures.draw_curves(self.folder / "log.jsonl", self.folder / "curves.png")
+
+    # ---- Files ----
+    def write(self, **line):
+        if processes.RANK == 0:
+            seconds = time.time() - self.started
+            self.log.write(json.dumps({"step": self.step, "seconds": seconds, **line}) + "\n")
+
+    def save(self, name, keep=None):
+        if processes.RANK == 0:
+            save(self.folder / name, {
+                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
+                "best": self.best, "seconds": time.time() - self.started, "window": self.window,
+                "args": vars(self.args), "model_options": self.model_options, **self.identity,
+            }, keep and self.folder / keep)
+
+    def describe(self):
+        """What somebody needs to repeat the run: the source that ran, every setting, the versions."""
+        source = Path(self.module.__file__)
+        (self.folder / source.name).write_bytes(source.read_bytes())
+        versions = {m.__name__: m.__version__ for m in (torch, torchvision)} | {"python": sys.version.split()[0]}
+        content = {"train": vars(self.args), "model": self.model_options, "versions": versions}
+        (self.folder / "args.json").write_text(json.dumps(content, indent=1))
+
+    def set_damaged_file_aside(self):
+        """If last.pt could not be read and previous.pt was taken, the next save must not copy it over that one."""
+        last = self.folder / "last.pt"
+        if Path(self.resumed["path"]).name == "previous.pt" and last.exists():
+            os.replace(last, self.folder / "last.damaged.pt")
+
+
+def claim_folder(args, module):
+    """A folder that holds no other run, claimed in one step even if two runs start at once. Raises SystemExit."""
+    source = args.data or args.train_images or "shapes"
+    name = f"{Path(args.model).stem}-{Path(source).resolve().name}"
+    names = [name] + [f"{name}-{i}" for i in range(2, 1000)]
+    ours = {*FILES, Path(module.__file__).name}
+    for folder in [Path(args.out)] if args.out else [Path("runs") / name for name in names]:
+        if folder.exists() and not folder.is_dir():
+            raise SystemExit(f"{folder}: is a file; a run needs a folder of its own, give another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = sorted(ours.intersection(os.listdir(folder)))
+        with contextlib.suppress(FileExistsError):
+            if not taken:
+                open(folder / "args.json", "x").close()  # only one process can make this file
+                return folder
+    raise SystemExit(f"--out {args.out}: holds {', '.join(taken or ['another run'])} already. Go on with --resume, "
+                     "or give another folder.")
+
+
+def open_log(path, step):
+    """log.jsonl, without what a killed run wrote after the checkpoint it now goes on from."""
+    kept = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # cut off, or not ours
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    Path(f"{path}.tmp").write_text("".join(kept))
+    os.replace(f"{path}.tmp", path)
+    return open(path, "a", buffering=1)

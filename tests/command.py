@@ -1,0 +1,67 @@
+"""train.py as somebody types it: each call is a process of its own, but all share one start of torch."""
+import multiprocessing
+import os
+import re
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import train
+from support.images import DataError
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--workers", "0", "--size", "48", "--batch-size", "4", "--option", "enc_layers=1", "--option", "dec_layers=1"]
+RESUMED = ["--workers", "0"]
+
+
+def server():
+    """Where processes come from: they start with torch and train.py already imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torchvision", "train"])
+    return context
+
+
+def train_py(flags, cwd, out, err):
+    os.chdir(cwd)
+    sys.stdout, sys.stderr = open(out, "w"), open(err, "w")
+    sys.argv = ["train.py", *flags]
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+def run(*flags, cwd):
+    """What train.py answers to these flags: returncode, stdout, stderr."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        process = server().Process(target=train_py, args=(list(map(str, flags)), cwd, out, err))
+        process.start()
+        process.join(170)
+        assert process.exitcode is not None, "train.py does not end"
+        return SimpleNamespace(returncode=process.exitcode, stdout=out.read_text(), stderr=err.read_text())
+
+
+def train_in_child(cwd, flags):
+    """For tests that kill or time a run: main() without pictures, which take most of the time."""
+    os.chdir(cwd)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    import visualize as pictures
+    pictures.draw_predictions = pictures.draw_curves = lambda *_: None
+    train.main(list(map(str, flags)))
+
+
+def start(*flags, cwd):
+    process = server().Process(target=train_in_child, args=(str(cwd), list(map(str, flags))))
+    process.start()
+    return process
+
+
+def check_refused(flags, message, capsys):
+    """main() ends with SystemExit or DataError whose single line says what is wrong, and no run is left behind."""
+    with pytest.raises((SystemExit, DataError)) as stopped:
+        train.main(list(map(str, flags)))
+    text = capsys.readouterr().err.strip().splitlines()[-1:] if stopped.value.args == (2,) else [str(stopped.value)]
+    assert re.search(message, text[0], re.S), text
+    assert not Path("runs").exists(), "a run folder was made for nothing"

@@ -1,0 +1,179 @@
+"""The loop: optimiser, schedule, data order, evaluation, what a run leaves behind, and what happens when it diverges."""
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+from support import data, report
+from tests.command import QUICK, ROOT, run
+from tests.folders import small_coco
+from tests.tiny_models import batch, tiny
+
+
+# ---- Optimiser, schedule, data order -----------------------------------------------------------------------
+@pytest.mark.parametrize("lr_backbone", [2e-5, 2e-4])  # a tenth, as slow parameters have, or that of the rest
+def test_parameter_groups_are_the_papers(lr_backbone):
+    model = tiny("deformable_detr")
+    groups = train.make_optimizer(model, 2e-4, lr_backbone, 1e-4).param_groups
+    assert [group["part"] for group in groups] == ["rest", "backbone", "slow"]
+    rate = {id(p): g["lr"] for g in groups for p in g["params"]}
+    for name, p in model.named_parameters():
+        slow = "sampling_offsets" in name or "reference_points" in name
+        if not p.requires_grad:
+            assert id(p) not in rate, f"{name} is frozen"
+        else:
+            wanted = lr_backbone if name.startswith("backbone.") else 2e-5 if slow else 2e-4
+            assert rate[id(p)] == pytest.approx(wanted), f"{name} learns at {rate[id(p)]}"
+
+
+def test_schedules():
+    args = SimpleNamespace(warmup=10, steps=110, schedule="cosine", lr_drop=4)
+    factors = [train.lr_factor(step, args, steps_per_epoch=20) for step in range(110)]
+    assert factors[0] == 0.1 and factors[9] == 1 and factors[60] == pytest.approx(0.5) and factors[-1] < 0.001
+    args.schedule = "step"
+    assert train.lr_factor(79, args, 20) == 1 and train.lr_factor(80, args, 20) == 0.1
+
+
+def test_data_order_is_a_function_of_seed_and_step():
+    def order(start, **how):
+        return list(train.Batches(10, SimpleNamespace(**{
+            **dict(batch_size=4, accumulate=1, seed=3, steps=6), **how}), start))
+    assert order(0)[3:] == order(3), "resuming at step 3 sees other images"
+    assert order(0, seed=4) != order(0)
+    flat = [key for batch in order(0, accumulate=2) for key in batch]
+    assert flat == [key for batch in order(0) for key in batch], "--accumulate changes the images"
+    first_epoch = [index for batch in order(0)[:2] for _, index in batch]
+    assert len(set(first_epoch)) == 8, "an image comes twice in an epoch"
+
+
+# ---- Evaluation --------------------------------------------------------------------------------------------
+def loop_args(**changes):
+    return SimpleNamespace(**{**dict(device="cpu", amp=False, clip_norm=1e9, workers=0, eval_batch_size=2), **changes})
+
+
+def test_a_step_after_an_evaluation_still_trains():
+    """BatchNorm updates its statistics and dropout drops, as before the evaluation."""
+    model = tiny("detr", backbone_norm="batch", dropout=0.5).train()
+    criterion, shapes = train.SetCriterion(model), data.load(size=48)["val"].subset(range(2))
+    optimizer = train.make_optimizer(model, 1e-4, 1e-4, 0)
+    train.evaluate(model, criterion, shapes, loop_args())
+    before = model.backbone.body.bn1.running_mean.clone()
+    train.train_step(model, criterion, optimizer, [data.collate([shapes[0], shapes[1]])], loop_args())
+    assert not model.backbone.body.bn1.running_mean.equal(before), "BatchNorm is still that of the evaluation"
+    images, mask = batch()
+    assert not model(images, mask)["logits"].equal(model(images, mask)["logits"]), "nothing is dropped out"
+
+
+def test_an_evaluation_neither_drops_out_nor_moves_batchnorm():
+    model = tiny("detr", backbone_norm="batch", dropout=0.5).train()
+    shapes = data.load(size=48)["val"].subset(range(3))
+    before = model.backbone.body.bn1.running_mean.clone()
+    first, again = (train.evaluate(model, train.SetCriterion(model), shapes, loop_args())[1] for _ in range(2))
+    assert model.backbone.body.bn1.running_mean.equal(before)
+    assert all(first[i]["scores"].equal(again[i]["scores"]) for i in first)
+
+
+# ---- A run -------------------------------------------------------------------------------------------------
+def test_the_readmes_command_leaves_what_it_promises_and_evaluates(tmp_path):
+    done = run("--model", "detr", "--steps", 6, "--eval-every", 3, "--log-every", 2, *QUICK, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs/detr-shapes"
+    for name in ("log.jsonl", "curves.png", "predictions.png", "last.pt", "best.pt", "args.json", "detr.py"):
+        assert (folder / name).stat().st_size > 0, f"{name} is missing"
+    picture = Image.open(folder / "predictions.png").convert("RGB").getcolors(2**24)
+    assert len(picture) > 5000, "predictions.png shows no images"
+    assert any(colour == (0, 200, 83) for _, colour in picture), "no true box is drawn"
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3, 4, 6, 6]
+    assert {"AP", "AP50", "AR100"} <= set(lines[-1]["eval"])
+    for words in ("6 steps", "250 images", "classes", "minutes", "no ground truth"):
+        assert words in done.stdout, f'the output does not say "{words}"'
+    again = run("--eval", "--weights", folder / "best.pt", "--workers", 0, cwd=tmp_path)
+    assert again.returncode == 0 and "AP" in again.stdout, again.stderr
+    assert list((tmp_path / "runs").iterdir()) == [folder], "--eval made a run of its own"
+    second = run("--model", "detr", "--steps", 1, *QUICK, cwd=tmp_path)
+    assert second.returncode == 0 and (tmp_path / "runs/detr-shapes-2").exists(), "the second run has its own folder"
+    finished = run("--resume", folder, cwd=tmp_path)
+    assert finished.returncode == 1 and "already finished" in finished.stderr
+
+
+def test_two_images_are_overfitted(tmp_path):
+    """If this fails, nothing else needs to be looked at."""
+    done = run("--model", "detr", "--overfit", 2, "--steps", 300, "--size", 64, "--workers", 0, "--eval-every", 300,
+               cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    last = json.loads((tmp_path / "runs/detr-shapes/log.jsonl").read_text().splitlines()[-1])
+    assert last["eval"]["AP"] > 0.9, f"AP {last['eval']['AP']:.2f} on the two images it was trained on"
+    again = run("--eval", "--weights", "runs/detr-shapes", "--workers", 0, cwd=tmp_path)
+    assert again.returncode == 0 and f"AP         {last['eval']['AP']:6.3f}" in again.stdout, again.stderr
+
+
+def test_a_folder_with_foreign_category_ids_trains(tmp_path):
+    folder = small_coco(tmp_path / "set")
+    done = run("--data", folder, "--steps", 2, *QUICK, "--accumulate", 2, "--batch-size", 2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    checkpoint = torch.load(tmp_path / "runs/detr-set/last.pt", weights_only=True)
+    assert checkpoint["class_names"] == ["thing"] and checkpoint["category_ids"] == [7]
+    assert "WARNING" in done.stdout, "three images from scratch deserve a warning"
+
+
+def test_two_stages_train_on_every_size_that_is_allowed(tmp_path, monkeypatch):
+    """The smallest images have fewer tokens than there are queries."""
+    monkeypatch.chdir(tmp_path)
+    train.main(["--model", "deformable_detr", "--option", "two_stage=true", "--steps", "2", "--overfit", "2",
+                "--size", "32", "--batch-size", "1", "--option", "num_queries=30", *QUICK[:2], *QUICK[6:]])
+    assert (tmp_path / "runs/deformable_detr-shapes/best.pt").exists()
+
+
+# ---- Divergence and memory ---------------------------------------------------------------------------------
+def test_divergence_is_named_and_keeps_what_was_saved(tmp_path):
+    done = run("--steps", 40, "--eval-every", 1000, "--lr", 1e30, "--clip-norm", 1e30, *QUICK, cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert re.search(r"diverged at step \d+ .*Lower --lr", done.stderr, re.S)
+    again = run("--resume", "runs/detr-shapes", "--lr", 1e-4, "--clip-norm", 1, "--steps", 2, cwd=tmp_path)
+    assert again.returncode == 0, "the message sends people there"
+
+
+def test_the_first_bad_layer_is_named():
+    model = tiny("detr").eval()
+    with torch.no_grad():
+        model.encoder.layers[0].ffn.linear1.weight[0, 0] = float("nan")
+    assert report.where_it_went_bad(model, *batch()) == "first bad layer encoder.layers.0.ffn.linear1"
+    model = tiny("detr").eval()
+    for name in ("input_proj.weight", "decoder.layers.1.norm1.weight"):
+        p = model.get_parameter(name)
+        p.grad = torch.full_like(p, float("nan"))
+    assert report.where_it_went_bad(model, *batch()) == "first bad gradient decoder.layers.1.norm1.weight"
+
+
+def test_out_of_memory_says_what_to_lower(monkeypatch, tmp_path):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.SetCriterion, "__call__", no_memory)
+    with pytest.raises(SystemExit, match=r"parts of 4 images of up to 48 x 48 pixels.*--batch-size"):
+        train.main(["--steps", "1", *QUICK])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_more_boxes_than_queries_is_said(tmp_path):
+    done = run("--steps", 1, *QUICK, "--option", "num_queries=2", cwd=tmp_path)
+    assert done.returncode == 0 and "2 queries" in done.stdout, done.stdout
+
+
+def test_an_image_with_thousands_of_boxes_is_named_before_memory_is_gone(tmp_path, monkeypatch):
+    box = {"image_id": 1, "category_id": 7, "bbox": [4, 4, 20, 20]}
+    folder = small_coco(tmp_path / "set", annotations=[{**box, "id": i} for i in range(2000)])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"1\.png has 2000 boxes, which asks for 4000 queries"):
+        train.main(["--data", str(folder), "--steps", "1", *QUICK])
+
+
+def test_the_readme_names_every_file_of_a_run():
+    from support.run import FILES
+    text = (ROOT / "README.md").read_text() + (ROOT / "docs/options.md").read_text()
+    assert not [name for name in FILES if f"`{name}`" not in text]

@@ -1,0 +1,234 @@
+"""Runs that are stopped, killed, damaged and continued: nothing is lost, and nothing changes that must not."""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import detr
+import train
+from support import checkpoints
+from tests.command import QUICK, ROOT, check_refused, run, start
+from tests.folders import small_coco
+from tests.tiny_models import tiny
+
+
+def weights_of(folder):
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+def assert_same_weights(a, b, why):
+    assert a["step"] == b["step"]
+    for name, value in a["model"].items():
+        assert value.equal(b["model"][name]), f"{name} differs {why}"
+
+
+# ---- Stopped -----------------------------------------------------------------------------------------------
+def stop_while_training(flags, cwd, group=False):
+    """Starts train.py, sends it SIGINT (or SIGTERM to its whole process group) after three steps; what it said."""
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags, "--out", "stopped", "--log-every", "1"],
+                               cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    log = cwd / "stopped/log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 3) and process.poll() is None:
+        time.sleep(0.02)
+    if group:
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1 and "--resume stopped" in stderr and "Traceback" not in stderr, stderr
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_a_stopped_run_saves_and_resume_gives_the_very_same_weights(group, tmp_path):
+    """Straight through, against interrupted and resumed: bit-equal (CPU). A scheduler signals the workers, too."""
+    flags = ["--model", "detr", "--steps", "12", "--eval-every", "12", "--overfit", "4", *QUICK, "--workers", "1",
+             "--option", "dropout=0.1"]
+    assert run(*flags, "--out", "straight", cwd=tmp_path).returncode == 0
+    stop_while_training(flags, tmp_path, group)
+    done = run("--resume", "stopped", "--workers", 0, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_same_weights(*(weights_of(tmp_path / name) for name in ("straight", "stopped")), "after resuming")
+
+
+def test_twenty_kills_lose_nothing(tmp_path):
+    """kill -9 at random moments, loading, training and saving: at the end the same weights and the same log."""
+    small_coco(tmp_path / "set", images=6)
+    flags = ["--data", "set", *QUICK, "--batch-size", "2", "--steps", "40", "--eval-every", "1", "--log-every", "3",
+             "--option", "dropout=0.1"]
+    straight = start(*flags, "--out", "straight", cwd=tmp_path)
+    straight.join(150)
+    assert straight.exitcode == 0
+    killed, last, moments, kills = tmp_path / "killed", tmp_path / "killed/last.pt", random.Random(0), 0
+    while kills < 20:
+        if killed.exists() and not last.exists():
+            shutil.rmtree(killed)  # killed between the claim of the folder and the first checkpoint
+        words = ["--resume", "killed", "--workers", "0"] if last.exists() else [*flags, "--out", "killed"]
+        before = last.stat().st_mtime_ns if last.exists() else 0
+        child = start(*words, cwd=tmp_path)
+        # Somewhere between the start of the process and a few saved steps later
+        if moments.random() < 0.8:
+            while child.is_alive() and (not last.exists() or last.stat().st_mtime_ns == before):
+                time.sleep(0.002)
+        time.sleep(moments.random() * 0.3)
+        if not child.is_alive():
+            break  # finished before all kills were spent
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        kills += 1
+    assert kills >= 10, "the run is too short for this test"
+    child = start("--resume", "killed", "--workers", "0", cwd=tmp_path)
+    child.join(150)
+    assert_same_weights(weights_of(tmp_path / "straight"), weights_of(killed), f"after {kills} kills")
+    logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+            for folder in (tmp_path / "straight", killed)]
+    for line in logs[0] + logs[1]:
+        del line["seconds"]
+    assert logs[0] == logs[1]
+
+
+# ---- Damaged -----------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a run of four steps on a small data set, "run". Tests copy it."""
+    folder = tmp_path_factory.mktemp("finished")
+    small_coco(folder / "set", images=4)
+    done = run("--data", "set", "--steps", 4, "--eval-every", 2, *QUICK, "--batch-size", 2, "--out", "run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def folder(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def resume(*flags):
+    train.main(["--resume", "run", "--workers", "0", *map(str, flags)])
+
+
+def test_a_damaged_checkpoint_is_recognised_and_the_one_before_is_taken(folder, capsys):
+    last, previous = folder / "run/last.pt", folder / "run/previous.pt"
+    good = previous.read_bytes()
+    last.write_bytes(last.read_bytes()[:5000])
+    resume("--steps", 5, "--eval-every", 100)
+    assert "Taking run/previous.pt" in capsys.readouterr().err
+    assert weights_of(folder / "run")["step"] == 5
+    assert previous.read_bytes() == good and (folder / "run/last.damaged.pt").exists(), "damage spreads"
+    steps = [json.loads(line)["step"] for line in (folder / "run/log.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == 5 and steps.count(4) <= 2
+
+
+def test_a_flipped_bit_does_not_pass(folder):
+    """Anywhere in the weights; elsewhere the archive cannot be read or the bit means nothing."""
+    content = bytearray((folder / "run/last.pt").read_bytes())
+    clean = checkpoints.read_file(folder / "run/last.pt")
+    for seed in range(16):
+        place = random.Random(seed).randrange(len(content))
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << seed % 8
+        (folder / "flipped.pt").write_bytes(damaged)
+        try:
+            read = checkpoints.read_file(folder / "flipped.pt")
+        except SystemExit:
+            continue
+        assert all(value.equal(clean["model"][name]) for name, value in read["model"].items()), f"byte {place}"
+        assert read["step"] == clean["step"]
+
+
+@pytest.mark.parametrize("content, words", [
+    (3, "holds a int"), ([], "holds a list"), ({"weights": 1}, "not a checkpoint of train.py"),
+    ({"model": {}, "args": {"model": "detr"}, "model_options": {}, "class_names": [], "category_ids": []}, "no optimizer")])
+def test_what_is_no_checkpoint_is_refused(content, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, "other.pt")
+    check_refused(["--resume", "other.pt"], words, capsys)
+
+
+def test_weights_of_another_model_are_refused(folder):
+    content = torch.load("run/last.pt", weights_only=True)
+    torch.save({**content, "model": tiny("conditional_detr").state_dict()}, "run/last.pt")
+    with pytest.raises(SystemExit, match="its weights are not those of this model"):
+        resume("--steps", 9)
+
+
+def test_foreign_lines_in_the_log_are_no_reason_to_stop(folder):
+    with open("run/log.jsonl", "ab") as log:
+        log.write(b'not json\n3\n{"step": "x"}\n[]\n\xff\xfe\n{"cut": ')
+    resume("--steps", 5)
+    lines = [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 5
+
+
+# ---- What may change ---------------------------------------------------------------------------------------
+def test_rates_given_on_resume_take_effect(folder):
+    resume("--steps", 5, "--lr", 1e-5, "--lr-backbone", 2e-6, "--weight-decay", 0.5, "--warmup", 0)
+    groups = {group["part"]: group for group in weights_of(folder / "run")["optimizer"]["param_groups"]}
+    assert groups["rest"]["peak_lr"] == 1e-5 and groups["backbone"]["peak_lr"] == 2e-6
+    assert groups["rest"]["weight_decay"] == groups["backbone"]["weight_decay"] == 0.5
+    assert 0 < groups["rest"]["lr"] < 1e-5
+    assert weights_of(folder / "run")["args"]["lr"] == 1e-5
+
+
+@pytest.mark.parametrize("flags", [
+    ["--model", "sqr"], ["--option", "dropout=0.5"], ["--out", "other"], ["--size", "64"], ["--seed", "3"],
+    ["--preset", "paper"], ["--batch-size", "1"], ["--overfit", "1"]])
+def test_what_makes_the_run_what_it_is_cannot_change(flags, folder, capsys):
+    before = (folder / "run/last.pt").read_bytes()
+    check_refused(["--resume", "run", "--steps", "9", *flags], f"{flags[0]}: that is decided by the run", capsys)
+    assert (folder / "run/last.pt").read_bytes() == before
+
+
+def test_the_same_images_may_have_moved_but_other_images_are_refused(folder):
+    shutil.move("set", "moved")
+    resume("--steps", 5, "--data", "moved")
+    assert weights_of(folder / "run")["args"]["data"] == "moved"
+    small_coco(folder / "more", images=5)
+    with pytest.raises(SystemExit, match="trained on 4 images, but there are 5"):
+        resume("--steps", 6, "--data", "more")
+    small_coco(folder / "other", images=4, categories=[{"id": 7, "name": "something"}])
+    with pytest.raises(SystemExit, match="knows the classes thing"):
+        resume("--steps", 6, "--data", "other")
+
+
+def test_a_run_is_evaluated_on_other_images_however_they_are_given(folder, capsys):
+    small_coco(folder / "other", images=2)
+    places = ["--val-json", "other/annotations/instances_val.json", "--val-images", "other/val"]
+    train_places = ["--train-json", "other/annotations/instances_train.json", "--train-images", "other/train"]
+    for flags in (["--data", "other"], places, places + train_places, []):
+        train.main(["--eval", "--weights", "run", "--workers", "0", *flags])
+        assert "AP50" in capsys.readouterr().out, flags
+
+
+# ---- Runs from before --------------------------------------------------------------------------------------
+def test_a_run_whose_optimiser_has_groups_without_names_goes_on(folder):
+    """One group for each rate, as it was: the memory of every parameter must come to the same parameter."""
+    content = torch.load("run/last.pt", weights_only=True)
+    model = detr.build(1, **content["model_options"])
+    new = train.make_optimizer(model, 3e-4, 3e-4, 1e-4)
+    checkpoints.load_optimizer(new, model, {**content, "path": "run/last.pt"}, 1e-4)
+    rates = {"args": {"lr": 3e-4, "lr_backbone": 3e-4}}
+    old = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.requires_grad]}])
+    old.state.update(new.state)
+    again = train.make_optimizer(model, 3e-4, 3e-4, 1e-4)
+    checkpoints.load_optimizer(again, model, {"optimizer": old.state_dict(), **rates, "path": "old.pt"}, 1e-4)
+    for p in model.parameters():
+        if p.requires_grad:
+            assert again.state[p]["exp_avg"].equal(new.state[p]["exp_avg"])
+
+
+def test_an_option_that_moved_to_another_file_takes_the_run_there(folder, capsys):
+    content = torch.load("run/last.pt", weights_only=True)
+    content["args"]["model"], content["model_options"]["spatial_query"] = "conditional_detr", "csq-p"
+    torch.save(content, "run/last.pt")
+    with pytest.raises(SystemExit, match="not those of this model"):  # they are DETR's
+        resume("--steps", 9)
+    assert "spatial_query of conditional_detr is in the file conditional_detr_ablations now" in capsys.readouterr().out
