@@ -1,20 +1,27 @@
-"""Which annotations a folder has, and reading those of all its splits: in COCO's form or in VOC's."""
-from collections import defaultdict
+"""What is annotated in the images of one split, checked entry by entry, boxes cleaned.
+
+Every format is first brought into COCO's form, a dict of three lists of dicts:
+
+    images        id, file_name, width, height in pixels (0 or nothing: taken from the file)
+    categories    id, name
+    annotations   image_id, category_id, bbox [x, y, width, height] in pixels, perhaps id, area and iscrowd
+
+For another format, `places` is a fourth list: what messages call each annotation, so that somebody finds it.
+"""
+import math
+import os
+import reprlib
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from support.coco import compare_categories, read_annotated_images, read_categories, read_json
-from support.images import DataError
-from support.voc import read_voc
+import numpy as np
 
-LAYOUTS = [  # (annotations, images) below the folder; {} is one of SPLIT_NAMES
-    ("annotations/instances_{}2017.json", "{}2017"),  # COCO
-    ("annotations/instances_{}.json", "{}"),
-    ("{}/_annotations.coco.json", "{}"),  # COCO as Roboflow exports it
-    ("ImageSets/Main/{}.txt", "JPEGImages"),  # VOC; the boxes are in Annotations/*.xml
-    ("{}/*.xml", "{}"),  # VOC as Roboflow exports it: every .xml beside its image
-]
-SPLIT_NAMES = {"train": ["train", "trainval"], "val": ["val", "valid", "test"]}  # the first that is there
+from support.images import AnnotatedImage, DataError, file_size, visible
+
+SMALLEST_SIDE = 0.1  # pixels; float32 arithmetic leaves nothing of a box that is thinner
+CROWDED = 1000  # boxes in one image; every box needs a query, and memory grows with their square
+SHARES = "boxes from 0 to 1, shares of the image as in YOLO's files; here they must be pixels"
 
 
 @dataclass
@@ -34,79 +41,190 @@ def problem_lines(problems):
     """{kind: [places]} -> a line per kind. A kind without places speaks for itself."""
     texts = [f"{kind}: {len(places)} (first: {places[0]})" if places else kind
              for kind, places in problems.items()]
-    return [" ".join(text.splitlines())[:500] for text in texts]  # names may hold line breaks and have no end
+    return [visible(text)[:500] for text in texts]  # names may have no end
 
 
-def find_split(split, folder, json_path, image_folder):
-    """(annotation file, image folder) of a split: as given, or the first of LAYOUTS that is in `folder`."""
-    if folder is None:
-        if json_path is None or image_folder is None:
-            raise DataError(f"without a data folder, --{split}-json and --{split}-images are both needed")
-        return Path(json_path), Path(image_folder)
-    tried = [(pattern.format(name), images.format(name)) for name in SPLIT_NAMES[split]
-             for pattern, images in LAYOUTS]
-    for pattern, images in tried:
-        for path in Path(folder).glob(pattern):
-            return path.parent if "*" in pattern else path, Path(folder, images)
-    looked_for = ", ".join(pattern for pattern, _ in tried[:len(LAYOUTS)])
-    others = " or ".join(SPLIT_NAMES[split][1:])
-    raise DataError(f"{folder}: no {split} annotations here; looked for {looked_for}, also with {others} "
-                    f"instead of {split}. For another layout give --train-json, --train-images, --val-json "
-                    "and --val-images")
+def is_whole(value):
+    return type(value) is int and abs(value) < 2 ** 53  # not isinstance: True is an int as well
 
 
-def read_splits(folder, given, splits):
-    """({category id: name}, {split: Reading}), as far as they can be read.
+def is_shares(numbers):
+    """Whether these are shares of the image and not pixels; a little beyond 0 and 1 is rounding."""
+    return all(-0.01 <= v <= 1.01 for v in numbers) and any(v != round(v) for v in numbers)
 
-    given: the four paths of `load` as {split: (json, images)}. DataError only for paths that make no sense.
+
+def index_by_id(entries, what, errors):
+    """{id: entry}, in the order of the file, of entries whose id is a whole number not seen before."""
+    found = {}
+    for k, entry in enumerate(entries):
+        i = entry.get("id")
+        if not is_whole(i):
+            errors[f"{what} ids that are not whole"].append(f"{what} number {k + 1}: {reprlib.repr(i)}")
+        elif i in found:
+            errors[f"{what} ids that occur twice"].append(f"{what} id {i}")
+        else:
+            found[i] = entry
+    return found
+
+
+def read_categories(contents, reading):
+    """{category id: name} sorted by id: the position is the class index that models see."""
+    categories = index_by_id(contents["categories"], "category", reading.errors)
+    if not contents["categories"]:
+        reading.errors["the list of categories is empty"] = []
+    names = {}
+    for i in sorted(categories):
+        name = categories[i].get("name")
+        if not (isinstance(name, str) and name.strip()):
+            reading.notes["categories without a name, called by their id"].append(f"category id {i}")
+            name = str(i)
+        names[i] = visible(name)
+    counts = Counter(names.values())
+    for i, name in names.items():
+        if counts[name] > 1:
+            reading.notes["categories of the same name, kept apart"].append(f"category id {i}: {name}")
+    return names
+
+
+def compare_categories(own, categories, errors):
+    """The same id must mean the same class in both files, and val may have no class that was not trained."""
+    for i, name in own.items():
+        if categories.get(i) != name:
+            known = f"is {categories[i]!r}" if i in categories else "does not exist"
+            errors["categories that differ from those of the training set"].append(
+                f"id {i} is {name!r}, in train it {known}")
+
+
+def read_images(contents, folder, errors):
+    """{image id: (file, height, width)}; None for an image that cannot be used, its error being noted.
+
+    Every file must exist. Sizes that the annotations lack come from the files.
     """
-    if folder is not None and any(path is not None for pair in given.values() for path in pair):
-        raise DataError("give a data folder or the four paths (--train-json, ...), not both")
-    if folder is not None and not Path(folder).is_dir():
-        raise DataError(f'{folder}: no such folder; the embedded data set is called "shapes"')
-    categories, readings = {}, {}
-    for split in ("train", "val") if "val" in splits else ("train",):
-        # classes are those of the training set even if only val is asked for: a model knows no others
-        reading = Reading()
-        try:
-            reading.path, image_folder = find_split(split, folder, *given[split])
-            if reading.path.is_dir() or reading.path.suffix == ".txt":
-                contents = read_voc(reading.path, image_folder, categories, reading.errors)
-            else:
-                contents = read_json(reading.path)
-            own = read_categories(contents, reading.errors)
-            categories = categories or own
-            compare_categories(own, categories, reading.errors)
-            if split in splits and not image_folder.is_dir():
-                raise DataError(f"{image_folder}: no such folder; it should hold the images")
-            if split in splits:
-                reading.images = read_annotated_images(
-                    contents, image_folder, categories, reading.errors, reading.notes)
-        except DataError as error:
-            reading.errors[str(error)] = []
-        if split in splits or reading.path:  # where there is no training set, val has its own classes
-            readings[split] = reading
-    compare_splits(categories, readings)
-    return categories, readings
+    images = {}
+    for i, entry in index_by_id(contents["images"], "image", errors).items():
+        images[i] = None
+        name, height, width = (entry.get(key) for key in ("file_name", "height", "width"))
+        file = os.path.join(folder, name) if isinstance(name, str) else None
+        if file and "\\" in name and not os.path.isfile(file):
+            file = os.path.join(folder, name.replace("\\", "/"))  # written on Windows
+        if file is None:
+            errors["images without a file_name"].append(f"image id {i}")
+        elif not os.path.isfile(file):
+            errors["image files that do not exist"].append(f"{file}, image id {i}")
+        elif not (height and width):
+            try:
+                images[i] = file, *file_size(file, i)
+            except DataError as error:
+                errors["image files that cannot be used"].append(str(error))
+        elif not (is_whole(height) and is_whole(width) and min(height, width) > 0):
+            errors["images whose width and height are not whole numbers above 0 (may be left out)"].append(
+                f"{file}, image id {i}: {reprlib.repr([width, height])}")
+        else:
+            images[i] = file, height, width
+    if not contents["images"]:
+        errors["the list of images is empty"] = []
+    return images
 
 
-def compare_splits(categories, readings):
-    """Adds to the Readings what shows only when all of their images are known."""
-    split_of = {}
-    for split, reading in readings.items():
-        present = {label for image in reading.images for label in image.labels[~image.crowd].tolist()}
-        absent = [name for label, name in enumerate(categories.values()) if label not in present]
-        if reading.images and absent:
-            reading.notes[f"no box of class {', '.join(absent)}"] = []
-        if split == "train" and reading.images and not present and not reading.errors:
-            reading.errors[f"not a single usable box to train on in {len(reading.images)} images"] = []
-        for image in reading.images:
-            if image.path in split_of:
-                reading.notes[already_in(split_of[image.path], split)].append(image.path)
-            split_of.setdefault(image.path, split)
+def find_fault(entry, images, label_of):
+    """(kind of error, value at fault) of an annotation that cannot be understood, otherwise (None, None)."""
+    image_id, category_id, bbox = (entry.get(key) for key in ("image_id", "category_id", "bbox"))
+    if not is_whole(image_id) or image_id not in images:
+        return "annotations whose image_id is not among the images", image_id
+    if not is_whole(category_id) or category_id not in label_of:
+        return "annotations whose category_id is not among the categories", category_id
+    if not (isinstance(bbox, list) and len(bbox) == 4 and all(type(v) in (int, float) for v in bbox)):
+        return "annotations whose bbox is not four numbers", bbox
+    if is_shares(bbox):
+        return SHARES, bbox
+    return None, None
 
 
-def already_in(home, split):
-    """The kind of problem that an image is when it has been in `home` before."""
-    return f"images that are in {home} already, " + ("kept" if home == split else "so val is too easy")
+def clean_box(bbox, height, width):
+    """COCO's [x, y, width, height] -> (x0, y0, x1, y1) within the image or None; what was wrong or None."""
+    x, y, w, h = bbox
+    if not all(abs(v) < 1e9 for v in bbox) or min(w, h) < SMALLEST_SIDE:  # "not <" and not ">=": NaN
+        return None, "boxes that are not finite or have no width or height, dropped"
+    x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
+    if min(x1 - x0, y1 - y0) < SMALLEST_SIDE:
+        return None, "boxes outside their image, dropped"
+    excess = max(x0 - x, y0 - y, x + w - x1, y + h - y1)  # up to half a pixel is rounding, common in COCO
+    return (x0, y0, x1, y1), "boxes reaching over the image edge, clipped" if excess > 0.5 else None
 
+
+def is_crowd(entry, where, notes):
+    """One box around many objects, which COCO marks with 1."""
+    value = entry.get("iscrowd")
+    if value not in (1, "1", 0, "0", "", None):
+        kind = "iscrowd (VOC: difficult) is neither 0 nor 1, taken as 0"
+        notes[kind].append(f"{where}: {reprlib.repr(value)}")
+    return value in (1, "1")
+
+
+def describe(contents, k, images):
+    """What messages call the annotation at index k, so that somebody finds it again."""
+    if "places" in contents:
+        return contents["places"][k]
+    entry = contents["annotations"][k]
+    # ids of annotations serve messages only, so one without is as good
+    name = f"annotation id {entry['id']}" if is_whole(entry.get("id")) else f"annotation number {k + 1}"
+    image = images.get(entry["image_id"]) if is_whole(entry.get("image_id")) else None
+    return f"{os.path.basename(image[0])}, image id {entry['image_id']}, {name}" if image else name
+
+
+def read_objects(contents, images, categories, reading):
+    """{image id: [(label, box xyxy, area, crowd)]} of all boxes that can be used."""
+    label_of = {category_id: label for label, category_id in enumerate(categories)}
+    with_id = [entry for entry in contents["annotations"] if entry.get("id") is not None]
+    index_by_id(with_id, "annotation", reading.errors)
+    objects, seen, beyond = defaultdict(list), set(), 0
+    for k, entry in enumerate(contents["annotations"]):
+        where = describe(contents, k, images)
+        fault, value = find_fault(entry, images, label_of)
+        if fault:
+            reading.errors[fault].append(f"{where}: {reprlib.repr(value)}")
+            continue
+        image_id, label = entry["image_id"], label_of[entry["category_id"]]
+        if images[image_id] is None:
+            continue
+        box, problem = clean_box(entry["bbox"], *images[image_id][1:])
+        if problem:
+            reading.notes[problem].append(where)
+            beyond += "image" in problem
+        if box is None:
+            continue
+        if (image_id, label, box) in seen:
+            reading.notes["boxes given more than once, with the same class, kept"].append(where)
+        seen.add((image_id, label, box))
+        crowd = is_crowd(entry, where, reading.notes)
+        if crowd:
+            reading.notes["crowd regions (VOC: difficult), neither trained on nor evaluated"].append(where)
+        area, whole_box = entry.get("area"), (box[2] - box[0]) * (box[3] - box[1])
+        if area is not None and not (type(area) in (int, float) and 0 < area < math.inf):
+            reading.notes["areas that are not numbers above 0, those of the boxes are used"].append(where)
+            area = None
+        area = whole_box if area is None else min(area, whole_box)  # it may not have been clipped
+        objects[image_id].append((label, box, area, crowd))
+    if beyond > max(2, len(contents["annotations"]) / 2):
+        reading.notes["most boxes reach over the edge of their image or lie outside: are they written in "
+                      "another way (COCO's is x, y, width, height), or was the image larger?"] = []
+    return objects
+
+
+def read_annotated_images(contents, folder, categories, reading):
+    """An AnnotatedImage for every image that can be used. What is wrong is added to `reading`."""
+    images = read_images(contents, folder, reading.errors)
+    objects = read_objects(contents, images, categories, reading)
+    annotated_images = []
+    for image_id, (file, height, width) in ((i, image) for i, image in images.items() if image):
+        columns = zip(*objects[image_id]) if objects[image_id] else [(), (), (), ()]
+        labels, boxes, areas, crowd = map(np.array, columns, (np.int64, np.float32, float, bool))
+        annotated_images.append(AnnotatedImage(
+            image_id, file, height, width, labels, boxes.reshape(-1, 4), areas, crowd))
+        where = f"{os.path.basename(file)}, image id {image_id}"
+        if len(labels) == 0:
+            reading.notes["images without boxes, kept"].append(where)
+        if len(labels) > CROWDED:
+            kind = f"images with more than {CROWDED} boxes, kept; a model needs as many queries"
+            reading.notes[kind].append(f"{where}: {len(labels)}")
+    return annotated_images

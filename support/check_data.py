@@ -1,6 +1,7 @@
 """What is in a data set, and all that is wrong with it: `python -m support.check_data DIR`."""
 import argparse
 import hashlib
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -9,29 +10,53 @@ import numpy as np
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from support.annotations import already_in, problem_lines, read_splits
-from support.images import DataError, SizeDataError, load_image, one_line
+from support.annotations import problem_lines
+from support.images import IMAGE_SUFFIXES, DataError, SizeDataError, as_data_error, load_image, visible
+from support.splits import already_in, identity, read_splits
 
 
 def check_files(readings):
     """Opens every image file and adds to the Readings what only the files can tell."""
     originals = {}  # fingerprint of a file: the first path it was found at, and the split
     images = [(split, reading, image) for split, reading in readings.items() for image in reading.images]
-    for split, reading, annotated in tqdm(images, "images", dynamic_ncols=True, leave=False, disable=None):
+    for split, reading, image in tqdm(images, "images", dynamic_ncols=True, leave=False, disable=None):
         try:
-            load_image(annotated)
-        except DataError as error:
+            load_image(image)
+            check_header(image, reading.notes)
+            fingerprint = hashlib.sha256(Path(image.path).read_bytes()).digest()
+        except (DataError, OSError) as error:
             fault = "are of another size" if isinstance(error, SizeDataError) else "cannot be used"
             reading.errors[f"image files that {fault}"].append(str(error))
             continue
-        with Image.open(annotated.path) as raw:
-            if raw.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-                turned = "photos to be turned (EXIF), used as they were annotated"
-                reading.notes[turned].append(annotated.path)
-        fingerprint = hashlib.sha256(Path(annotated.path).read_bytes()).digest()
-        original, home = originals.setdefault(fingerprint, (annotated.path, split))
-        if original != annotated.path:  # equal paths have been noted when they were read
-            reading.notes[already_in(home, split)].append(f"{annotated.path} is {original}")
+        original, home = originals.setdefault(fingerprint, (image.path, split))
+        if identity(original) != identity(image.path):  # one file has been noted when it was read
+            reading.notes[already_in(home, split)].append(f"{image.path} is {original}")
+
+
+def check_header(image, notes):
+    """What the header of an image file says and its pixels do not."""
+    with as_data_error(image.path, image.id), Image.open(image.path) as raw:
+        orientation = raw.getexif().get(ExifTags.Base.Orientation, 1)
+        if orientation in (2, 3, 4, 5, 6, 7, 8):
+            notes["photos to be turned (EXIF), used as they were annotated"].append(image.path)
+        elif orientation != 1:
+            kind = "photos with an EXIF orientation that does not exist, used as they are"
+            notes[kind].append(f"{image.path}: {orientation!r}")
+        if getattr(raw, "n_frames", 1) > 1 and raw.format != "MPO":  # MPO: a photo with a small copy
+            notes["images of several frames or pages, the first is used"].append(image.path)
+
+
+def find_unlisted(readings):
+    """Adds a note about image files that lie beside the annotated ones, but no annotations name them."""
+    listed = {identity(image.path) for reading in readings.values() for image in reading.images}
+    seen = set()
+    for reading in readings.values():
+        for folder in sorted({os.path.dirname(image.path) for image in reading.images} - seen):
+            seen.add(folder)
+            for entry in os.scandir(folder):
+                unlisted = entry.name.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(entry.path)
+                if unlisted and identity(entry.path) not in listed:
+                    reading.notes["image files that no annotations name, not used"].append(entry.path)
 
 
 def summarise(images, classes):
@@ -72,33 +97,42 @@ def format_table(categories, readings):
 
 
 def main(argv=None):
-    """Checks the data set that the command line names. Returns 1 if train.py would refuse it, else 0."""
-    p = argparse.ArgumentParser(description="What is in a data set, and all that is wrong with it.")
-    p.add_argument("data", nargs="?", metavar="DIR", help="folder with COCO or VOC annotations")
+    """Checks the data set that the command line names. Returns 1 if train.py would refuse it, otherwise 0."""
+    p = argparse.ArgumentParser(
+        prog="python -m support.check_data", description="Says what is in a data set and all that is wrong.")
+    p.add_argument("folder", nargs="?", metavar="DIR", help="with COCO or VOC annotations")
     for name in ("train-json", "train-images", "val-json", "val-images"):
-        p.add_argument(f"--{name}", metavar="PATH", help="instead of DIR: the four paths one by one")
+        p.add_argument(f"--{name}", metavar="PATH", help="instead of DIR: the four paths, or the two of val")
     args = p.parse_args(argv)
-    if not any(vars(args).values()):
-        p.error("which folder?")
     given = {"train": (args.train_json, args.train_images), "val": (args.val_json, args.val_images)}
-    categories, readings = read_splits(args.data, given, ("train", "val"))
+    if args.folder is None and not any(map(any, given.values())):
+        p.error("which folder?")
+    if args.folder == "shapes":
+        print("shapes is the embedded data set: there is nothing to check.")
+        return 0
+    only_val = args.folder is None and not any(given["train"])
+    categories, readings = read_splits(args.folder, given, ("val",) if only_val else ("train", "val"))
     check_files(readings)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal cannot show
+    find_unlisted(readings)
+    if hasattr(sys.stdout, "reconfigure"):  # a name may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     print(format_table(categories, readings))
     for split, reading in readings.items():
-        found = [f"  error: {line}" for line in problem_lines(reading.errors)]
-        found += [f"  note: {line}" for line in problem_lines(reading.notes)]
-        print(f"\n{split}: {reading.path or 'not found'}", *found or ["  nothing wrong"], sep="\n")
-    refused = any(reading.errors for reading in readings.values())
-    print("\ntrain.py will not train on this: mend the errors and check again." if refused else
-          "\nThis can be trained on.")
-    return int(refused)
+        lines = [f"  error: {line}" for line in problem_lines(reading.errors)]
+        lines += [f"  note: {line}" for line in problem_lines(reading.notes)]
+        where = visible(str(reading.path or "not found"))
+        print(f"\n{split}: {where}", *lines or ["  nothing wrong"], sep="\n")
+    if any(reading.errors for reading in readings.values()):
+        print("\ntrain.py will not use this: mend the errors and check again.")
+        return 1
+    print(f"\nThis can be {'evaluated' if only_val else 'trained'} on.")
+    return 0
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
     except DataError as error:
-        sys.exit(f"data: {one_line(error)}")
+        sys.exit(f"data: {error}")
     except KeyboardInterrupt:
         sys.exit("\nInterrupted; nothing was changed.")

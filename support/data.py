@@ -1,7 +1,7 @@
 """Data for all detectors: a folder or the embedded shapes in, padded batches out.
 
     load()                      the embedded data set `shapes`: nothing to download, drawn when asked for
-    load("my/folder")           your own images; annotations.LAYOUTS says how a folder may look
+    load("my/folder")           your own images; splits.LAYOUTS says how a folder may look
     dataset[index]              one image and its target; dataset[epoch, index] also chooses the augmentation
     collate(batch)              images of different sizes -> one padded tensor and its mask
 
@@ -10,6 +10,8 @@ unpadded image; `boxes_xyxy` are two corners in pixels.
 Whatever is wrong with somebody's data ends in a DataError, a single line for the person who runs the program.
 """
 import copy
+import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +20,19 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from support.annotations import problem_lines, read_splits
+from support.annotations import problem_lines
 from support.evaluation import to_coco
-from support.images import DataError, load_image, to_input_and_target
+from support.images import (
+    IMAGE_SUFFIXES,
+    AnnotatedImage,
+    DataError,
+    file_size,
+    load_image,
+    to_input_and_target,
+    visible,
+)
 from support.shapes import Shapes
+from support.splits import read_splits
 
 LAPTOP_SIZE = {"shapes": 96, "folder": 256}  # longest side in pixels
 PAPER_SIZE, PAPER_LONGEST = 800, 1333  # DETR's: the short side, and the most for the long one
@@ -57,7 +68,11 @@ class CocoFolder(Dataset):
     def __getitem__(self, key):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         annotated = self.images[index]
-        image = tv_tensors.Image(v2.functional.pil_to_tensor(load_image(annotated)))  # uint8 [3, H, W]
+        try:
+            image = tv_tensors.Image(v2.functional.pil_to_tensor(load_image(annotated)))  # uint8 [3, H, W]
+        except DataError as error:
+            more = "; python -m support.check_data DIR finds all such images" if self.class_names else ""
+            raise type(error)(f"{error}{more}") from None
         boxes = tv_tensors.BoundingBoxes(annotated.boxes_xyxy[~annotated.crowd], format="XYXY",
                                          canvas_size=(annotated.height, annotated.width))  # [n, 4]
         target = {"boxes": boxes, "labels": torch.from_numpy(annotated.labels[~annotated.crowd])}
@@ -179,6 +194,25 @@ def first_with_boxes(dataset, n, augment=False):
 
 
 # ---- Load --------------------------------------------------------------------------------------------------
+def from_images(paths, augment="laptop", size=None):
+    """Image files, and all images in folders, as a data set without classes and boxes, prepared as for evaluation.
+
+    paths: one or several. augment, size as in `load`. Raises DataError.
+    """
+    files = []
+    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        inside = sorted(Path(path).iterdir()) if os.path.isdir(path) else [Path(path)]
+        found = [file for file in inside if os.path.isfile(file) and (
+            file.suffix.lower() in IMAGE_SUFFIXES or not os.path.isdir(path))]
+        if not found:
+            looked_for = f"no images in this folder; looked for {' '.join(IMAGE_SUFFIXES)}"
+            raise DataError(f"{path}: {looked_for if os.path.isdir(path) else 'no such image or folder'}")
+        files += found
+    nothing = np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0), np.zeros(0, bool)
+    images = [AnnotatedImage(i, str(file), *file_size(file, i), *nothing) for i, file in enumerate(files)]
+    return CocoFolder("images", images, {}, [], False, augment, size or default_size(augment, False), seed=0)
+
+
 def is_shapes(folder, *paths):
     """Whether these arguments of `load` mean the embedded data set."""
     return folder in (None, "shapes") and all(path is None for path in paths)
@@ -198,15 +232,17 @@ def largest_canvas(size, augment):
 
 
 def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_images=None, size=None,
-         augment="laptop", seed=0, splits=("train", "val")):
+         augment="laptop", seed=0, splits=("train", "val"), class_names=()):
     """{"train": data set, "val": data set}, or only those that `splits` names. Raises DataError.
 
-    folder    None or "shapes": the embedded set. Else a folder in one of LAYOUTS; or give the four paths (of
-              VOC, a list in ImageSets/Main or a folder of XML files takes the place of the JSON file)
-    size      pixels, see make_transform; by default default_size
-    augment   "laptop", "paper" or "none", see make_transform; not for shapes, of which there are enough
-    seed      of the augmentation, and of the shapes to train on. The shapes to validate on never change: runs
-              with different seeds compare.
+    folder       None or "shapes": the embedded set. Otherwise a folder in one of LAYOUTS. Or give the four
+                 paths (VOC: instead of a JSON file, a list in ImageSets/Main or a folder of XML files)
+    size         pixels, see make_transform; by default default_size
+    augment      "laptop", "paper" or "none", see make_transform; not for shapes, of which there are enough
+    seed         of the augmentation, and of the shapes to train on. The shapes to validate on never change:
+                 runs with different seeds compare.
+    splits       val alone needs no training set; if there is one, its classes are those of val
+    class_names  of a model that is evaluated: VOC files of val alone then get the numbers of these
     """
     if augment not in ("laptop", "paper", "none"):
         raise DataError(f'augment can be "laptop", "paper" or "none", not {augment!r}')
@@ -219,17 +255,21 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
         shapes = {"train": Shapes(20000, size, seed, "train"), "val": Shapes(250, size, 0, "val")}
         return {split: shapes[split] for split in splits}
 
-    categories, readings = read_splits(folder, given, splits)
+    categories, readings = read_splits(folder, given, splits, class_names)
     for reading in readings.values():
         if reading.errors:
             message, *others = problem_lines(reading.errors)
-            more = "; python -m support.check_data lists more errors" if others else ""
-            raise DataError((f"{reading.path}: " if reading.path else "") + message + more)
+            if reading.path is None:
+                raise DataError(message)
+            more = f" (and {len(others)} more kinds of errors)" if others else ""
+            same = shlex.quote(str(folder)) if folder else "with the same paths"
+            raise DataError(f"{reading.path}: {message}{more}; to see everything: "
+                            f"python -m support.check_data {same}")
     datasets = {}
     for split in splits:
         reading = readings[split]
-        name = f"{reading.path.stem if folder is None else Path(folder).resolve().name} {split}"
-        notes = [f"{reading.path}: {line}" for line in problem_lines(reading.notes)]
+        name = visible(f"{reading.path.stem if folder is None else Path(folder).resolve().name} {split}")
+        notes = [visible(f"{reading.path}: {line}") for line in problem_lines(reading.notes)]
         datasets[split] = CocoFolder(
             name, reading.images, categories, notes, split == "train", augment, size, seed)
     return datasets

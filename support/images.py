@@ -4,16 +4,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")  # of files looked for
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 THINNEST = 30  # an image longer than this many times its short side may have no pixels left when made small
 
 
 class DataError(Exception):
-    """Something is wrong with the data: what, where (file, image id, annotation id), and what to do."""
+    """Something is wrong with the data: in one line what, where (file, image, annotation), and what to do."""
+
+    def __init__(self, message):
+        super().__init__(one_line(message)[:1500])  # a path has up to 4096 characters
 
 
 class SizeDataError(DataError):
@@ -21,8 +25,16 @@ class SizeDataError(DataError):
 
 
 def one_line(error):
-    """The message of a DataError. From a DataLoader worker it comes as a traceback, whose last line it is."""
-    return str(error).strip().splitlines()[-1].split("DataError: ", 1)[-1]
+    """What an exception says, in one line. From a DataLoader worker it is a traceback's last one."""
+    text = str(error).strip()
+    if "Traceback (most recent call last)" in text:
+        text = text.splitlines()[-1].split("DataError: ", 1)[-1]
+    return visible(text)
+
+
+def visible(text):
+    """A text without line breaks, control characters and halves of characters: safe to print or to store."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
 
 
 @dataclass
@@ -44,14 +56,16 @@ def as_data_error(path, image_id):
     try:
         yield
     except Exception as error:
-        reason = one_line(error) if str(error) else repr(error)
+        reason = getattr(error, "strerror", None) or one_line(error) or repr(error)
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not an image, or damaged"
         kind = SizeDataError if isinstance(error, SizeDataError) else DataError
         raise kind(f"{path} (image id {image_id}): {reason}; repair or remove it") from None
 
 
 def size_shown(raw):
     """(width, height) of an open PIL image as viewers show it, from its header alone."""
-    quarter_turn = raw.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    quarter_turn = raw.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # above 8: no viewer turns it
     return raw.size[::-1] if quarter_turn else raw.size
 
 

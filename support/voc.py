@@ -1,72 +1,148 @@
-"""PASCAL VOC's XML files, in the form of a COCO file."""
+"""PASCAL VOC's XML files."""
 import os
-from pathlib import Path
+import re
+from collections import defaultdict
 from xml.etree import ElementTree
 
-from support.images import DataError
+from support.annotations import SHARES, is_shares
+from support.images import IMAGE_SUFFIXES, DataError
+
+NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?")  # float() also takes 1_0, nan, other digits
 
 
-def read_voc(path, folder, known, errors):
-    """VOC's XML files in the form of a COCO file. Class ids are 1..C in the order of the names.
+def read_voc(path, image_folder, known, reading):
+    """VOC's XML files in COCO's form. Class ids are 1..C in the order of the names.
 
     path    list of image names in ImageSets/Main, or a folder of XML files
-    folder  of the images; each has the name of its XML file up to the ending
     known   {id: name} of the training set, or empty; names that are not among them get further ids
     """
-    try:
-        listed = [] if path.is_dir() else path.read_text("utf-8-sig").split("\n")
-        files = os.listdir(folder) if folder.is_dir() else []
-    except (OSError, ValueError) as error:  # ValueError: not text
-        raise DataError(f"cannot be read: {error}") from None
-    image_of = {Path(file).stem: file for file in files if not file.endswith((".xml", ".txt", ".json"))}
-    below = path.parent.parent.parent / "Annotations"
-    xmls = [below / f"{line.strip()}.xml" for line in listed if line.strip()] or sorted(path.glob("*.xml"))
-    images, annotations = [], []
-    for xml in xmls:
-        try:
-            root = ElementTree.parse(xml).getroot()
-        except (OSError, ValueError, LookupError, SyntaxError) as error:  # SyntaxError: malformed
-            errors["XML files that cannot be read"].append(f"{xml}: {error}")
-            continue
-        if root.tag != "annotation":
-            errors["XML files without VOC annotations"].append(f"{xml}: <{root.tag}>")
+    images, annotations, places = [], [], []
+    images_of = image_files(image_folder)
+    for xml in xml_files(path):
+        root = read_xml(xml, reading.errors)
+        if root is None:
             continue
         images.append({
             "id": len(images) + 1,
-            "file_name": image_of.get(xml.stem) or root.findtext("filename") or f"{xml.stem}.jpg",
-            "width": parse_number(root.findtext("size/width")),
-            "height": parse_number(root.findtext("size/height")),
+            "file_name": image_of(root, xml, image_folder, images_of, reading),
+            **read_numbers(root, "size", ("width", "height"), xml, reading.errors),
         })
-        annotations += voc_objects(root, xml, len(images))
+        for k, element in enumerate(root.findall("object"), 1):
+            places.append(f"{xml}, object {k}")
+            annotations.append(read_object(element, len(images), places[-1], reading.errors))
     id_of = {name: i for i, name in known.items()}
     for name in sorted({entry["class"] for entry in annotations} - {*id_of, ""}):
         id_of[name] = max(id_of.values(), default=0) + 1
     for entry in annotations:
         entry["category_id"] = id_of.get(entry["class"])
     categories = [{"id": i, "name": name} for name, i in id_of.items()]
-    return {"images": images, "annotations": annotations, "categories": categories}
+    return {"images": images, "annotations": annotations, "categories": categories, "places": places}
 
 
-def voc_objects(root, xml, image_id):
-    """The objects of one VOC file as COCO's annotations, except that a class is still a name."""
-    for k, entry in enumerate(root.findall("object"), 1):
-        box = [parse_number(entry.findtext(f"bndbox[1]/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
-        if all(isinstance(v, (int, float)) for v in box):  # otherwise find_fault complains
-            x0, y0, x1, y1 = box  # VOC numbers the pixels from 1 and includes both: 1..640 is COCO's 0 to 640
-            box = [x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1]
-        yield {
-            "image_id": image_id,
-            "class": (entry.findtext("name") or "").strip(),
-            "bbox": box,
-            "iscrowd": int(parse_number(entry.findtext("difficult")) == 1),  # nobody has to find these either
-            "place": f"{xml}, object {k}",
-        }
+def xml_files(path):
+    """The files that a list names, or those in a folder."""
+    if os.path.isdir(path):
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".xml")
+    else:
+        try:
+            lines = path.read_text("utf-8-sig").split("\n")
+        except (OSError, ValueError) as error:  # ValueError: not text
+            raise DataError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        folder = path.parent.parent.parent / "Annotations"
+        files = [folder / f"{line.strip()}.xml" for line in lines if line.strip()]
+    if not files:
+        raise DataError("no XML files here" if os.path.isdir(path) else "is empty")
+    return files
+
+
+def read_xml(xml, errors):
+    """The root of a VOC file, None if it is none."""
+    try:
+        text = xml.read_bytes()
+        if b"<!ENTITY" in text:  # nobody annotates with them, but a few lines of them fill any memory
+            raise ValueError("it declares entities")
+        root = ElementTree.fromstring(text)
+    except (OSError, ValueError, LookupError, SyntaxError) as error:  # SyntaxError: malformed
+        errors["XML files that cannot be read"].append(f"{xml}: {getattr(error, 'strerror', None) or error}")
+        return None
+    if root.tag != "annotation":
+        errors["XML files without VOC annotations"].append(f"{xml}: <{root.tag}>")
+        return None
+    return root
+
+
+def image_files(folder):
+    """{name without ending: [image files]} of a folder."""
+    found = defaultdict(list)
+    for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+        stem, suffix = os.path.splitext(file)
+        if suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(os.path.join(folder, file)):
+            found[stem].append(file)
+    return found
+
+
+def image_of(root, xml, folder, images_of, reading):
+    """The image of a VOC file: its <filename>, or where there is none, the image called like the XML file."""
+    named = read_text(root, "filename", xml, reading.errors)
+    called_alike = images_of[xml.stem]
+    for name in (named, re.split(r"[\\/]", named)[-1]):  # some tools write the whole path
+        if name and not os.path.isabs(name) and os.path.isfile(os.path.join(folder, name)):
+            if called_alike and name not in called_alike:
+                kind = "XML files whose <filename> is not the image called like them: <filename> is used"
+                reading.notes[kind].append(f"{xml}: {name}")
+            return name
+    if len(called_alike) > 1:
+        kind = "XML files whose <filename> does not exist, and several images are called like them"
+        reading.errors[kind].append(f"{xml}: {', '.join(called_alike)}")
+    if called_alike:
+        kind = "XML files whose <filename> does not exist: the image called like the XML file is used"
+        reading.notes[kind].append(f"{xml}: {named or 'no <filename>'}")
+        return called_alike[0]
+    return named or f"{xml.stem}.jpg"
+
+
+def read_object(element, image_id, where, errors):
+    """One object as COCO's annotation, except that the class is still a name."""
+    corners = read_numbers(element, "bndbox", ("xmin", "ymin", "xmax", "ymax"), where, errors)
+    box = list(corners.values())
+    if all(isinstance(v, (int, float)) for v in box):  # otherwise find_fault complains
+        if is_shares(box):
+            errors[SHARES].append(f"{where}: {box}")
+        x0, y0, x1, y1 = box  # VOC numbers the pixels from 1 and includes both: 1..640 is COCO's 0 to 640
+        box = [x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1]
+    return {
+        "image_id": image_id,
+        "class": read_text(element, "name", where, errors),
+        "bbox": box,
+        "iscrowd": parse_number(read_text(element, "difficult", where, errors)),  # nobody has to find it
+    }
+
+
+def read_numbers(element, tag, keys, where, errors):
+    """{key: number} below the only <tag>, for example <size>, of an element."""
+    found = find_only(element, tag, where, errors)
+    if found is None:
+        return dict.fromkeys(keys)
+    return {key: parse_number(read_text(found, key, where, errors)) for key in keys}
+
+
+def read_text(element, tag, where, errors):
+    """The text of the only <tag> of an element, "" without one."""
+    found = find_only(element, tag, where, errors)
+    return "" if found is None else (found.text or "").strip()
+
+
+def find_only(element, tag, where, errors):
+    """The only <tag> directly in an element, or None. An error if there are several: which one is meant?"""
+    found = element.findall(tag)
+    if len(found) > 1:
+        errors["XML elements that stand more than once"].append(f"{where}: <{tag}>")
+    return found[0] if found else None
 
 
 def parse_number(text):
     """The int or float that a text says. What is no number comes back as it is, to be shown in a message."""
-    try:
-        value = float(text)
-    except (TypeError, ValueError):
+    if not NUMBER.fullmatch(text):
         return text
+    value = float(text)
     return int(value) if value.is_integer() else value
