@@ -12,9 +12,9 @@ Diff me against: detr.py. Independent of the idea are 300 queries and the focal 
 Departures from the official code (numbers are the same, tests/test_golden.py holds them):
     dilation (DC5) works for ResNet-18 and -34 too; torchvision refuses it there.
     backbone_norm="batch" trains everything with live BatchNorm, which training from scratch needs.
-    spatial_query, transform and reference are the paper's ablations; the official code has the defaults only.
 Left out on purpose: segmentation heads; the pre-norm variant, which the official code refuses to run.
 """
+import inspect
 import math
 import re
 
@@ -50,13 +50,13 @@ LAPTOP = dict(
 # Masks are True on padding.
 
 
-# ---- Shared blocks: the same text in all five files --------------------------------------------------------
+# ---- Shared blocks: the same text in all files --------------------------------------------------------
 class Backbone(nn.Module):
     """torchvision ResNet without pooling and classifier.
 
     In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5
     at 16 with dilation; no C5 with last_stage=3, which is cheap). Raises ValueError for unknown values.
-    Source: official models/backbone.py; ImageNet weights V1, from which all five papers start.
+    Source: official models/backbone.py; ImageNet weights V1, from which all papers start.
     """
 
     def __init__(self, name, pretrained, norm, dilation, last_stage):
@@ -88,12 +88,11 @@ class Backbone(nn.Module):
     @staticmethod
     def dilate(stage):
         """DC5: the last stage keeps C4's resolution; stride becomes dilation, from its second block on."""
-        for module in stage.modules():
+        for name, module in stage.named_modules():
             if isinstance(module, nn.Conv2d):
                 module.stride = (1, 1)
-        for module in stage[1:].modules():
-            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
-                module.dilation = module.padding = (2, 2)
+                if module.kernel_size == (3, 3) and not name.startswith("0."):
+                    module.dilation = module.padding = (2, 2)
 
     def forward(self, images):
         x = images.contiguous(memory_format=torch.channels_last)
@@ -104,6 +103,21 @@ class Backbone(nn.Module):
             x = getattr(self.body, stage)(x)  # [B, ., H/8, W/8], then H/16, then H/32
             features.append(x)
         return features
+
+
+def check_options(model_class, values, may_be_zero=("enc_layers",)):
+    """Raises ValueError unless values, the arguments of model_class by name, can make a model."""
+    for name, parameter in inspect.signature(model_class).parameters.items():
+        value, default = values[name], 1 if name == "num_classes" else parameter.default
+        if type(value) is not type(default) and (type(value), type(default)) != (int, float):
+            raise ValueError(f"{name} is {value!r}, it must be of type {type(default).__name__}")
+        least = 0 if default == 0 or name in may_be_zero else 1  # table 2 of DETR tries a decoder alone
+        if type(default) is int and value < least:
+            raise ValueError(f"{name} is {value}, it must be at least {least}")
+    if not 0 <= values["dropout"] < 1:
+        raise ValueError(f"dropout is {values['dropout']}, it must be at least 0 and below 1")
+    if values["hidden_dim"] % values["nheads"] or values["hidden_dim"] % 4:  # heads; sin and cos of x and y
+        raise ValueError(f"hidden_dim is {values['hidden_dim']}, it must be a multiple of nheads and of 4")
 
 
 def check_input(images, mask):
@@ -120,18 +134,19 @@ def resize_mask(mask, size):
     return F.interpolate(mask[:, None].float(), size=size)[:, 0].bool()  # [B, h, w]
 
 
-def sine(x, dim):
-    """Encoding of coordinates x [...] in [0, 1]: [..., dim], sin and cos interleaved, temperature 10000."""
+def sine(x, dim, temperature=10000):
+    """Encoding of coordinates x [...] in [0, 1]: [..., dim], sin and cos interleaved."""
     i = torch.arange(dim // 2, device=x.device, dtype=torch.float32)
-    angle = x.float()[..., None] * 2 * math.pi / 10000 ** (2 * i / dim)  # [..., dim/2]
+    angle = x.float()[..., None] * 2 * math.pi / temperature ** (2 * i / dim)  # [..., dim/2]
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)  # [..., dim]
 
 
-def sine_positions(mask, dim, offset):
+def sine_positions(mask, dim, offset, temperature=10000):
     """Position of every cell of a feature map, relative to the part of the map that is not padding.
 
-    mask [B, H, W] bool -> [B, H*W, dim], the first half encodes y, the second x. `offset` 0.5 encodes pixel
-    centres (Deformable DETR, SAM-DETR), 0 pixel corners (DETR, Conditional DETR).
+    mask [B, H, W] bool -> [B, H*W, dim], the first half encodes y, the second x. With `offset` 0 cells count
+    1 to N, as in DETR and Conditional DETR. Deformable DETR and SAM-DETR sample features at points, and the
+    point of a cell is its centre: 0.5 makes the encodings of points and of cells agree.
     The order of the additions matters to SAM-DETR alone: in rows that are all padding N is 0, the quotient
     is rounding noise, and its RoIAlign reads the outcome. Source: official models/position_encoding.py.
     """
@@ -141,7 +156,8 @@ def sine_positions(mask, dim, offset):
 
     y = normalised((~mask).cumsum(1, dtype=torch.float32), 1)  # [B, H, W]
     x = normalised((~mask).cumsum(2, dtype=torch.float32), 2)  # [B, H, W]
-    return torch.cat([sine(y, dim // 2), sine(x, dim // 2)], dim=-1).flatten(1, 2)  # [B, H*W, dim]
+    both = [sine(y, dim // 2, temperature), sine(x, dim // 2, temperature)]  # 2 x [B, H, W, dim/2]
+    return torch.cat(both, dim=-1).flatten(1, 2)  # [B, H*W, dim]
 
 
 class MLP(nn.Module):
@@ -221,6 +237,8 @@ def xavier_uniform(module):
 
 # ---- Encoder: global self-attention over the feature map (paper, section 3.2) ------------------------------
 class EncoderLayer(nn.Module):
+    """Every token looks at the others, then the feed-forward block: src, pos [B, T, D] -> [B, T, D]."""
+
     def __init__(self, hidden_dim, nheads, dim_feedforward, dropout):
         super().__init__()
         self.sa_proj = QKVProjection(hidden_dim)
@@ -237,6 +255,8 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Layers in a row: src, pos [B, T, D], mask [B, T] -> memory [B, T, D]."""
+
     def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout):
         super().__init__()
         layers = [EncoderLayer(hidden_dim, nheads, dim_feedforward, dropout) for _ in range(num_layers)]
@@ -260,63 +280,10 @@ def concat_heads(content, position, nheads):
     return torch.cat(pair, dim=-1).flatten(-2)  # [B, T, 2D]
 
 
-class SpatialQuery(nn.Module):
-    """p_q = T p_s, Eq. (4): the reference point's encoding p_s, transformed by what the decoder knows, f.
-
-    form (paper, table 3): "csq" T from the previous layer's output, "csq-i" from this layer's self-attention,
-    "csq-p" p_s alone, "csq-t" the diagonal of T alone, "csq-c" f alone. transform (figure 5) says what T is;
-    the paper chooses "diagonal", lambda_q. In layer 1 nothing is known yet and T is 1. Raises ValueError.
-    """
-
-    def __init__(self, hidden_dim, nheads, form, transform):
-        super().__init__()
-        if form not in ("csq", "csq-i", "csq-p", "csq-t", "csq-c"):
-            raise ValueError(f"spatial_query is {form!r}, it must be csq, csq-i, csq-p, csq-t or csq-c")
-        block = hidden_dim // nheads  # 32 in the paper
-        sizes = {"identity": 0, "scalar": 1, "diagonal": hidden_dim, "block": hidden_dim * block,
-                 "full": hidden_dim * hidden_dim}
-        if transform not in sizes:
-            raise ValueError(f"transform is {transform!r}, it must be one of {', '.join(sizes)}")
-        size = {"csq-t": hidden_dim, "csq-p": 0, "csq-c": 0}.get(form, sizes[transform])
-        self.form, self.transform, self.block = form, transform, block
-        self.scale = MLP(hidden_dim, hidden_dim, size, depth=2) if size else None  # T = FFN(f), Eq. (3)
-
-    def forward(self, p_s, f, after_self_attn, first):
-        """p_s, f and the self-attention's output, all [B, Q, D] -> p_q [B, Q, D]."""
-        if self.form == "csq-c":
-            return f
-        if self.form == "csq-t":
-            return self.scale(f)
-        if first or self.scale is None:
-            return p_s
-        t = self.scale(after_self_attn if self.form == "csq-i" else f)  # [B, Q, size of T]
-        if self.transform in ("scalar", "diagonal"):
-            return t * p_s  # lambda_q * p_s
-        width = p_s.shape[-1] if self.transform == "full" else self.block
-        t = t.unflatten(-1, (-1, width, width))  # [B, Q, blocks, width, width]
-        p_s = p_s.unflatten(-1, (-1, width, 1))  # [B, Q, blocks, width, 1]
-        return (t @ p_s).flatten(2)  # [B, Q, D]
-
-
-class ReferencePoints(nn.Module):
-    """s, before the sigmoid: "query" FFN(query position), "learned" one each, "origin" (0, 0) as in DETR."""
-
-    def __init__(self, hidden_dim, num_queries, kind):
-        super().__init__()
-        if kind not in ("query", "learned", "origin"):
-            raise ValueError(f'reference is {kind!r}, it must be "query", "learned" or "origin"')
-        self.head = MLP(hidden_dim, hidden_dim, 2, depth=2) if kind == "query" else None
-        self.points = nn.Parameter(torch.randn(num_queries, 2)) if kind == "learned" else None
-
-    def forward(self, query_pos):
-        if self.head is not None:
-            return self.head(query_pos)  # [B, Q, 2]
-        points = query_pos.new_zeros(query_pos.shape[1], 2) if self.points is None else self.points
-        return points.expand(len(query_pos), -1, -1)  # [B, Q, 2]
-
-
 # ---- Decoder: queries look at each other, then at the image (paper, section 3.2) ---------------------------
 class DecoderLayer(nn.Module):
+    """Queries look at each other, then at the image: tgt [B, Q, D], memory [B, T, D] -> [B, Q, D]."""
+
     def __init__(self, hidden_dim, nheads, dim_feedforward, dropout, first):
         super().__init__()
         # Content and position have their own maps in self-attention, too; the paper shows cross-attention.
@@ -341,9 +308,8 @@ class DecoderLayer(nn.Module):
         self.nheads = nheads
         self.first = first
 
-    def forward(self, tgt, query_pos, p_s, spatial_query, memory, pos, mask):
-        # In the first layer tgt is zero, so this self-attention gives every query the same vector (quirk).
-        f = tgt
+    def forward(self, tgt, query_pos, p_q, memory, pos, mask):
+        # In layer 1 tgt is zero and every query gets the same vector (as in the official code).
         q = self.sa_q_content(tgt) + self.sa_q_pos(query_pos)  # [B, Q, D]
         k = self.sa_k_content(tgt) + self.sa_k_pos(query_pos)  # [B, Q, D]
         v = self.sa_v(tgt)  # [B, Q, D]
@@ -351,11 +317,11 @@ class DecoderLayer(nn.Module):
 
         # c_q^T c_k + p_q^T p_k: content and position have a dot product each, Eq. (2)
         c_q, c_k, v = self.ca_q_content(tgt), self.ca_k_content(memory), self.ca_v(memory)
-        p_q = spatial_query(p_s, f, tgt, self.first)  # [B, Q, D]
         p_k = self.ca_k_pos(pos)  # [B, T, D]
         if self.first:
             # Section 3.5, official `is_first`: layer 1 has no content yet; positions are added as in DETR.
-            c_q, c_k = c_q + self.ca_q_pos(query_pos), c_k + p_k
+            c_q = c_q + self.ca_q_pos(query_pos)
+            c_k = c_k + p_k
         q = concat_heads(c_q, self.ca_q_sine(p_q), self.nheads)  # [B, Q, 2D]
         k = concat_heads(c_k, p_k, self.nheads)  # [B, T, 2D]
         tgt = self.norm2(tgt + self.dropout(self.cross_attn(q, k, v, mask)))
@@ -363,28 +329,34 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout, spatial_query):
+    """Layers in a row, each supervised: query_pos [B, Q, D], memory [B, T, D] -> [S, B, Q, D]."""
+
+    def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout):
         super().__init__()
         layers = [
-            DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, first=i == 0)
+            DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, first=(i == 0))
             for i in range(num_layers)
         ]
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(hidden_dim)
-        self.spatial_query = spatial_query  # one for all layers
+        # One for all layers but the first: it knows nothing yet, so that its T is 1
+        self.query_scale = MLP(hidden_dim, hidden_dim, hidden_dim, depth=2) if num_layers > 1 else None
 
     def forward(self, query_pos, p_s, memory, pos, mask):
         tgt = torch.zeros_like(query_pos)  # "object queries" are positions; what they hold starts empty
         outputs = []
-        for layer in self.layers:
-            # The layer takes tgt before the norm, the heads after it (quirk); T is computed from the former.
-            tgt = layer(tgt, query_pos, p_s, self.spatial_query, memory, pos, mask)
+        for i, layer in enumerate(self.layers):
+            # Eqs. (3), (4): lambda_q, the diagonal of T, from what the layer before returned (not normalised)
+            p_q = p_s if i == 0 else self.query_scale(tgt) * p_s
+            tgt = layer(tgt, query_pos, p_q, memory, pos, mask)
             outputs.append(self.norm(tgt))  # one norm for all layers, in front of the shared heads
         return torch.stack(outputs)  # [S, B, Q, D]
 
 
 # ---- The model ---------------------------------------------------------------------------------------------
 class ConditionalDETR(nn.Module):
+    """Backbone, encoder, decoder, heads: images [B, 3, H, W] -> S times Q classes and boxes for each."""
+
     recipe = RECIPE
 
     def __init__(
@@ -402,19 +374,15 @@ class ConditionalDETR(nn.Module):
         dim_feedforward=2048,
         dropout=0.1,
         num_queries=300,
-        spatial_query="csq",
-        transform="diagonal",
-        reference="query",
     ):
         super().__init__()
+        check_options(ConditionalDETR, locals())
         self.backbone = Backbone(backbone, pretrained_backbone, backbone_norm, dilation, last_stage)
         self.input_proj = nn.Conv2d(self.backbone.channels[-1], hidden_dim, kernel_size=1)
         self.encoder = Encoder(enc_layers, hidden_dim, nheads, dim_feedforward, dropout)
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
-        self.reference = ReferencePoints(hidden_dim, num_queries, reference)
-        transform = transform if dec_layers > 1 else "identity"  # layer 1 has no T
-        spatial_query = SpatialQuery(hidden_dim, nheads, spatial_query, transform)
-        self.decoder = Decoder(dec_layers, hidden_dim, nheads, dim_feedforward, dropout, spatial_query)
+        self.reference = MLP(hidden_dim, hidden_dim, 2, depth=2)
+        self.decoder = Decoder(dec_layers, hidden_dim, nheads, dim_feedforward, dropout)
         self.class_head = nn.Linear(hidden_dim, num_classes)
         self.box_head = MLP(hidden_dim, hidden_dim, 4, depth=3)
         xavier_uniform(self.encoder)
@@ -434,7 +402,7 @@ class ConditionalDETR(nn.Module):
 
         src = self.input_proj(features).flatten(2).transpose(1, 2)  # [B, T, D]
         memory = self.encoder(src, pos, mask)  # [B, T, D]
-        query_pos = self.query_embed.weight.expand(len(images), -1, -1)  # [B, Q, D]
+        query_pos = self.query_embed.weight.expand(images.shape[0], -1, -1)  # [B, Q, D]
         s = self.reference(query_pos)  # [B, Q, 2], before the sigmoid; not detached, the same for all layers
         p_s = sine_xy(s.sigmoid(), query_pos.shape[-1])  # [B, Q, D]
         hs = self.decoder(query_pos, p_s, memory, pos, mask)  # [S, B, Q, D]
@@ -460,8 +428,7 @@ OFFICIAL_NAMES = (
     (r"\.(sa|ca)_([qk])pos_proj\.", r".\1_\2_pos."),
     (r"\.(sa|ca)_v_proj\.", r".\1_v."),
     (r"\.ca_qpos_sine_proj\.", ".ca_q_sine."),
-    (r"^decoder\.query_scale\.", "decoder.spatial_query.scale."),
-    (r"^decoder\.ref_point_head\.", "reference.head."),
+    (r"^decoder\.ref_point_head\.", "reference."),
     (r"\.(linear[12])\.", r".ffn.\1."),
     (r"(encoder\.layers\.\d+)\.norm2\.", r"\1.ffn.norm."),
     (r"(decoder\.layers\.\d+)\.norm3\.", r"\1.ffn.norm."),
@@ -470,38 +437,40 @@ OFFICIAL_NAMES = (
 )
 
 
+def rename_official(state):
+    """The entries of an official state_dict under our names. Raises nothing: load_official is strict."""
+    renamed = {}
+    for name, tensor in state.items():
+        for official, ours in OFFICIAL_NAMES:
+            name = re.sub(official, ours, name)
+        renamed[name] = tensor
+    return renamed
+
+
 def load_official(model, checkpoint):
-    """Copy an official checkpoint ({"model": state_dict}, or the state_dict itself) into the model.
+    """Copy an official checkpoint, {"model": state_dict} or the bare state_dict, into the model.
 
     Strict: raises RuntimeError that lists every missing, unknown or misshapen parameter.
     """
-    state = {}
-    for name, tensor in checkpoint.get("model", checkpoint).items():
-        for official, ours in OFFICIAL_NAMES:
-            name = re.sub(official, ours, name)
-        state[name] = tensor
-    model.load_state_dict(state)
+    model.load_state_dict(rename_official(checkpoint.get("model", checkpoint)))
 
 
 # ---- python THIS_FILE.py: a walk through the network on random images --------------------------------------
+def shapes(x):
+    """The shape of every tensor in x, which is a tensor or holds some in lists and dicts."""
+    if isinstance(x, dict):
+        return {key: shapes(value) for key, value in x.items()}
+    return list(x.shape) if isinstance(x, torch.Tensor) else [shapes(value) for value in x]
+
+
 def walk(model):
-    """Print the shapes that the parts of the model return for two random images, the second one padded."""
-    def shape(x):
-        if isinstance(x, torch.Tensor):
-            return list(x.shape)
-        return {k: shape(v) for k, v in x.items()} if isinstance(x, dict) else [shape(v) for v in x]
-
-    def show(name):
-        return lambda module, inputs, output: print(f"  {name:12} {shape(output)}")
-
+    """Print what the parts of the model return for two random images, the second one padded."""
     images, mask = torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool)
-    mask[1, 192:], mask[1, :, 256:] = True, True
-    for name, module in model.named_children():
-        module.register_forward_hook(show(name))
-    print(f"{type(model).__name__} on images {shape(images)}, padding mask {shape(mask)}")
+    mask[1, 192:] = True
+    for name, part in model.named_children():
+        part.register_forward_hook(lambda m, i, output, name=name: print(f"  {name:12} {shapes(output)}"))
     with torch.no_grad():
-        out = model.eval()(images, mask)
-    print(f"returns {shape(out)}")
+        print(f"returns {shapes(model.eval()(images, mask))}")
     count = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{count:,} parameters, {trained:,} of them trained")

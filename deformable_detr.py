@@ -17,6 +17,7 @@ Departures from the official code (numbers are the same, tests/test_golden.py ho
 Left out on purpose: segmentation heads.
 """
 import copy
+import inspect
 import math
 import re
 
@@ -59,13 +60,13 @@ LAPTOP = dict(
 # Masks are True on padding.
 
 
-# ---- Shared blocks: the same text in all five files --------------------------------------------------------
+# ---- Shared blocks: the same text in all files --------------------------------------------------------
 class Backbone(nn.Module):
     """torchvision ResNet without pooling and classifier.
 
     In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5
     at 16 with dilation; no C5 with last_stage=3, which is cheap). Raises ValueError for unknown values.
-    Source: official models/backbone.py; ImageNet weights V1, from which all five papers start.
+    Source: official models/backbone.py; ImageNet weights V1, from which all papers start.
     """
 
     def __init__(self, name, pretrained, norm, dilation, last_stage):
@@ -97,12 +98,11 @@ class Backbone(nn.Module):
     @staticmethod
     def dilate(stage):
         """DC5: the last stage keeps C4's resolution; stride becomes dilation, from its second block on."""
-        for module in stage.modules():
+        for name, module in stage.named_modules():
             if isinstance(module, nn.Conv2d):
                 module.stride = (1, 1)
-        for module in stage[1:].modules():
-            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
-                module.dilation = module.padding = (2, 2)
+                if module.kernel_size == (3, 3) and not name.startswith("0."):
+                    module.dilation = module.padding = (2, 2)
 
     def forward(self, images):
         x = images.contiguous(memory_format=torch.channels_last)
@@ -113,6 +113,21 @@ class Backbone(nn.Module):
             x = getattr(self.body, stage)(x)  # [B, ., H/8, W/8], then H/16, then H/32
             features.append(x)
         return features
+
+
+def check_options(model_class, values, may_be_zero=("enc_layers",)):
+    """Raises ValueError unless values, the arguments of model_class by name, can make a model."""
+    for name, parameter in inspect.signature(model_class).parameters.items():
+        value, default = values[name], 1 if name == "num_classes" else parameter.default
+        if type(value) is not type(default) and (type(value), type(default)) != (int, float):
+            raise ValueError(f"{name} is {value!r}, it must be of type {type(default).__name__}")
+        least = 0 if default == 0 or name in may_be_zero else 1  # table 2 of DETR tries a decoder alone
+        if type(default) is int and value < least:
+            raise ValueError(f"{name} is {value}, it must be at least {least}")
+    if not 0 <= values["dropout"] < 1:
+        raise ValueError(f"dropout is {values['dropout']}, it must be at least 0 and below 1")
+    if values["hidden_dim"] % values["nheads"] or values["hidden_dim"] % 4:  # heads; sin and cos of x and y
+        raise ValueError(f"hidden_dim is {values['hidden_dim']}, it must be a multiple of nheads and of 4")
 
 
 def check_input(images, mask):
@@ -129,18 +144,19 @@ def resize_mask(mask, size):
     return F.interpolate(mask[:, None].float(), size=size)[:, 0].bool()  # [B, h, w]
 
 
-def sine(x, dim):
-    """Encoding of coordinates x [...] in [0, 1]: [..., dim], sin and cos interleaved, temperature 10000."""
+def sine(x, dim, temperature=10000):
+    """Encoding of coordinates x [...] in [0, 1]: [..., dim], sin and cos interleaved."""
     i = torch.arange(dim // 2, device=x.device, dtype=torch.float32)
-    angle = x.float()[..., None] * 2 * math.pi / 10000 ** (2 * i / dim)  # [..., dim/2]
+    angle = x.float()[..., None] * 2 * math.pi / temperature ** (2 * i / dim)  # [..., dim/2]
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)  # [..., dim]
 
 
-def sine_positions(mask, dim, offset):
+def sine_positions(mask, dim, offset, temperature=10000):
     """Position of every cell of a feature map, relative to the part of the map that is not padding.
 
-    mask [B, H, W] bool -> [B, H*W, dim], the first half encodes y, the second x. `offset` 0.5 encodes pixel
-    centres (Deformable DETR, SAM-DETR), 0 pixel corners (DETR, Conditional DETR).
+    mask [B, H, W] bool -> [B, H*W, dim], the first half encodes y, the second x. With `offset` 0 cells count
+    1 to N, as in DETR and Conditional DETR. Deformable DETR and SAM-DETR sample features at points, and the
+    point of a cell is its centre: 0.5 makes the encodings of points and of cells agree.
     The order of the additions matters to SAM-DETR alone: in rows that are all padding N is 0, the quotient
     is rounding noise, and its RoIAlign reads the outcome. Source: official models/position_encoding.py.
     """
@@ -150,7 +166,8 @@ def sine_positions(mask, dim, offset):
 
     y = normalised((~mask).cumsum(1, dtype=torch.float32), 1)  # [B, H, W]
     x = normalised((~mask).cumsum(2, dtype=torch.float32), 2)  # [B, H, W]
-    return torch.cat([sine(y, dim // 2), sine(x, dim // 2)], dim=-1).flatten(1, 2)  # [B, H*W, dim]
+    both = [sine(y, dim // 2, temperature), sine(x, dim // 2, temperature)]  # 2 x [B, H, W, dim/2]
+    return torch.cat(both, dim=-1).flatten(1, 2)  # [B, H*W, dim]
 
 
 class MLP(nn.Module):
@@ -357,11 +374,13 @@ class Queries(nn.Module):
         super().__init__()
         self.query_embed = nn.Embedding(num_queries, 2 * hidden_dim)
         self.reference_points = nn.Linear(hidden_dim, 2)
+        # The embedding keeps N(0, 1): so points start all over the image, with a smaller one near its centre
+        xavier_uniform(self.reference_points)
         nn.init.zeros_(self.reference_points.bias)
 
     def forward(self, memory, spatial_shapes, valid_ratios, mask, class_head, box_head):
         """-> tgt, query_pos [B, Q, D], reference [B, Q, 2], and no proposals."""
-        query_pos, tgt = self.query_embed.weight.expand(len(memory), -1, -1).chunk(2, dim=-1)
+        query_pos, tgt = self.query_embed.weight.expand(memory.shape[0], -1, -1).chunk(2, dim=-1)
         return tgt, query_pos, self.reference_points(query_pos).sigmoid(), {}
 
 
@@ -375,6 +394,7 @@ class Proposals(nn.Module):
         self.enc_output_norm = nn.LayerNorm(hidden_dim)
         self.pos_trans = nn.Linear(2 * hidden_dim, 2 * hidden_dim)
         self.pos_trans_norm = nn.LayerNorm(2 * hidden_dim)
+        xavier_uniform(self)
 
     def forward(self, memory, spatial_shapes, valid_ratios, mask, class_head, box_head):
         """-> tgt, query_pos [B, Q, D], reference [B, Q, 4], {"proposals": ...} of all T tokens."""
@@ -389,8 +409,9 @@ class Proposals(nn.Module):
         tokens = self.enc_output_norm(self.enc_output(memory.masked_fill(invalid[..., None], 0)))  # [B, T, D]
         logits, boxes_logit = class_head(tokens), box_head(tokens) + anchor  # [B, T, C], [B, T, 4]
 
-        # Proposals are trained with every label set to class 0 ("an object"), so class 0 ranks them (quirk).
-        best = logits[..., 0].topk(self.num_queries, dim=1).indices  # [B, Q]
+        # All labels of proposals are class 0 ("an object"), so class 0 ranks them (as in the official code).
+        count = torch.sym_min(self.num_queries, logits.shape[1])  # small maps may have fewer tokens
+        best = logits[..., 0].topk(count, dim=1).indices  # [B, Q]
         reference = boxes_logit.gather(1, best[..., None].expand(-1, -1, 4)).detach().sigmoid()  # [B, Q, 4]
         embedding = sine(reference, memory.shape[-1] // 2).flatten(-2)  # [B, Q, 2D]
         query_pos, tgt = self.pos_trans_norm(self.pos_trans(embedding)).chunk(2, dim=-1)
@@ -399,6 +420,8 @@ class Proposals(nn.Module):
 
 # ---- Decoder: queries look at each other, then at the image (paper, section 4.1) ---------------------------
 class DecoderLayer(nn.Module):
+    """Queries look at each other, then at the image: tgt [B, Q, D], memory [B, T, D] -> [B, Q, D]."""
+
     def __init__(self, hidden_dim, nheads, dim_feedforward, dropout, levels, points):
         super().__init__()
         self.sa_proj = QKVProjection(hidden_dim)
@@ -447,6 +470,8 @@ class Decoder(nn.Module):
 
 # ---- The model ---------------------------------------------------------------------------------------------
 class DeformableDETR(nn.Module):
+    """Backbone, encoder, decoder, heads: images [B, 3, H, W] -> S times Q classes and boxes for each."""
+
     recipe = RECIPE
 
     def __init__(
@@ -471,6 +496,7 @@ class DeformableDETR(nn.Module):
         two_stage=False,
     ):
         super().__init__()
+        check_options(DeformableDETR, locals())
         self.backbone = Backbone(backbone, pretrained_backbone, backbone_norm, dilation, last_stage)
         box_refine = box_refine or two_stage
         levels = num_feature_levels
@@ -501,7 +527,7 @@ class DeformableDETR(nn.Module):
         if not two_stage:
             # The first boxes have no size to start from: sigmoid(-2) = 0.12 (the paper says 0.1)
             nn.init.constant_(self.box_head[0].layers[-1].bias[2:], -2.0)
-        for module in (self.encoder, self.queries, self.decoder, self.input_proj):
+        for module in (self.encoder, self.decoder, self.input_proj):
             xavier_uniform(module)
         for module in self.modules():
             if isinstance(module, MSDeformAttn):
@@ -570,38 +596,40 @@ OFFICIAL_NAMES = (
 )
 
 
+def rename_official(state):
+    """The entries of an official state_dict under our names. Raises nothing: load_official is strict."""
+    renamed = {}
+    for name, tensor in state.items():
+        for official, ours in OFFICIAL_NAMES:
+            name = re.sub(official, ours, name)
+        renamed[name] = tensor
+    return renamed
+
+
 def load_official(model, checkpoint):
-    """Copy an official checkpoint ({"model": state_dict}, or the state_dict itself) into the model.
+    """Copy an official checkpoint, {"model": state_dict} or the bare state_dict, into the model.
 
     Strict: raises RuntimeError that lists every missing, unknown or misshapen parameter.
     """
-    state = {}
-    for name, tensor in checkpoint.get("model", checkpoint).items():
-        for official, ours in OFFICIAL_NAMES:
-            name = re.sub(official, ours, name)
-        state[name] = tensor
-    model.load_state_dict(state)
+    model.load_state_dict(rename_official(checkpoint.get("model", checkpoint)))
 
 
 # ---- python THIS_FILE.py: a walk through the network on random images --------------------------------------
+def shapes(x):
+    """The shape of every tensor in x, which is a tensor or holds some in lists and dicts."""
+    if isinstance(x, dict):
+        return {key: shapes(value) for key, value in x.items()}
+    return list(x.shape) if isinstance(x, torch.Tensor) else [shapes(value) for value in x]
+
+
 def walk(model):
-    """Print the shapes that the parts of the model return for two random images, the second one padded."""
-    def shape(x):
-        if isinstance(x, torch.Tensor):
-            return list(x.shape)
-        return {k: shape(v) for k, v in x.items()} if isinstance(x, dict) else [shape(v) for v in x]
-
-    def show(name):
-        return lambda module, inputs, output: print(f"  {name:12} {shape(output)}")
-
+    """Print what the parts of the model return for two random images, the second one padded."""
     images, mask = torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool)
-    mask[1, 192:], mask[1, :, 256:] = True, True
-    for name, module in model.named_children():
-        module.register_forward_hook(show(name))
-    print(f"{type(model).__name__} on images {shape(images)}, padding mask {shape(mask)}")
+    mask[1, 192:] = True
+    for name, part in model.named_children():
+        part.register_forward_hook(lambda m, i, output, name=name: print(f"  {name:12} {shapes(output)}"))
     with torch.no_grad():
-        out = model.eval()(images, mask)
-    print(f"returns {shape(out)}")
+        print(f"returns {shapes(model.eval()(images, mask))}")
     count = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{count:,} parameters, {trained:,} of them trained")

@@ -19,6 +19,7 @@ Departures from the official code (numbers are the same, tests/test_golden.py ho
 Left out on purpose: segmentation heads.
 """
 import copy
+import inspect
 import math
 import re
 
@@ -54,13 +55,13 @@ LAPTOP = dict(
 # Masks are True on padding.
 
 
-# ---- Shared blocks: the same text in all five files --------------------------------------------------------
+# ---- Shared blocks: the same text in all files --------------------------------------------------------
 class Backbone(nn.Module):
     """torchvision ResNet without pooling and classifier.
 
     In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5
     at 16 with dilation; no C5 with last_stage=3, which is cheap). Raises ValueError for unknown values.
-    Source: official models/backbone.py; ImageNet weights V1, from which all five papers start.
+    Source: official models/backbone.py; ImageNet weights V1, from which all papers start.
     """
 
     def __init__(self, name, pretrained, norm, dilation, last_stage):
@@ -92,12 +93,11 @@ class Backbone(nn.Module):
     @staticmethod
     def dilate(stage):
         """DC5: the last stage keeps C4's resolution; stride becomes dilation, from its second block on."""
-        for module in stage.modules():
+        for name, module in stage.named_modules():
             if isinstance(module, nn.Conv2d):
                 module.stride = (1, 1)
-        for module in stage[1:].modules():
-            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
-                module.dilation = module.padding = (2, 2)
+                if module.kernel_size == (3, 3) and not name.startswith("0."):
+                    module.dilation = module.padding = (2, 2)
 
     def forward(self, images):
         x = images.contiguous(memory_format=torch.channels_last)
@@ -108,6 +108,21 @@ class Backbone(nn.Module):
             x = getattr(self.body, stage)(x)  # [B, ., H/8, W/8], then H/16, then H/32
             features.append(x)
         return features
+
+
+def check_options(model_class, values, may_be_zero=("enc_layers",)):
+    """Raises ValueError unless values, the arguments of model_class by name, can make a model."""
+    for name, parameter in inspect.signature(model_class).parameters.items():
+        value, default = values[name], 1 if name == "num_classes" else parameter.default
+        if type(value) is not type(default) and (type(value), type(default)) != (int, float):
+            raise ValueError(f"{name} is {value!r}, it must be of type {type(default).__name__}")
+        least = 0 if default == 0 or name in may_be_zero else 1  # table 2 of DETR tries a decoder alone
+        if type(default) is int and value < least:
+            raise ValueError(f"{name} is {value}, it must be at least {least}")
+    if not 0 <= values["dropout"] < 1:
+        raise ValueError(f"dropout is {values['dropout']}, it must be at least 0 and below 1")
+    if values["hidden_dim"] % values["nheads"] or values["hidden_dim"] % 4:  # heads; sin and cos of x and y
+        raise ValueError(f"hidden_dim is {values['hidden_dim']}, it must be a multiple of nheads and of 4")
 
 
 def check_input(images, mask):
@@ -124,18 +139,19 @@ def resize_mask(mask, size):
     return F.interpolate(mask[:, None].float(), size=size)[:, 0].bool()  # [B, h, w]
 
 
-def sine(x, dim):
-    """Encoding of coordinates x [...] in [0, 1]: [..., dim], sin and cos interleaved, temperature 10000."""
+def sine(x, dim, temperature=10000):
+    """Encoding of coordinates x [...] in [0, 1]: [..., dim], sin and cos interleaved."""
     i = torch.arange(dim // 2, device=x.device, dtype=torch.float32)
-    angle = x.float()[..., None] * 2 * math.pi / 10000 ** (2 * i / dim)  # [..., dim/2]
+    angle = x.float()[..., None] * 2 * math.pi / temperature ** (2 * i / dim)  # [..., dim/2]
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)  # [..., dim]
 
 
-def sine_positions(mask, dim, offset):
+def sine_positions(mask, dim, offset, temperature=10000):
     """Position of every cell of a feature map, relative to the part of the map that is not padding.
 
-    mask [B, H, W] bool -> [B, H*W, dim], the first half encodes y, the second x. `offset` 0.5 encodes pixel
-    centres (Deformable DETR, SAM-DETR), 0 pixel corners (DETR, Conditional DETR).
+    mask [B, H, W] bool -> [B, H*W, dim], the first half encodes y, the second x. With `offset` 0 cells count
+    1 to N, as in DETR and Conditional DETR. Deformable DETR and SAM-DETR sample features at points, and the
+    point of a cell is its centre: 0.5 makes the encodings of points and of cells agree.
     The order of the additions matters to SAM-DETR alone: in rows that are all padding N is 0, the quotient
     is rounding noise, and its RoIAlign reads the outcome. Source: official models/position_encoding.py.
     """
@@ -145,7 +161,8 @@ def sine_positions(mask, dim, offset):
 
     y = normalised((~mask).cumsum(1, dtype=torch.float32), 1)  # [B, H, W]
     x = normalised((~mask).cumsum(2, dtype=torch.float32), 2)  # [B, H, W]
-    return torch.cat([sine(y, dim // 2), sine(x, dim // 2)], dim=-1).flatten(1, 2)  # [B, H*W, dim]
+    both = [sine(y, dim // 2, temperature), sine(x, dim // 2, temperature)]  # 2 x [B, H, W, dim/2]
+    return torch.cat(both, dim=-1).flatten(1, 2)  # [B, H*W, dim]
 
 
 class MLP(nn.Module):
@@ -225,6 +242,8 @@ def xavier_uniform(module):
 
 # ---- Encoder: global self-attention over the feature map, as in DETR ---------------------------------------
 class EncoderLayer(nn.Module):
+    """Every token looks at the others, then the feed-forward block: src, pos [B, T, D] -> [B, T, D]."""
+
     def __init__(self, hidden_dim, nheads, dim_feedforward, dropout):
         super().__init__()
         self.sa_proj = QKVProjection(hidden_dim)
@@ -241,6 +260,8 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Layers in a row: src, pos [B, T, D], mask [B, T] -> memory [B, T, D]."""
+
     def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout):
         super().__init__()
         layers = [EncoderLayer(hidden_dim, nheads, dim_feedforward, dropout) for _ in range(num_layers)]
@@ -416,8 +437,8 @@ class SemanticsAligner(nn.Module):
     def centre_points(self):
         """Start every point at the centre of its box; to be called after Xavier initialisation.
 
-        The official code means to, but calls them in the other order, so its points start anywhere in the box
-        (quirk). On shapes the centre was ahead: AP 0.079, 0.049 at step 480 of 900, 0.144, 0.129 at the end.
+        The official code means to, but calls them in the other order, so its points start anywhere in the
+        box. On shapes the centre was ahead: AP 0.079, 0.049 at step 480 of 900, 0.144, 0.129 at the end.
         """
         # Not the scales of smca: they are used squared, so that zeros would get no gradient
         nn.init.zeros_(self.point_mlp[-1].weight[:2 * self.nheads])
@@ -427,10 +448,11 @@ class SemanticsAligner(nn.Module):
         """F_R = RoIAlign(F, box), the reference boxes' contents: [B*Q, D, 7, 7]."""
         feature_map = memory.transpose(1, 2).unflatten(2, mask.shape[1:])  # [B, D, h, w]
         # Boxes are relative to the image, hence the valid size. Where one reaches over the image's edge, it
-        # reads what the encoder wrote on padding (quirk): so padding changes the numbers more than in DETR.
+        # reads what the encoder wrote on padding (as in the official code): so padding changes numbers more.
         size = valid_size(mask).repeat(1, 2)[:, None]  # [B, 1, 4]
         boxes_xyxy = (box_convert(reference, "cxcywh", "xyxy") * size).flatten(0, 1)  # [B*Q, 4], in cells
-        image = torch.arange(len(memory), device=memory.device).repeat_interleave(reference.shape[1])  # [B*Q]
+        image = torch.arange(memory.shape[0], device=memory.device)  # [B]
+        image = image.repeat_interleave(reference.shape[1])  # [B*Q]
         rois = torch.cat([image[:, None], boxes_xyxy], dim=-1)  # [B*Q, 5]
         return roi_align(feature_map, rois, output_size=self.roi_size, aligned=True)  # [B*Q, D, 7, 7]
 
@@ -469,6 +491,8 @@ def gaussian_bias(points, scale, mask):
 
 # ---- Decoder: queries look at each other, then at the image (paper, section 3) -----------------------------
 class DecoderLayer(nn.Module):
+    """Queries look at each other, then at the image: tgt [B, Q, D], memory [B, T, D] -> [B, Q, D]."""
+
     def __init__(self, hidden_dim, nheads, dim_feedforward, dropout, smca):
         super().__init__()
         # Content and position have their own maps in self-attention, too; the paper shows cross-attention.
@@ -492,7 +516,7 @@ class DecoderLayer(nn.Module):
         self.nheads = nheads
 
     def forward(self, tgt, query_pos, reference, memory, pos, mask):
-        # In the first layer tgt is zero, so this self-attention gives every query the same vector (quirk).
+        # In layer 1 tgt is zero and every query gets the same vector (as in the official code).
         q = self.sa_q_content(tgt) + self.sa_q_pos(query_pos)  # [B, Q, D]
         k = self.sa_k_content(tgt) + self.sa_k_pos(query_pos)  # [B, Q, D]
         v = self.sa_v(tgt)  # [B, Q, D]
@@ -536,6 +560,8 @@ class Decoder(nn.Module):
 
 # ---- The model ---------------------------------------------------------------------------------------------
 class SAMDETR(nn.Module):
+    """Backbone, encoder, decoder, heads: images [B, 3, H, W] -> S times Q classes and boxes for each."""
+
     recipe = RECIPE
 
     def __init__(
@@ -558,6 +584,7 @@ class SAMDETR(nn.Module):
         input_norm=False,
     ):
         super().__init__()
+        check_options(SAMDETR, locals())
         self.backbone = Backbone(backbone, pretrained_backbone, backbone_norm, dilation, last_stage)
         self.multiscale = multiscale
         channels = self.backbone.channels if multiscale else self.backbone.channels[-1:]
@@ -587,9 +614,6 @@ class SAMDETR(nn.Module):
         for module in self.modules():
             if isinstance(module, MSDeformAttn):
                 module.reset_parameters()
-        for conv, _ in self.input_proj:
-            nn.init.xavier_uniform_(conv.weight)
-            nn.init.zeros_(conv.bias)
 
     def encode(self, maps, pos, masks):
         """The encoder on all levels: maps L x [B, D, h, w], their pos and masks -> memory L x [B, h*w, D]."""
@@ -614,7 +638,7 @@ class SAMDETR(nn.Module):
             pos = [p + embed for p, embed in zip(pos, self.level_embed)]
         memory = self.encode(maps, pos, masks)  # L x [B, h*w, D]
 
-        reference = self.query_embed.weight.sigmoid().expand(len(images), -1, -1)  # [B, Q, 4]
+        reference = self.query_embed.weight.sigmoid().expand(images.shape[0], -1, -1)  # [B, Q, 4]
         levels = list(zip(memory, pos, masks))
         hs, boxes = self.decoder(reference, self.box_head, levels)  # [S, B, Q, D], [S, B, Q, 4]
         logits = torch.stack([head(h) for head, h in zip(self.class_head, hs)])  # [S, B, Q, C]
@@ -653,38 +677,40 @@ OFFICIAL_NAMES = (
 )
 
 
+def rename_official(state):
+    """The entries of an official state_dict under our names. Raises nothing: load_official is strict."""
+    renamed = {}
+    for name, tensor in state.items():
+        for official, ours in OFFICIAL_NAMES:
+            name = re.sub(official, ours, name)
+        renamed[name] = tensor
+    return renamed
+
+
 def load_official(model, checkpoint):
-    """Copy an official checkpoint ({"model": state_dict}, or the state_dict itself) into the model.
+    """Copy an official checkpoint, {"model": state_dict} or the bare state_dict, into the model.
 
     Strict: raises RuntimeError that lists every missing, unknown or misshapen parameter.
     """
-    state = {}
-    for name, tensor in checkpoint.get("model", checkpoint).items():
-        for official, ours in OFFICIAL_NAMES:
-            name = re.sub(official, ours, name)
-        state[name] = tensor
-    model.load_state_dict(state)
+    model.load_state_dict(rename_official(checkpoint.get("model", checkpoint)))
 
 
 # ---- python THIS_FILE.py: a walk through the network on random images --------------------------------------
+def shapes(x):
+    """The shape of every tensor in x, which is a tensor or holds some in lists and dicts."""
+    if isinstance(x, dict):
+        return {key: shapes(value) for key, value in x.items()}
+    return list(x.shape) if isinstance(x, torch.Tensor) else [shapes(value) for value in x]
+
+
 def walk(model):
-    """Print the shapes that the parts of the model return for two random images, the second one padded."""
-    def shape(x):
-        if isinstance(x, torch.Tensor):
-            return list(x.shape)
-        return {k: shape(v) for k, v in x.items()} if isinstance(x, dict) else [shape(v) for v in x]
-
-    def show(name):
-        return lambda module, inputs, output: print(f"  {name:12} {shape(output)}")
-
+    """Print what the parts of the model return for two random images, the second one padded."""
     images, mask = torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool)
-    mask[1, 192:], mask[1, :, 256:] = True, True
-    for name, module in model.named_children():
-        module.register_forward_hook(show(name))
-    print(f"{type(model).__name__} on images {shape(images)}, padding mask {shape(mask)}")
+    mask[1, 192:] = True
+    for name, part in model.named_children():
+        part.register_forward_hook(lambda m, i, output, name=name: print(f"  {name:12} {shapes(output)}"))
     with torch.no_grad():
-        out = model.eval()(images, mask)
-    print(f"returns {shape(out)}")
+        print(f"returns {shapes(model.eval()(images, mask))}")
     count = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{count:,} parameters, {trained:,} of them trained")

@@ -17,6 +17,7 @@ Departures from the official code (numbers are the same, tests/test_sqr.py holds
     dense recollection (DQR) and a recurrent last stage (DQRR) are in the paper only.
 """
 import copy
+import inspect
 import io
 import math
 import re
@@ -60,13 +61,13 @@ LAPTOP = dict(
 # Masks are True on padding.
 
 
-# ---- Shared blocks: the same text in all five files --------------------------------------------------------
+# ---- Shared blocks: the same text in all files --------------------------------------------------------
 class Backbone(nn.Module):
     """torchvision ResNet without pooling and classifier.
 
     In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5
     at 16 with dilation; no C5 with last_stage=3, which is cheap). Raises ValueError for unknown values.
-    Source: official models/backbone.py; ImageNet weights V1, from which all five papers start.
+    Source: official models/backbone.py; ImageNet weights V1, from which all papers start.
     """
 
     def __init__(self, name, pretrained, norm, dilation, last_stage):
@@ -98,12 +99,11 @@ class Backbone(nn.Module):
     @staticmethod
     def dilate(stage):
         """DC5: the last stage keeps C4's resolution; stride becomes dilation, from its second block on."""
-        for module in stage.modules():
+        for name, module in stage.named_modules():
             if isinstance(module, nn.Conv2d):
                 module.stride = (1, 1)
-        for module in stage[1:].modules():
-            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
-                module.dilation = module.padding = (2, 2)
+                if module.kernel_size == (3, 3) and not name.startswith("0."):
+                    module.dilation = module.padding = (2, 2)
 
     def forward(self, images):
         x = images.contiguous(memory_format=torch.channels_last)
@@ -114,6 +114,21 @@ class Backbone(nn.Module):
             x = getattr(self.body, stage)(x)  # [B, ., H/8, W/8], then H/16, then H/32
             features.append(x)
         return features
+
+
+def check_options(model_class, values, may_be_zero=("enc_layers",)):
+    """Raises ValueError unless values, the arguments of model_class by name, can make a model."""
+    for name, parameter in inspect.signature(model_class).parameters.items():
+        value, default = values[name], 1 if name == "num_classes" else parameter.default
+        if type(value) is not type(default) and (type(value), type(default)) != (int, float):
+            raise ValueError(f"{name} is {value!r}, it must be of type {type(default).__name__}")
+        least = 0 if default == 0 or name in may_be_zero else 1  # table 2 of DETR tries a decoder alone
+        if type(default) is int and value < least:
+            raise ValueError(f"{name} is {value}, it must be at least {least}")
+    if not 0 <= values["dropout"] < 1:
+        raise ValueError(f"dropout is {values['dropout']}, it must be at least 0 and below 1")
+    if values["hidden_dim"] % values["nheads"] or values["hidden_dim"] % 4:  # heads; sin and cos of x and y
+        raise ValueError(f"hidden_dim is {values['hidden_dim']}, it must be a multiple of nheads and of 4")
 
 
 def check_input(images, mask):
@@ -130,18 +145,19 @@ def resize_mask(mask, size):
     return F.interpolate(mask[:, None].float(), size=size)[:, 0].bool()  # [B, h, w]
 
 
-def sine(x, dim):
-    """Encoding of coordinates x [...] in [0, 1]: [..., dim], sin and cos interleaved, temperature 10000."""
+def sine(x, dim, temperature=10000):
+    """Encoding of coordinates x [...] in [0, 1]: [..., dim], sin and cos interleaved."""
     i = torch.arange(dim // 2, device=x.device, dtype=torch.float32)
-    angle = x.float()[..., None] * 2 * math.pi / 10000 ** (2 * i / dim)  # [..., dim/2]
+    angle = x.float()[..., None] * 2 * math.pi / temperature ** (2 * i / dim)  # [..., dim/2]
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)  # [..., dim]
 
 
-def sine_positions(mask, dim, offset):
+def sine_positions(mask, dim, offset, temperature=10000):
     """Position of every cell of a feature map, relative to the part of the map that is not padding.
 
-    mask [B, H, W] bool -> [B, H*W, dim], the first half encodes y, the second x. `offset` 0.5 encodes pixel
-    centres (Deformable DETR, SAM-DETR), 0 pixel corners (DETR, Conditional DETR).
+    mask [B, H, W] bool -> [B, H*W, dim], the first half encodes y, the second x. With `offset` 0 cells count
+    1 to N, as in DETR and Conditional DETR. Deformable DETR and SAM-DETR sample features at points, and the
+    point of a cell is its centre: 0.5 makes the encodings of points and of cells agree.
     The order of the additions matters to SAM-DETR alone: in rows that are all padding N is 0, the quotient
     is rounding noise, and its RoIAlign reads the outcome. Source: official models/position_encoding.py.
     """
@@ -151,7 +167,8 @@ def sine_positions(mask, dim, offset):
 
     y = normalised((~mask).cumsum(1, dtype=torch.float32), 1)  # [B, H, W]
     x = normalised((~mask).cumsum(2, dtype=torch.float32), 2)  # [B, H, W]
-    return torch.cat([sine(y, dim // 2), sine(x, dim // 2)], dim=-1).flatten(1, 2)  # [B, H*W, dim]
+    both = [sine(y, dim // 2, temperature), sine(x, dim // 2, temperature)]  # 2 x [B, H, W, dim/2]
+    return torch.cat(both, dim=-1).flatten(1, 2)  # [B, H*W, dim]
 
 
 class MLP(nn.Module):
@@ -358,11 +375,13 @@ class Queries(nn.Module):
         super().__init__()
         self.query_embed = nn.Embedding(num_queries, 2 * hidden_dim)
         self.reference_points = nn.Linear(hidden_dim, 2)
+        # The embedding keeps N(0, 1): so points start all over the image, with a smaller one near its centre
+        xavier_uniform(self.reference_points)
         nn.init.zeros_(self.reference_points.bias)
 
     def forward(self, memory, spatial_shapes, valid_ratios, mask, class_head, box_head):
         """-> tgt, query_pos [B, Q, D], reference [B, Q, 2], and no proposals."""
-        query_pos, tgt = self.query_embed.weight.expand(len(memory), -1, -1).chunk(2, dim=-1)
+        query_pos, tgt = self.query_embed.weight.expand(memory.shape[0], -1, -1).chunk(2, dim=-1)
         return tgt, query_pos, self.reference_points(query_pos).sigmoid(), {}
 
 
@@ -376,6 +395,7 @@ class Proposals(nn.Module):
         self.enc_output_norm = nn.LayerNorm(hidden_dim)
         self.pos_trans = nn.Linear(2 * hidden_dim, 2 * hidden_dim)
         self.pos_trans_norm = nn.LayerNorm(2 * hidden_dim)
+        xavier_uniform(self)
 
     def forward(self, memory, spatial_shapes, valid_ratios, mask, class_head, box_head):
         """-> tgt, query_pos [B, Q, D], reference [B, Q, 4], {"proposals": ...} of all T tokens."""
@@ -390,8 +410,9 @@ class Proposals(nn.Module):
         tokens = self.enc_output_norm(self.enc_output(memory.masked_fill(invalid[..., None], 0)))  # [B, T, D]
         logits, boxes_logit = class_head(tokens), box_head(tokens) + anchor  # [B, T, C], [B, T, 4]
 
-        # Proposals are trained with every label set to class 0 ("an object"), so class 0 ranks them (quirk).
-        best = logits[..., 0].topk(self.num_queries, dim=1).indices  # [B, Q]
+        # All labels of proposals are class 0 ("an object"), so class 0 ranks them (as in the official code).
+        count = torch.sym_min(self.num_queries, logits.shape[1])  # small maps may have fewer tokens
+        best = logits[..., 0].topk(count, dim=1).indices  # [B, Q]
         reference = boxes_logit.gather(1, best[..., None].expand(-1, -1, 4)).detach().sigmoid()  # [B, Q, 4]
         embedding = sine(reference, memory.shape[-1] // 2).flatten(-2)  # [B, Q, 2D]
         query_pos, tgt = self.pos_trans_norm(self.pos_trans(embedding)).chunk(2, dim=-1)
@@ -407,33 +428,27 @@ SOURCES = {
 }
 
 
-def query_recollection(run, plan, query, context):
-    """Run the stages of a decoder, each on every group of queries that the plan feeds it.
+def recollection_plan(stages):
+    """Which query is fed to which stage, in order of production: [(stage, query), ...].
 
-    run(stage, *query, *context) returns the next query and, behind it, what the stage predicts. plan: list
-    of (stage, key of SOURCES). query: tensors [B, Q, .] that stages hand on. context: tensors [B, ...] that
-    all groups share. Returns what run returned for each group, in order of production, older inputs first;
-    the last group went through all stages one by one, as in the plain decoder.
+    stages: [(stage, key of SOURCES), ...] in the order in which they run. Query 0 is the initial one, query n
+    is made by the n-th entry of the plan. The last one went through all stages one by one.
     """
-    produced = [[query]]
-    for stage, source in plan:
-        groups = [group[:len(query)] for outputs in produced[SOURCES[source]] for group in outputs]
-        # Groups must not see each other, so they become more images of the batch. An initial query that has
-        # a point where the others have a box is a batch by itself; made a box, it would give other numbers.
-        batches = {}
-        for group in groups:
-            batches.setdefault(tuple(x.shape[-1] for x in group), []).append(group)
-        produced.append([])
-        for batch in batches.values():
-            G = len(batch)
-            folded = [torch.cat(tensors) for tensors in zip(*batch)]  # each [G*B, Q, .]
-            shared = [x.expand(G, *x.shape).flatten(0, 1) for x in context]  # each [G*B, ...]
-            produced[-1] += zip(*(x.chunk(G) for x in run(stage, *folded, *shared)))
-    return [group for outputs in produced[1:] for group in outputs]
+    plan, produced = [], [[0]]  # produced: the queries that each stage made, the initial one first
+    for stage, source in stages:
+        made = []
+        for queries in produced[SOURCES[source]]:
+            for query in queries:
+                plan.append((stage, query))
+                made.append(len(plan))
+        produced.append(made)
+    return plan
 
 
 # ---- Decoder: queries look at each other, then at the image (paper, section 4.1) ---------------------------
 class DecoderLayer(nn.Module):
+    """Queries look at each other, then at the image: tgt [B, Q, D], memory [B, T, D] -> [B, Q, D]."""
+
     def __init__(self, hidden_dim, nheads, dim_feedforward, dropout, levels, points):
         super().__init__()
         self.sa_proj = QKVProjection(hidden_dim)
@@ -465,27 +480,28 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.box_refine = box_refine
 
-    def forward(self, plan, tgt, query_pos, reference, heads, memory, spatial_shapes, valid_ratios, mask):
-        """tgt, query_pos [B, Q, D], reference [B, Q, 2 or 4] -> logits [S, B, Q, C], boxes [S, B, Q, 4]."""
-        def run(stage, tgt, reference, query_pos, memory, valid_ratios, mask):
-            """One stage with its own heads, on all its groups at once: B is G times the images here."""
-            layer, (class_head, box_head) = self.layers[stage], heads[stage]
+    def forward(self, plan, tgt, query_pos, reference, box_heads, memory, spatial_shapes, valid_ratios, mask):
+        """tgt, query_pos [B, Q, D], reference [B, Q, 2 or 4] -> hs [S, B, Q, D], boxes [S, B, Q, 4]."""
+        outputs, boxes = [], []
+        queries = [(tgt, reference)]
+        for stage, query in plan:
+            layer, box_head, (tgt, reference) = self.layers[stage], box_heads[stage], queries[query]
             ratios = valid_ratios.repeat(1, 1, reference.shape[-1] // 2)  # [B, L, 2 or 4]
             tgt = layer(tgt, query_pos, reference[:, :, None] * ratios[:, None], memory, spatial_shapes, mask)
+            outputs.append(tgt)  # no final norm (DETR has one)
             # A.3: relative to the reference, in logit space; a point says nothing about width and height
             logit = reference.logit(eps=1e-5)
-            boxes = (box_head(tgt) + F.pad(logit, (0, 4 - logit.shape[-1]))).sigmoid()
+            boxes.append((box_head(tgt) + F.pad(logit, (0, 4 - logit.shape[-1]))).sigmoid())
             if self.box_refine:
-                reference = boxes.detach()  # A.4: no gradient from one layer's box to the previous one
-            return tgt, reference, class_head(tgt), boxes  # no final norm (DETR has one)
-
-        groups = query_recollection(run, plan, (tgt, reference), (query_pos, memory, valid_ratios, mask))
-        _, _, logits, boxes = zip(*groups)
-        return torch.stack(logits), torch.stack(boxes)
+                reference = boxes[-1].detach()  # A.4: no gradient from one layer's box to the previous one
+            queries.append((tgt, reference))
+        return torch.stack(outputs), torch.stack(boxes)
 
 
 # ---- The model ---------------------------------------------------------------------------------------------
 class SQR(nn.Module):
+    """Backbone, encoder, decoder, heads: images [B, 3, H, W] -> S times Q classes and boxes for each."""
+
     recipe = RECIPE
 
     def __init__(
@@ -512,6 +528,7 @@ class SQR(nn.Module):
         recurrent=False,
     ):
         super().__init__()
+        check_options(SQR, locals())
         if recollect not in SOURCES:
             raise ValueError(f'recollect is {recollect!r}, it must be "selective", "dense" or "none"')
         self.recollect = "dense" if recurrent else recollect  # DQRR is DQR with a last stage that runs again
@@ -547,7 +564,7 @@ class SQR(nn.Module):
         if not two_stage:
             # The first boxes have no size to start from: sigmoid(-2) = 0.12 (the paper says 0.1)
             nn.init.constant_(self.box_head[0].layers[-1].bias[2:], -2.0)
-        for module in (self.encoder, self.queries, self.decoder, self.input_proj):
+        for module in (self.encoder, self.decoder, self.input_proj):
             xavier_uniform(module)
         for module in self.modules():
             if isinstance(module, MSDeformAttn):
@@ -564,12 +581,17 @@ class SQR(nn.Module):
         return src
 
     def plan(self):
-        """The stages in order, each with whose outputs it is fed; self.training decides."""
-        stages = range(len(self.decoder.layers))
+        """The recollection_plan for now; self.training decides, not whether gradients are wanted."""
+        last = len(self.decoder.layers) - 1
         if self.training:
-            # DQRR: the last stage once more, on its own outputs; it has seen all other queries already
-            return [(i, self.recollect) for i in stages] + [(stages[-1], "none")] * self.recurrent
-        return [(stages[-1] if self.recurrent else i, "none") for i in range(self.num_stages)]
+            stages = [(stage, self.recollect) for stage in range(last + 1)]
+            if self.recurrent:
+                stages.append((last, "none"))  # DQRR: once more, on its own outputs; it has seen all others
+        elif self.recurrent:
+            stages = [(last, "none")] * self.num_stages
+        else:
+            stages = [(stage, "none") for stage in range(last + 1)]
+        return recollection_plan(stages)
 
     def forward(self, images, mask):
         """images [B, 3, H, W], mask [B, H, W] -> {"logits": [S, B, Q, C], "boxes": [S, B, Q, 4]}.
@@ -591,9 +613,10 @@ class SQR(nn.Module):
         memory = self.encoder(src, pos, spatial_shapes, valid_ratios, mask)  # [B, T, D]
         tgt, query_pos, reference, proposals = self.queries(
             memory, spatial_shapes, valid_ratios, mask, self.class_head[-1], self.box_head[-1])
-        heads = list(zip(self.class_head, self.box_head))
-        logits, boxes = self.decoder(
-            self.plan(), tgt, query_pos, reference, heads, memory, spatial_shapes, valid_ratios, mask)
+        plan = self.plan()
+        hs, boxes = self.decoder(
+            plan, tgt, query_pos, reference, self.box_head, memory, spatial_shapes, valid_ratios, mask)
+        logits = torch.stack([self.class_head[stage](h) for (stage, _), h in zip(plan, hs)])  # [S, B, Q, C]
         return {"logits": logits, "boxes": boxes, **proposals}
 
 
@@ -625,17 +648,22 @@ OFFICIAL_NAMES = (
 )
 
 
+def rename_official(state):
+    """The entries of an official state_dict under our names. Raises nothing: load_official is strict."""
+    renamed = {}
+    for name, tensor in state.items():
+        for official, ours in OFFICIAL_NAMES:
+            name = re.sub(official, ours, name)
+        renamed[name] = tensor
+    return renamed
+
+
 def load_official(model, checkpoint):
-    """Copy an official checkpoint ({"model": state_dict}, or the state_dict itself) into the model.
+    """Copy an official checkpoint, {"model": state_dict} or the bare state_dict, into the model.
 
     Strict: raises RuntimeError that lists every missing, unknown or misshapen parameter.
     """
-    state = {}
-    for name, tensor in checkpoint.get("model", checkpoint).items():
-        for official, ours in OFFICIAL_NAMES:
-            name = re.sub(official, ours, name)
-        state[name] = tensor
-    model.load_state_dict(state)
+    model.load_state_dict(rename_official(checkpoint.get("model", checkpoint)))
 
 
 def prune(model):
@@ -657,24 +685,21 @@ def prune(model):
 
 
 # ---- python THIS_FILE.py: a walk through the network on random images --------------------------------------
+def shapes(x):
+    """The shape of every tensor in x, which is a tensor or holds some in lists and dicts."""
+    if isinstance(x, dict):
+        return {key: shapes(value) for key, value in x.items()}
+    return list(x.shape) if isinstance(x, torch.Tensor) else [shapes(value) for value in x]
+
+
 def walk(model):
-    """Print the shapes that the parts of the model return for two random images, the second one padded."""
-    def shape(x):
-        if isinstance(x, torch.Tensor):
-            return list(x.shape)
-        return {k: shape(v) for k, v in x.items()} if isinstance(x, dict) else [shape(v) for v in x]
-
-    def show(name):
-        return lambda module, inputs, output: print(f"  {name:12} {shape(output)}")
-
+    """Print what the parts of the model return for two random images, the second one padded."""
     images, mask = torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool)
-    mask[1, 192:], mask[1, :, 256:] = True, True
-    for name, module in model.named_children():
-        module.register_forward_hook(show(name))
-    print(f"{type(model).__name__} on images {shape(images)}, padding mask {shape(mask)}")
+    mask[1, 192:] = True
+    for name, part in model.named_children():
+        part.register_forward_hook(lambda m, i, output, name=name: print(f"  {name:12} {shapes(output)}"))
     with torch.no_grad():
-        out = model.eval()(images, mask)
-    print(f"returns {shape(out)}")
+        print(f"returns {shapes(model.eval()(images, mask))}")
     count = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{count:,} parameters, {trained:,} of them trained")

@@ -1,0 +1,54 @@
+"""Models small enough for a test, a batch of two images, and their objects."""
+import importlib
+
+import torch
+
+TINY = dict(backbone="resnet18", pretrained_backbone=False, hidden_dim=32, nheads=4, enc_layers=1, dec_layers=2,
+            dim_feedforward=32, dropout=0.0, num_queries=5)
+TARGETS = [{"labels": torch.tensor([0, 2]), "boxes": torch.tensor([[0.3, 0.4, 0.2, 0.3], [0.6, 0.6, 0.5, 0.4]])},
+           {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}]
+
+
+def tiny(name, **options):
+    """A new model of three classes, always with the same weights. `name` is a file's, or its module."""
+    torch.manual_seed(0)
+    module = importlib.import_module(name) if isinstance(name, str) else name
+    return module.build(3, **{**TINY, **options})
+
+
+def batch():
+    """Two images of 64 x 96 and 96 x 64 pixels, padded to 96 x 96."""
+    torch.manual_seed(1)
+    images, mask = torch.zeros(2, 3, 96, 96), torch.ones(2, 96, 96, dtype=torch.bool)
+    for b, (h, w) in enumerate([(64, 96), (96, 64)]):
+        images[b, :, :h, :w] = torch.randn(3, h, w)
+        mask[b, :h, :w] = False
+    return images, mask
+
+
+class Patches(torch.nn.Module):
+    """A backbone without overlap: cells see their own pixels only, so nothing leaks over the image's edge."""
+
+    def __init__(self, channels):
+        super().__init__()
+        strides = [8, 16, 32][:len(channels)]
+        self.convs = torch.nn.ModuleList(torch.nn.Conv2d(3, c, s, s, bias=False) for c, s in zip(channels, strides))
+
+    def forward(self, images):
+        return [conv(images) for conv in self.convs]
+
+
+def shake(model):
+    """Move every parameter a little at random, and return the model: a new one predicts the same box everywhere."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def shaken(name, **options):
+    """A quick model whose predictions depend on the image, on the query and on the stage."""
+    model = tiny(name, **options)
+    model.backbone = Patches(model.backbone.channels)
+    return shake(model)
