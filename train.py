@@ -10,7 +10,7 @@
     torchrun --nproc-per-node 8 train.py ...       the same on 8 GPUs: same total batch, same gradients
 
 Reading order: SetCriterion (matching and losses), then train(). What is about data is in support/, about
-pictures in visualize.py. A model file gives RECIPE (how the paper trains it), LAPTOP (what the small preset
+pictures in support/pictures.py. A model file gives RECIPE (how the paper trains it), LAPTOP (what the small preset
 changes for it), build() and load_official(); nothing here asks for a model's name.
 """
 import argparse
@@ -34,8 +34,7 @@ from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_convert, generalized_box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 from tqdm import tqdm
 
-import visualize
-from support import data
+from support import data, pictures
 from support.evaluation import coco_eval, explain, postprocess
 from support.images import DataError, one_line
 
@@ -552,8 +551,8 @@ def train(model, criterion, datasets, args, module, model_options, run, resumed)
             if main_process:
                 bar.write(f"step {step}: AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f}; "
                           + collapse_line(metrics, len(val_set.class_names)))
-                visualize.draw_predictions(val_set, predictions, run / "predictions.png")
-                visualize.draw_curves(run / "log.jsonl", run / "curves.png")
+                pictures.draw_predictions(val_set, predictions, run / "predictions.png")
+                pictures.draw_curves(run / "log.jsonl", run / "curves.png")
     bar.close()
     if step < args.steps:
         save_as("last.pt", keep=run / "previous.pt")

@@ -187,7 +187,7 @@ def train_py(flags, cwd, out, err):
 def run(*flags, cwd):
     """What train.py answers to these flags. Each call is a new process, but they all share one start of torch."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["torch", "torchvision", "support.data", "visualize", "train"])
+    server.set_forkserver_preload(["torch", "torchvision", "support.data", "train"])
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         process = server.Process(target=train_py, args=(list(map(str, flags)), cwd, out, err))

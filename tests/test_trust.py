@@ -24,7 +24,7 @@ import train
 def train_in_child(flags):
     os.chdir(flags[0])
     sys.stdout = sys.stderr = open(os.devnull, "w")
-    train.visualize.draw_predictions = train.visualize.draw_curves = lambda *_: None  # most of the time otherwise
+    train.pictures.draw_predictions = train.pictures.draw_curves = lambda *_: None  # most of the time otherwise
     train.main(flags[1:])
 
 
@@ -34,7 +34,7 @@ def test_twenty_kills_lose_nothing(tmp_path):
     flags = ["--data", "set", *QUICK, "--batch-size", "2", "--steps", "40", "--eval-every", "1", "--log-every", "3",
              "--option", "dropout=0.1"]
     server = multiprocessing.get_context("forkserver")  # each child is a process of its own, but torch is loaded once
-    server.set_forkserver_preload(["torch", "torchvision", "support.data", "visualize", "train"])
+    server.set_forkserver_preload(["torch", "torchvision", "support.data", "train"])
 
     def start(*words):
         child = server.Process(target=train_in_child, args=([str(tmp_path), *words],))
