@@ -61,7 +61,7 @@ def parse(argv):
     return p, args
 
 
-# ---- The model -----------------------------------------------------------------------------------------------
+# ---- The model ---------------------------------------------------------------------------------------------
 def load_model(p, args):
     """(model, names of its classes, args of its training) from --weights or --init, or SystemExit."""
     source = args.weights or args.init
@@ -76,7 +76,7 @@ def load_model(p, args):
         checkpoint, trained = train.read_init(args.init), {"preset": "paper", "size": 800}
         module = train.load_model_file(args.model)
         if not hasattr(module, "load_official"):
-            raise SystemExit(f"--init: {args.model} has no load_official(), so it cannot read official weights")
+            raise SystemExit(f"--init: {args.model} has no load_official() that could read official weights")
         names = official_names(checkpoint, module.RECIPE["class_loss"] == "softmax")
     model = train.build_model(module, len(names), options).eval()
     try:
@@ -97,7 +97,8 @@ def check_entries(source, checkpoint):
     wrong += [] if wrong else [f"args[{name!r}]" for name in ("model", "preset", "size", "data", "train_json")
                                if name not in checkpoint["args"]]
     if wrong or not all(isinstance(name, str) for name in checkpoint["class_names"]):
-        raise SystemExit(f"{source}: not a checkpoint of train.py (look at its {', '.join(wrong or ['class_names'])})")
+        wrong = ", ".join(wrong or ["class_names"])
+        raise SystemExit(f"{source}: not a checkpoint of train.py (look at its {wrong})")
 
 
 def official_names(checkpoint, softmax):
@@ -116,7 +117,7 @@ def official_names(checkpoint, softmax):
     return coco if count == len(coco) else [f"class {i}" for i in range(count)]
 
 
-# ---- The images ----------------------------------------------------------------------------------------------
+# ---- The images --------------------------------------------------------------------------------------------
 def trained_size(trained):
     """Pixels as make_transform takes them: --size of the training, or what data.load took in its place."""
     if trained["size"]:
@@ -128,11 +129,12 @@ def held_out(trained, folder, count):
     """The first held-out images with objects, from `folder` or else from the data that was trained on."""
     names = ("train_json", "train_images", "val_json", "val_images")
     paths = {} if folder else {name: trained.get(name) for name in names}
-    sets = data.load(folder or trained["data"], **paths, size=trained_size(trained), augment=trained["preset"],
-                     splits=("val",))
-    chosen = data.first_with_boxes(sets["val"], count)
+    sets = data.load(folder or trained["data"], **paths, size=trained_size(trained),
+                     augment=trained["preset"], splits=("val",))
+    val_set = sets["val"]
+    chosen = data.first_with_boxes(val_set, count)
     if not len(chosen):
-        raise DataError(f"{sets['val'].name}: no image has a box")
+        raise DataError(f"{val_set.name}: no image has a box")
     return chosen
 
 

@@ -16,7 +16,7 @@ from support.pictures import PREDICTED, REFERENCE, TRUE, draw_box, drawable, sho
 MOST_GROUPS = 6  # panels side by side
 
 
-# ---- Panels --------------------------------------------------------------------------------------------------
+# ---- Panels ------------------------------------------------------------------------------------------------
 def show_scene(axes, scene, title, boxes=(), grey=False):
     """The photo with boxes: [(box [4], colour, line style)]."""
     show(axes, scene.photo, scene.size, drawable(title), grey)
@@ -38,15 +38,15 @@ def show_points(axes, points, colour, size=40):
 
 
 def zoom(axes, box, factor):
-    """Show only a square around a box [4], with sides of `factor` times its longer side; grey off the image."""
+    """Show only a square around a box [4], its side `factor` times the longer one; grey off the image."""
     (x, y), side = box.view(2, 2).mean(0).tolist(), factor / 2 * (box[2:] - box[:2]).max().item()
     axes.axis("on")
     axes.set(xlim=(x - side, x + side), ylim=(y + side, y - side), xticks=[], yticks=[], facecolor="0.85")
 
 
-def square_panels(rows, columns, title, side=3.0):
-    """A figure with rows * columns square panels, and these: an array of axes."""
-    figure = Figure((columns * side, rows * (side + 0.3) + 0.5), layout="constrained")
+def square_panels(rows, columns, title, side=3.0, right=0.0):
+    """A figure with rows * columns square panels, `right` inches beside them, and these: an array of axes."""
+    figure = Figure((columns * side + right, rows * (side + 0.3) + 0.5), layout="constrained")
     figure.suptitle(title, fontsize=11)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
@@ -63,7 +63,7 @@ def panel_grid(scene, title, rows, large, lines, columns):
                     for row in halves]
 
 
-# ---- What the decoder looks at -------------------------------------------------------------------------------
+# ---- What the decoder looks at -----------------------------------------------------------------------------
 def draw_attention(scene):
     """DETR: encoder attention from a box's centre; decoder attention of the query that predicts this box."""
     encoder, decoder = (scene.last_with(part, "weights")["weights"][0] for part in ("encoder", "decoder"))
@@ -83,7 +83,7 @@ def draw_attention(scene):
 
 def draw_spatial(scene):
     """Conditional DETR and DAB-DETR: what position alone attends to in each head, content alone, and both."""
-    return draw_factors(scene, "spatial", "attention by the spatial product, by the content product, by their sum")
+    return draw_factors(scene, "spatial", "attention by the spatial and the content product, by their sum")
 
 
 def draw_prior(scene):
@@ -116,7 +116,7 @@ def draw_sampling(scene):
     """Deformable DETR: the sampling points of all heads and levels, of a pixel and of a query."""
     best, markers = scene.detected_queries(3), "os^Dv"
     title = "Where the last layers of encoder (above) and decoder (below) look"
-    figure, panels = square_panels(2, len(best), title, side=4.6)
+    figure, panels = square_panels(2, len(best), title, side=4.0, right=1.2)
     for part, row in zip(("encoder", "decoder"), panels):
         seen = scene.last_with(part, "locations")
         shapes = [tuple(shape) for shape in seen["shapes"].tolist()]
@@ -145,15 +145,15 @@ def draw_samples(scene):
     """AdaMixer: the sampling points of all groups in x, y (position) and scale (colour)."""
     samples, best = scene.last_with("decoder", "samples")["samples"][0], scene.detected_queries(3)
     title = "Last decoder layer: where, and at which scale, a query samples the feature maps"
-    figure, panels = square_panels(1, len(best), title, side=4.6)
+    figure, panels = square_panels(1, len(best), title, side=4.0, right=1.2)
     chosen = samples[[query for query, _, _ in best]][..., 2]
     least, most = chosen.min().item(), chosen.max().item()
     for axes, (query, box, name) in zip(panels[0], best):
         show_scene(axes, scene, name, [(box, PREDICTED, "-")], grey=True)
         points = samples[query].reshape(-1, 3)
         x, y = scene.to_pixels(points[:, :2]).T.numpy()
-        dots = axes.scatter(x, y, c=points[:, 2].numpy(), s=24, vmin=least, vmax=most, cmap="plasma", ec="white",
-                            lw=0.3)
+        dots = axes.scatter(x, y, c=points[:, 2].numpy(), s=24, vmin=least, vmax=most, cmap="plasma",
+                            ec="white", lw=0.3)
         zoom(axes, box, 2.5)
     figure.colorbar(dots, ax=panels, shrink=0.8, label="log2 of the stride that is read")
     return figure
@@ -161,7 +161,8 @@ def draw_samples(scene):
 
 def draw_salient_points(scene):
     """SAM-DETR: a query's reference box, the point that each head picks inside it, and their attention."""
-    seen, attention = scene.last_with("decoder", "points"), scene.last_with("decoder", "weights")["weights"][0]
+    seen = scene.last_with("decoder", "points")
+    attention = scene.last_with("decoder", "weights")["weights"][0]
     best, heads = scene.detected_queries(3), len(attention)
     title = "Last decoder layer: reference box (dashed), a salient point for each head, and their attention"
     figure, rows = panel_grid(scene, title, len(best), large=1, lines=2, columns=math.ceil(heads / 2))
@@ -176,12 +177,12 @@ def draw_salient_points(scene):
     return figure
 
 
-# ---- What training adds --------------------------------------------------------------------------------------
+# ---- What training adds ------------------------------------------------------------------------------------
 def draw_stages(scene):
     """SQR: the same query at every stage, marked where one was better than the last (fading positives)."""
     S, best = len(scene.scores), scene.detected_queries(20)
-    best.sort(key=lambda item: -scene.fading_positives(item[0])[2].sum())  # stable: by score where nothing fades
-    best = best[:4]
+    # Sorting is stable: by score where nothing fades
+    best = sorted(best, key=lambda item: -scene.fading_positives(item[0])[2].sum())[:4]
     known = "\ntruth green; orange: better than the last stage in IoU and score" if scene.truth else ""
     figure, panels = square_panels(len(best), S, f"The same query at every stage, one query a row{known}")
     for row, (query, _, _) in zip(panels, best):
@@ -232,10 +233,16 @@ def training_parts(trained, scene, softmax):
     return []
 
 
-# ---- Which picture -------------------------------------------------------------------------------------------
+# ---- Which picture -----------------------------------------------------------------------------------------
 # The first whose array a module of the decoder shows
-PICTURES = {"samples": draw_samples, "points": draw_salient_points, "prior": draw_prior, "spatial": draw_spatial,
-            "locations": draw_sampling, "weights": draw_attention}
+PICTURES = {
+    "samples": draw_samples,
+    "points": draw_salient_points,
+    "prior": draw_prior,
+    "spatial": draw_spatial,
+    "locations": draw_sampling,
+    "weights": draw_attention,
+}
 
 
 def choose(model, scene):
@@ -251,7 +258,8 @@ def choose(model, scene):
         # A bias of self-attention, which has as many keys as queries, is no map of the image
         if found and not (array == "prior" and found[-1]["prior"].shape[-1] == found[-1]["prior"].shape[-2]):
             return draw
-    raise CannotDraw(f"{type(model).__name__} has no decoder that shows any of {', '.join(PICTURES)}; see look()")
+    known = ", ".join(PICTURES)
+    raise CannotDraw(f"{type(model).__name__} has no decoder that shows any of {known}; see look()")
 
 
 def draw_look(model, scene):

@@ -15,14 +15,14 @@ from torchvision.ops import box_iou, nms
 
 from support import data
 from support.evaluation import postprocess
-from support.pictures import small_photo, to_pixels_xyxy
+from support.pictures import shorten, small_photo, to_pixels_xyxy
 
 
 def is_softmax(model):
     return model.recipe["class_loss"] == "softmax"
 
 
-# ---- Readers -------------------------------------------------------------------------------------------------
+# ---- Readers -----------------------------------------------------------------------------------------------
 # A reader gets a module, its output and the arguments of its forward; it returns named tensors, see look().
 def read_attention(module, output, q, k, v, mask=None, bias=None):
     # [B, T, E] -> [B, T, M, E/M] -> [B, M, T, E/M]
@@ -63,7 +63,7 @@ READERS = {"Attention": read_attention, "MSDeformAttn": read_sampling, "Semantic
 
 
 def reader_of(name, module):
-    """Its own method `look`; or, where class and arguments of forward are named as in our files, ours; or None."""
+    """Its own method `look`; or ours, where class and arguments of forward are named as here; or None."""
     if inspect.ismethod(getattr(module, "look", None)):
         return type(module).look
     if name.split(".")[-1] == "reference":
@@ -113,10 +113,10 @@ def look(model, images, mask):
             hook.remove()
 
 
-# ---- What a method adds in training --------------------------------------------------------------------------
+# ---- What a method adds in training ------------------------------------------------------------------------
 @contextmanager
 def quiet_training(model):
-    """The model in training mode, but without dropout and with the batch norm of inference; then as before."""
+    """The model in training mode, without dropout and with the batch norm of inference; then as before."""
     before = {module: module.training for module in model.modules()}
     for module in model.modules():
         rate = getattr(module, "dropout", None)  # of our Attention; in a layer it is a module of its own
@@ -129,7 +129,7 @@ def quiet_training(model):
             module.training = training
 
 
-# ---- One image and what the model says of it -----------------------------------------------------------------
+# ---- One image and what the model says of it ---------------------------------------------------------------
 class CannotDraw(Exception):
     """The model lacks a part that the picture of its attention needs."""
 
@@ -191,7 +191,7 @@ class Scene:
 
     def in_words(self, stage, query):
         """What a query says at a stage."""
-        return f"{self.name_of(self.labels[stage, query])} {self.scores[stage, query]:.2f}"
+        return f"{shorten(self.name_of(self.labels[stage, query]))} {self.scores[stage, query]:.2f}"
 
     def fading_positives(self, query):
         """What the last stage finds, and who was better: (true box [4] or None, IoU [S], better [S] bool).

@@ -1,7 +1,7 @@
 """Pictures of a run: predictions beside the truth, and curves. train.py draws both at every evaluation.
 
 Boxes are xyxy in pixels of the original photo, and it is the photo that they are drawn on, not the small copy
-that the network sees. Names of classes and files may hold anything: what cannot be drawn is written as \\u732b.
+that the network sees. Names of classes and files may hold anything: what the font lacks becomes \\u732b.
 """
 import functools
 import json
@@ -17,11 +17,11 @@ from torchvision.ops import box_convert
 from support.images import load_image
 
 TRUE, PREDICTED, REFERENCE = "#00c853", "#ff1744", "#40c4ff"  # green, red, blue
-LONGEST_NAME = 40  # characters of a class name or file name that are drawn
+LONGEST_NAME = 40  # characters of a class name that are drawn
 DPI = 110
 
 
-# ---- Text ----------------------------------------------------------------------------------------------------
+# ---- Text --------------------------------------------------------------------------------------------------
 @functools.cache
 def font():
     return font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
@@ -29,11 +29,13 @@ def font():
 
 def drawable(text):
     """The text as matplotlib can draw it: without mathematics, and with codes for what the font lacks."""
-    text = str(text) if len(str(text)) <= LONGEST_NAME else f"{str(text)[:LONGEST_NAME - 3]}..."
     glyphs = font().get_charmap()
-    text = "".join(c if ord(c) in glyphs else c.encode("ascii", "backslashreplace").decode() for c in text)
-    text = text.replace("\t", " ").replace("\r", " ").replace("\n", " ")
+    text = "".join(c if ord(c) in glyphs else ascii(c)[1:-1] for c in text)
     return text.replace("$", r"\$")  # $x$ is mathematics, and {$ or $\oops$ is a traceback
+
+
+def shorten(name):
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME - 3]}..."
 
 
 def text_size(text, fontsize):
@@ -44,9 +46,9 @@ def text_size(text, fontsize):
     return face.get_width_height()[0] / 64 + 2, fontsize * 1.3
 
 
-# ---- Photos, boxes and labels --------------------------------------------------------------------------------
+# ---- Photos, boxes and labels ------------------------------------------------------------------------------
 def photo_grid(sizes, columns, width, tallest=math.inf, top=0.35, bottom=0.05, title=0.0):
-    """A figure of `width` inches and an axes for each photo, in rows that fill this width without blank bands.
+    """A figure of `width` inches and an axes for each photo, in rows that fill it without blank bands.
 
     sizes: (height, width) of the photos. tallest: inches, the most that a row may have. top, bottom, title:
     inches above all rows, below them and above each row.
@@ -115,7 +117,7 @@ def draw_labels(axes, labels, size, fontsize):
         axes.text(*middle, text, fontsize=fontsize, color="white", ha="center", va="center", clip_on=True)
 
 
-# ---- A run ---------------------------------------------------------------------------------------------------
+# ---- A run -------------------------------------------------------------------------------------------------
 def draw_predictions(dataset, predictions, path, count=8, threshold=0.3):
     """The first `count` images with objects: true boxes green, predictions scored over the threshold red.
 
@@ -133,11 +135,11 @@ def draw_predictions(dataset, predictions, path, count=8, threshold=0.3):
         size, names = target["size"], dataset.class_names
         show(axes, small_photo(dataset, index), size)
         truth = to_pixels_xyxy(target["boxes"], size)
-        labels = [(box, names[i], TRUE) for box, i in zip(truth, target["labels"])]
+        labels = [(box, shorten(names[i]), TRUE) for box, i in zip(truth, target["labels"])]
         found = predictions[target["image_id"]]
         for k in (found["scores"] > threshold).nonzero()[:, 0].tolist():
             label, score = found["labels"][k], found["scores"][k]
-            labels.append((found["boxes"][k], f"{names[label]} {score:.2f}", PREDICTED))
+            labels.append((found["boxes"][k], f"{shorten(names[label])} {score:.2f}", PREDICTED))
         for box, _, colour in labels:
             draw_box(axes, box, colour, width=3 if colour == TRUE else 1.5)  # seen under a box that fits it
         draw_labels(axes, labels, size, fontsize=6)
@@ -153,13 +155,14 @@ def to_pixels_xyxy(boxes, size):
 
 def small_photo(dataset, index, longest=1200):
     """uint8 [h, w, 3]: the photo as it is, or if it is very large every n-th pixel of it."""
-    photo = dataset.draw(index)[0] if hasattr(dataset, "draw") else np.asarray(load_image(dataset.images[index]))
+    is_drawn = hasattr(dataset, "draw")  # the embedded shapes have no files
+    photo = dataset.draw(index)[0] if is_drawn else np.asarray(load_image(dataset.images[index]))
     step = math.ceil(max(photo.shape[:2]) / longest)
     return photo[::step, ::step]
 
 
 def read_log(path):
-    """The lines of a run's log.jsonl as dicts. What is no such line is left out: a killed run cuts one off."""
+    """The lines of a run's log.jsonl as dicts. Others are left out: a killed run cuts one off."""
     lines = []
     for text in Path(path).read_text(errors="replace").splitlines():
         try:
@@ -195,27 +198,31 @@ def draw_curves(log, path):
     figure.savefig(path, dpi=DPI)
 
 
-# ---- One image -----------------------------------------------------------------------------------------------
+# ---- One image ---------------------------------------------------------------------------------------------
 def draw_detections(scene, found):
     """Predictions {"boxes", "labels", "scores"}, a colour for each class; beside them the truth, if known."""
     order = found["scores"].argsort(descending=True, stable=True).tolist()
-    predicted = [(scene.name_of(found["labels"][k]), found["boxes"][k], f"{found['scores'][k]:.2f}") for k in order]
+    predicted = [(scene.name_of(found["labels"][k]), found["boxes"][k], f"{found['scores'][k]:.2f}")
+                 for k in order]
     truth = [(name, box, "") for name, box in scene.truth]
     present = list(dict.fromkeys(name for name, _, _ in predicted + truth))
     names = [name for name in scene.class_names if name in present]
     names = list(dict.fromkeys(names + present))
-    hues = colormaps["tab10"].colors if len(names) <= 10 else colormaps["hsv"](np.linspace(0, 0.95, len(names)))
-    colours = dict(zip(names, hues))
+    many = colormaps["hsv"](np.linspace(0, 0.95, len(names)))
+    colours = dict(zip(names, colormaps["tab10"].colors if len(names) <= 10 else many))
     panels = 2 if truth else 1
     per_row = 6 * panels
-    figure, axes = photo_grid([scene.size] * panels, panels, width=8 * panels, tallest=12, top=0.1, title=0.25,
-                              bottom=0.15 + 0.3 * math.ceil(len(colours) / per_row))
+    legend = 0.15 + 0.3 * math.ceil(len(colours) / per_row)  # inches
+    figure, axes = photo_grid([scene.size] * panels, panels, width=8 * panels, tallest=12, top=0.1,
+                              bottom=legend, title=0.25)
     for panel, kind, objects in zip(axes, ("predicted", "truth"), (predicted, truth)):
         show(panel, scene.photo, scene.size, f"{kind}: {len(objects)}")
         for name, box, _ in objects:
             draw_box(panel, box, colours[name])
         draw_labels(panel, [(box, text, colours[name]) for name, box, text in objects if text], scene.size, 9)
-    keys = [Rectangle((0, 0), 1, 1, color=colour, label=drawable(name)) for name, colour in colours.items()]
+    keys = [Rectangle((0, 0), 1, 1, color=colour, label=drawable(shorten(name)))
+            for name, colour in colours.items()]
     if keys:
-        figure.legend(handles=keys, loc="lower center", ncols=min(per_row, len(keys)), fontsize=9, frameon=False)
+        columns = min(per_row, len(keys))
+        figure.legend(handles=keys, loc="lower center", ncols=columns, fontsize=9, frameon=False)
     return figure

@@ -4,10 +4,10 @@ import importlib
 
 import pytest
 import torch
-from test_models import batch, tiny
 
 from support import attention_pictures
 from support.look import CannotDraw, Scene, look, quiet_training
+from test_models import batch, tiny
 
 CASES = [("detr", ""), ("conditional_detr", ""), ("deformable_detr", ""), ("deformable_detr", "two_stage"),
          ("sam_detr", "smca"), ("sam_detr", "multiscale"), ("sqr", "box_refine")]  # name, option that is on
@@ -16,7 +16,7 @@ every_case = pytest.mark.parametrize("name, option", CASES)
 
 @functools.cache
 def run(name, option=""):
-    """(model, inputs and output of each module without look(), out, seen) of a tiny model on two padded images."""
+    """(model, inputs and output of each module without look(), out, seen) on two padded images."""
     model, calls = tiny(name, **{option: True} if option else {}).eval(), {}
     hooks = [module.register_forward_hook(lambda m, i, o, part=part: calls.__setitem__(part, (i, o)))
              for part, module in model.named_modules()]
@@ -71,7 +71,8 @@ def test_conditional_attention_is_the_product_of_its_content_and_spatial_maps():
         assert ("spatial" in arrays) == part.endswith("cross_attn")
         if "spatial" in arrays:
             both = arrays["content"] * arrays["spatial"]
-            torch.testing.assert_close(both / both.sum(-1, keepdim=True), arrays["weights"], rtol=1e-4, atol=1e-6)
+            both = both / both.sum(-1, keepdim=True)
+            torch.testing.assert_close(both, arrays["weights"], rtol=1e-4, atol=1e-6)
     # The untrained box head adds nothing yet, so that boxes still sit on their reference points
     torch.testing.assert_close(seen["reference"]["reference"], out["boxes"][-1, ..., :2])
 
@@ -112,11 +113,12 @@ def test_of_a_recurrent_stage_the_last_run_is_kept():
     torch.testing.assert_close(seen[found[0]]["weights"], (q @ k.mT / 8 ** 0.5).softmax(-1))
 
 
-# ---- A Scene ------------------------------------------------------------------------------------------------
+# ---- A Scene -----------------------------------------------------------------------------------------------
 def scene_of(model, logits, boxes, seen):
     """A Scene of one image of 64 x 96 pixels from what a model returns for it."""
     scores, labels = logits[:, 0].sigmoid().max(-1)
-    return Scene(None, (64, 96), torch.zeros(3, 64, 96), list("abc"), [], scores, labels, boxes[:, 0], seen, 0.3)
+    image, boxes = torch.zeros(3, 64, 96), boxes[:, 0]
+    return Scene(None, (64, 96), image, list("abc"), [], scores, labels, boxes, seen, 0.3)
 
 
 def test_fading_is_a_higher_iou_and_a_higher_score_for_the_same_object():
@@ -151,7 +153,7 @@ def test_a_label_without_a_name_is_shown_by_its_number():
     assert [scene.in_words(0, query) for query in (0, 1)] == ["cat 1.00", "class 1 1.00"]
 
 
-# ---- What a file of another method can show -------------------------------------------------------------------
+# ---- What a file of another method can show ----------------------------------------------------------------
 class Attention(torch.nn.Module):
     """Of the name and the arguments of ours."""
     nheads = 2
@@ -241,9 +243,10 @@ def test_a_model_that_shows_nothing_is_told_so():
         picture_of(Method(torch.nn.Identity(), torch.zeros(1)))
 
 
-# ---- Which picture -------------------------------------------------------------------------------------------
-EXPECTED = [("detr", "", "draw_attention"), ("conditional_detr", "", "draw_spatial"), ("sqr", "", "draw_stages"),
-            ("deformable_detr", "", "draw_sampling"), ("sam_detr", "smca", "draw_salient_points")]
+# ---- Which picture -----------------------------------------------------------------------------------------
+EXPECTED = [("detr", "", "draw_attention"), ("conditional_detr", "", "draw_spatial"),
+            ("deformable_detr", "", "draw_sampling"), ("sam_detr", "smca", "draw_salient_points"),
+            ("sqr", "", "draw_stages")]
 
 
 @pytest.mark.parametrize("name, option, expected", EXPECTED)
@@ -267,7 +270,7 @@ def test_sqr_without_recollection_is_drawn_as_what_it_is():
 
 
 def test_groups_and_one_to_many_queries_are_drawn_beside_each_other():
-    many = {"logits": torch.full((1, 1, 4, 3), -9.0), "boxes": torch.tensor([0.5, 0.5, 0.5, 0.5]).expand(1, 1, 4, 4)}
+    many = {"logits": torch.full((1, 1, 4, 3), -9.0), "boxes": torch.full((1, 1, 4, 4), 0.5)}
     many["logits"][..., :3, 0] = 2  # three of four queries say what the best query says, at its place
     for training, titles in [
             ({"one2many": many}, ["one-to-one: 2 say a", "one-to-many: 3 say a", "one-to-one: 1 say b",
