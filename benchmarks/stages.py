@@ -27,7 +27,7 @@ from torchvision.ops import box_convert, box_iou
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train  # noqa: E402
-import visualize  # noqa: E402
+from support import pictures  # noqa: E402
 from support.evaluation import coco_eval  # noqa: E402
 from support.images import DataError, one_line  # noqa: E402
 
@@ -150,18 +150,16 @@ def draw(dataset, images, path, count=6):
     for axes in panels:
         axes.axis("off")
     for axes, (_, image, g, stage, query) in zip(panels, cases):
-        pixels, target = dataset[index_of[image.image_id]]
-        height, width = pixels.shape[1:]
-        scale = torch.tensor([width / target["size"][1], height / target["size"][0]] * 2)
-        axes.imshow(visualize.to_picture(pixels))
-        lines = [(image.true_boxes[g], dataset.class_names[image.true_labels[g]], visualize.TRUE, "truth")]
-        for s, colour in ((stage, "#2979ff"), (-1, visualize.PREDICTED)):
+        index = index_of[image.image_id]
+        pictures.show(axes, pictures.small_photo(dataset, index), dataset[index][1]["size"])
+        lines = [(image.true_boxes[g], dataset.class_names[image.true_labels[g]], pictures.TRUE, "truth")]
+        for s, colour in ((stage, "#2979ff"), (-1, pictures.PREDICTED)):
             label, score = dataset.class_names[image.labels[s, query]], image.scores[s, query]
             overlap = box_iou(image.boxes[s, query][None], image.true_boxes[g][None]).item()
             name = "last stage" if s == -1 else f"stage {s + 1}"
             lines.append((image.boxes[s, query], f"{label} {score:.2f}, IoU {overlap:.2f}", colour, name))
         for k, (box, text, colour, name) in enumerate(lines):
-            visualize.draw_boxes(axes, (box * scale)[None], [""], colour, above=True)
+            pictures.draw_box(axes, box, colour)
             axes.text(0, -0.03 - 0.07 * k, f"{name}: {text}", color=colour, transform=axes.transAxes, va="top")
     figure.suptitle("One query each: right at an early stage, wrong at the last")
     figure.savefig(path, dpi=100)

@@ -12,8 +12,7 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-import visualize as pictures
-from support import processes
+from support import pictures, processes
 from support.checkpoints import save
 from support.evaluation import explain
 from support.report import collapse_line, peak_memory

@@ -47,7 +47,7 @@ def train_in_child(cwd, flags):
     """For tests that kill or time a run: main() without pictures, which take most of the time."""
     os.chdir(cwd)
     sys.stdout = sys.stderr = open(os.devnull, "w")
-    import visualize as pictures
+    from support import pictures
     pictures.draw_predictions = pictures.draw_curves = lambda *_: None
     train.main(list(map(str, flags)))
 

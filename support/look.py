@@ -1,0 +1,226 @@
+"""What a model looked at, as arrays; and a Scene, which is one image with all that the model says of it.
+
+    out, seen = look(model.eval(), images, mask)
+    seen["decoder.layers.5.cross_attn"]["weights"]  # [B, M, Q, T]
+
+Legend as in the model files: B images, Q queries, M heads, L levels, K points, T tokens, S stages.
+"""
+import inspect
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torchvision.ops import box_iou, nms
+
+from support import data
+from support.evaluation import postprocess
+from support.pictures import shorten, small_photo, to_pixels_xyxy
+
+
+def is_softmax(model):
+    return model.recipe["class_loss"] == "softmax"
+
+
+# ---- Readers -----------------------------------------------------------------------------------------------
+# A reader gets a module, its output and the arguments of its forward; it returns named tensors, see look().
+def read_attention(module, output, q, k, v, mask=None, bias=None):
+    # [B, T, E] -> [B, T, M, E/M] -> [B, M, T, E/M]
+    q, k = (x.unflatten(-1, (module.nheads, -1)).transpose(1, 2) for x in (q, k))
+    scale = q.shape[-1] ** -0.5  # for halves as well, so that content * spatial is proportional to weights
+
+    def softmax(q, k, bias=None):
+        scores = q @ k.mT * scale  # [B, M, Q, T]
+        scores = scores if bias is None else scores + bias
+        scores = scores if mask is None else scores.masked_fill(mask[:, None, None], -math.inf)
+        return scores.softmax(-1)
+
+    found = {"weights": softmax(q, k, bias)}
+    if q.shape[-1] * module.nheads == 2 * v.shape[-1]:  # [content | position] inside every head
+        (c_q, p_q), (c_k, p_k) = q.chunk(2, dim=-1), k.chunk(2, dim=-1)  # [B, M, ., D/M]
+        found.update(content=softmax(c_q, c_k), spatial=softmax(p_q, p_k))
+    elif bias is not None:
+        found.update(content=softmax(q, k), prior=bias.exp().expand_as(found["weights"]))
+    return found
+
+
+def read_sampling(module, output, query, reference, value, spatial_shapes, mask):
+    locations, weights = module.locations_and_weights(query, reference, spatial_shapes)
+    shapes = torch.tensor([tuple(shape) for shape in spatial_shapes])
+    return {"locations": locations, "weights": weights, "reference": reference, "shapes": shapes}
+
+
+def read_aligner(module, output, tgt, reference, memory, mask):
+    _, _, points, scale = output
+    return {"points": points, "reference": reference} | ({} if scale is None else {"scale": scale})
+
+
+def read_reference(module, output, *inputs):
+    return {"reference": output.sigmoid()}
+
+
+READERS = {"Attention": read_attention, "MSDeformAttn": read_sampling, "SemanticsAligner": read_aligner}
+
+
+def reader_of(name, module):
+    """Its own method `look`; or ours, where class and arguments of forward are named as here; or None."""
+    if inspect.ismethod(getattr(module, "look", None)):
+        return type(module).look
+    if name.split(".")[-1] == "reference":
+        return read_reference
+    read = READERS.get(type(module).__name__)
+    expected = list(inspect.signature(read).parameters)[2:] if read else None
+    return read if expected == list(inspect.signature(module.forward).parameters) else None
+
+
+@torch.no_grad()
+def look(model, images, mask):
+    """Run the model as it is and keep what its parts looked at: (out, seen), `out` being model(images, mask).
+
+    images [B, 3, H, W], mask [B, H, W] bool, True on padding. seen: {name of the module: {name of the array:
+    tensor on the CPU}}, in the order in which modules ran:
+
+    Attention         weights [B, M, Q, T], rows sum to 1, padding gets 0. Where q and k are [content |
+                      position] in every head, also content and spatial: what one half alone would give.
+                      Where a bias is added, also content, which is without it, and prior = exp(bias).
+    MSDeformAttn      locations [B, Q, M, L, K, 2] as (x, y) and reference [B, Q, L, 2 or 4], in [0, 1] of the
+                      padded maps; weights [B, Q, M, L, K], summing to 1 over L and K; shapes [L, 2] as (h, w)
+    SemanticsAligner  points [B, Q, M, 2], reference [B, Q, 4] in [0, 1] of the image; scale [B, Q, M, 2]
+    named reference   reference [B, Q, 2] in [0, 1] of the image: the sigmoid of the module's output
+    others            what their method look(output, *arguments of forward) returns, a dict of tensors, if
+                      they have one: this is how the file of another method shows what is new in it. With
+                      these names there is a picture for it: those above, and samples [B, Q, M, K, 3], points
+                      as (x, y) in [0, 1] of the image and log2 of the stride they are read at.
+
+    In an encoder Q is T. Of a module that runs repeatedly (SQR's recurrent stage) the last run is kept. Other
+    modules are left out. Each layer of a global encoder needs 4 B M T^2 bytes.
+    """
+    seen, hooks = {}, []
+
+    def keep(name, read):
+        def hook(module, inputs, kwargs, output):
+            arrays = read(module, output, *inputs, **kwargs)
+            seen[name] = {key: value.detach().cpu() for key, value in arrays.items()}
+        return hook
+
+    for name, module in model.named_modules():
+        if read := reader_of(name, module):
+            hooks.append(module.register_forward_hook(keep(name, read), with_kwargs=True))
+    try:
+        return model(images, mask), seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# ---- What a method adds in training ------------------------------------------------------------------------
+@contextmanager
+def quiet_training(model):
+    """The model in training mode, without dropout and with the batch norm of inference; then as before."""
+    before = {module: module.training for module in model.modules()}
+    for module in model.modules():
+        rate = getattr(module, "dropout", None)  # of our Attention; in a layer it is a module of its own
+        noisy = isinstance(module, torch.nn.Dropout) or isinstance(rate, float)
+        module.training = not noisy and not hasattr(module, "running_mean")
+    try:
+        yield model
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+# ---- One image and what the model says of it ---------------------------------------------------------------
+class CannotDraw(Exception):
+    """The model lacks a part that the picture of its attention needs."""
+
+
+@dataclass
+class Scene:
+    """A batch of one image, so without padding. All boxes are xyxy in pixels of the original."""
+    photo: object  # uint8 [h, w, 3]
+    size: tuple  # (height, width) of the original
+    image: torch.Tensor  # [3, H, W], as the network gets it
+    class_names: list  # the model's
+    truth: list  # [(class name, box [4])]; empty if nobody knows
+    scores: torch.Tensor  # [S, Q], of the best class
+    labels: torch.Tensor  # [S, Q]
+    boxes: torch.Tensor  # [S, Q, 4]
+    seen: dict  # what look() returns
+    threshold: float  # queries with a higher score are detections
+
+    def to_pixels(self, xy):
+        """Points [..., 2] in [0, 1] of the image -> pixels of the original."""
+        return xy * torch.tensor([self.size[1], self.size[0]])
+
+    def token_at(self, point, map_size):
+        """Number of the cell, in a map of (h, w) cells, in which a point [2] in pixels lies."""
+        (x, y), (h, w) = (point / self.to_pixels(torch.ones(2))).clamp(0, 0.999).tolist(), map_size
+        return int(y * h) * w + int(x * w)
+
+    def map_size(self, tokens):
+        """(h, w) of the feature map with so many tokens: the image at one of the usual strides."""
+        for stride in (4, 8, 16, 32, 64):
+            h, w = (math.ceil(side / stride) for side in self.image.shape[1:])
+            if h * w == tokens:
+                return h, w
+        raise CannotDraw(f"{tokens} tokens are no feature map of {list(self.image.shape[1:])} pixels")
+
+    def arrays_with(self, part, array):
+        """What the modules that have `array` saw, of those with `part` in their names: [{name: tensor}]."""
+        return [arrays for name, arrays in self.seen.items() if part in name and array in arrays]
+
+    def last_with(self, part, array):
+        found = self.arrays_with(part, array)
+        if not found:
+            raise CannotDraw(f'look() found no {array} in an "{part}"')
+        return found[-1]
+
+    def detected_queries(self, count):
+        """Detected queries, at least one, of different objects as far as boxes tell, by falling score.
+
+        Each is (query, its last box [4], what it says in words).
+        """
+        queries = nms(self.boxes[-1], self.scores[-1], 0.5)
+        detected = (self.scores[-1, queries] > self.threshold).sum().item()
+        queries = queries[:max(1, min(count, detected))].tolist()
+        return [(query, self.boxes[-1, query], self.in_words(-1, query)) for query in queries]
+
+    def name_of(self, label):
+        """A class name; SMCA's official code also answers with a class that has none."""
+        return self.class_names[label] if label < len(self.class_names) else f"class {int(label)}"
+
+    def in_words(self, stage, query):
+        """What a query says at a stage."""
+        return f"{shorten(self.name_of(self.labels[stage, query]))} {self.scores[stage, query]:.2f}"
+
+    def fading_positives(self, query):
+        """What the last stage finds, and who was better: (true box [4] or None, IoU [S], better [S] bool).
+
+        Found: an object of its class with IoU 0.5 or more. A stage was better with the same class, a higher
+        IoU and a higher score: the true positive fades (SQR, section 3).
+        """
+        label, score = self.labels[:, query], self.scores[:, query]
+        for name, box in self.truth:
+            iou = box_iou(self.boxes[:, query], box[None])[:, 0]  # [S]
+            if name == self.name_of(label[-1]) and iou[-1] >= 0.5:
+                return box, iou, (label == label[-1]) & (iou > iou[-1]) & (score > score[-1])
+        return None, torch.zeros_like(score), torch.zeros_like(label, dtype=torch.bool)
+
+
+def best_class(logits, softmax, num_classes):
+    """Logits [..., C or more] -> the score of the best class and its label, both [...]."""
+    probabilities = logits.softmax(-1) if softmax else logits.sigmoid()
+    return probabilities[..., :num_classes].max(-1)  # without "no object"
+
+
+def make_scene(dataset, index, class_names, model, threshold):
+    """(Scene of one image of a data set, its scored boxes as postprocess returns them)."""
+    images, mask, (target,) = data.collate([dataset[index]])
+    out, seen = look(model, images, mask)
+    softmax, size = is_softmax(model), target["size"]
+    scores, labels = best_class(out["logits"][:, 0], softmax, len(class_names))  # [S, Q]
+    true_names = [dataset.class_names[i] for i in target["labels"]]
+    truth = list(zip(true_names, to_pixels_xyxy(target["boxes"], size)))
+    scene = Scene(small_photo(dataset, index), size, images[0], class_names, truth, scores, labels,
+                  to_pixels_xyxy(out["boxes"][:, 0], size), seen, threshold)
+    return scene, postprocess(out["logits"][-1], out["boxes"][-1], [size], softmax)[0]
