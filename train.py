@@ -336,7 +336,7 @@ def main(argv=None):
     if resumed:
         checkpoints.load_optimizer(optimizer, model, resumed, args.weight_decay)
     report.announce(model, datasets, args, run, lambda copy, parts: train_step(
-        copy, criterion, make_optimizer(copy, args.lr, args.lr_backbone, args.weight_decay), parts, args))
+        copy, criterion, make_optimizer(copy, 0, 0, 0), parts, args))
     train(model, criterion, optimizer, datasets, args, run)
 
 

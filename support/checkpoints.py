@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-NEEDED = ("model", "args", "model_options", "class_names", "category_ids")  # to use the weights
+NEEDED = dict(model=dict, args=dict, model_options=dict, class_names=list, category_ids=list)  # to use the weights
 NEEDED_TO_RESUME = ("optimizer", "step", "best", "seconds", "window")
 RENAMED = {"decoder.spatial_query.scale.": "decoder.query_scale.", "reference.head.": "reference."}  # since old runs
 
@@ -61,10 +61,11 @@ def load_checkpoint(path):
     checkpoint = read_file(path)
     if not isinstance(checkpoint, dict):
         raise SystemExit(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint.")
-    missing = [name for name in NEEDED if name not in checkpoint]
-    if missing:
-        raise SystemExit(f"{path}: not a checkpoint of train.py (no {', '.join(missing)}). To start a new run "
-                         "from official weights use --init.")
+    missing = [name for name, kind in NEEDED.items() if not isinstance(checkpoint.get(name), kind)]
+    missing = missing or [f"args[{name!r}]" for name in ("model", "preset", "size", "data") if name not in checkpoint["args"]]
+    if missing or not all(isinstance(name, str) for name in checkpoint["class_names"]):
+        raise SystemExit(f"{path}: not a checkpoint of train.py (look at its {', '.join(missing or ['class_names'])}). "
+                         "To start a new run from official weights use --init.")
     return {**checkpoint, "model": with_new_names(checkpoint["model"]), "path": str(path)}
 
 
@@ -79,8 +80,8 @@ def read_init(path):
     """The file behind --init, ours or official; of a run's folder best.pt."""
     path = Path(path)
     checkpoint = read_file(path / "best.pt" if path.is_dir() else path)
-    if not isinstance(checkpoint, dict):
-        raise SystemExit(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint.")
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model", {}), dict):
+        raise SystemExit(f"{path}: holds no weights by name, so it is no checkpoint.")
     return checkpoint
 
 

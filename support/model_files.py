@@ -75,15 +75,15 @@ def default_options(module):
 
 def files_with_option(name):
     """Names of our files whose model takes this option, or that are the option: multiscale of sam_detr_multiscale."""
-    return [file for file, path in known_files().items()
-            if re.search(rf"^\s+{re.escape(name)}=", path.read_text(), re.M) or file.endswith(f"_{name}")]
+    return [file for file in known_files() if file.endswith(f"_{name}") or name in default_options(load_model_file(file))]
 
 
 def file_with_options(name, options):
     """Where the model of an old run is now: the file `name`, or another one that an option of it moved to."""
-    for option in options if name in known_files() else ():
-        files = files_with_option(option)
-        if files and options[option] is not False and name not in files and files[0].startswith(name):
+    known = default_options(load_model_file(name)) if name in known_files() else options
+    for option in options:
+        files = files_with_option(option) if option not in known and options[option] is not False else []
+        if files and files[0].startswith(name):
             print(f"note     --option {option} of {name} is in the file {files[0]} now; taking that")
             return files[0]
     return name
