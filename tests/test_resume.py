@@ -146,7 +146,9 @@ def test_a_flipped_bit_does_not_pass(folder):
 
 @pytest.mark.parametrize("content, words", [
     (3, "holds a int"), ([], "holds a list"), ({"weights": 1}, "not a checkpoint of train.py"),
-    ({"model": {}, "args": {"model": "detr"}, "model_options": {}, "class_names": [], "category_ids": []}, "no optimizer")])
+    ({"model": {}, "args": {}, "model_options": {}, "class_names": [], "category_ids": []}, "look at its args"),
+    ({"model": {}, "args": dict.fromkeys(("model", "preset", "size", "data")), "model_options": {}, "class_names": [],
+      "category_ids": []}, "no optimizer")])
 def test_what_is_no_checkpoint_is_refused(content, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.save(content, "other.pt")
