@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.images import AnnotatedImage, DataError, file_size, visible
+from support.images import AnnotatedImage, DataError, file_size, shorten, visible
 
 SMALLEST_SIDE = 0.1  # pixels; float32 arithmetic leaves nothing of a box that is thinner
 CROWDED = 1000  # boxes in one image; every box needs a query, and memory grows with their square
@@ -41,7 +41,7 @@ def problem_lines(problems):
     """{kind: [places]} -> a line per kind. A kind without places speaks for itself."""
     texts = [f"{kind}: {len(places)} (first: {places[0]})" if places else kind
              for kind, places in problems.items()]
-    return [visible(text)[:500] for text in texts]  # names may have no end
+    return [shorten(visible(text), 500) for text in texts]
 
 
 def is_whole(value):

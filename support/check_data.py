@@ -11,7 +11,7 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from support.annotations import problem_lines
-from support.images import IMAGE_SUFFIXES, DataError, SizeDataError, as_data_error, load_image, visible
+from support.images import DataError, SizeDataError, as_data_error, images_in, load_image, visible
 from support.splits import already_in, identity, read_splits
 
 
@@ -53,10 +53,9 @@ def find_unlisted(readings):
     for reading in readings.values():
         for folder in sorted({os.path.dirname(image.path) for image in reading.images} - seen):
             seen.add(folder)
-            for entry in os.scandir(folder):
-                unlisted = entry.name.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(entry.path)
-                if unlisted and identity(entry.path) not in listed:
-                    reading.notes["image files that no annotations name, not used"].append(entry.path)
+            for path in images_in(folder):
+                if identity(path) not in listed:
+                    reading.notes["image files that no annotations name, not used"].append(str(path))
 
 
 def summarise(images, classes):

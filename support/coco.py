@@ -2,7 +2,7 @@
 import json
 import reprlib
 
-from support.images import DataError
+from support.images import DataError, reason
 
 
 def read_coco(path, image_folder, known, reading):
@@ -13,14 +13,14 @@ def read_coco(path, image_folder, known, reading):
             raise DataError("is empty")
         contents = json.loads(text, object_pairs_hook=without_repetition)
     except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}") from None
+        raise DataError(f"cannot be read: {reason(error)}") from None
     except RecursionError:
         raise DataError("cannot be read as JSON: nested too deeply") from None
     except ValueError as error:  # it says line and column
         raise DataError(f"cannot be read as JSON: {error}") from None
     if not isinstance(contents, dict):
-        raise DataError("should be an object with images, annotations and categories, it is "
-                        f"{reprlib.repr(contents)} (is this a file of results?)")
+        raise DataError("should be an object with images, annotations and categories (is this a file of "
+                        f"results?), it is {reprlib.repr(contents)}")
     for key in ("images", "annotations", "categories"):
         entries = contents.get(key)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):

@@ -27,6 +27,7 @@ from support.images import (
     AnnotatedImage,
     DataError,
     file_size,
+    images_in,
     load_image,
     to_input_and_target,
     visible,
@@ -195,19 +196,18 @@ def first_with_boxes(dataset, n, augment=False):
 
 # ---- Load --------------------------------------------------------------------------------------------------
 def from_images(paths, augment="laptop", size=None):
-    """Image files, and all images in folders, as a data set without classes and boxes, prepared as for evaluation.
+    """Image files, and all images in folders, as a data set without boxes, prepared as for evaluation.
 
-    paths: one or several. augment, size as in `load`. Raises DataError.
+    paths: one or several. augment, size: as in `load`. Raises DataError.
     """
     files = []
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        inside = sorted(Path(path).iterdir()) if os.path.isdir(path) else [Path(path)]
-        found = [file for file in inside if os.path.isfile(file) and (
-            file.suffix.lower() in IMAGE_SUFFIXES or not os.path.isdir(path))]
-        if not found:
-            looked_for = f"no images in this folder; looked for {' '.join(IMAGE_SUFFIXES)}"
-            raise DataError(f"{path}: {looked_for if os.path.isdir(path) else 'no such image or folder'}")
-        files += found
+        inside = images_in(path) if os.path.isdir(path) else [path]
+        if not inside:
+            raise DataError(f"{path}: no images in this folder; looked for {' '.join(IMAGE_SUFFIXES)}")
+        if not os.path.exists(path):
+            raise DataError(f"{path}: no such image or folder")
+        files += inside
     nothing = np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0), np.zeros(0, bool)
     images = [AnnotatedImage(i, str(file), *file_size(file, i), *nothing) for i, file in enumerate(files)]
     return CocoFolder("images", images, {}, [], False, augment, size or default_size(augment, False), seed=0)

@@ -1,6 +1,8 @@
 """Image files: what annotations say about one, its pixels, and one line if it is damaged."""
 import contextlib
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ class DataError(Exception):
     """Something is wrong with the data: in one line what, where (file, image, annotation), and what to do."""
 
     def __init__(self, message):
-        super().__init__(one_line(message)[:1500])  # a path has up to 4096 characters
+        super().__init__(shorten(one_line(message), 1500))
 
 
 class SizeDataError(DataError):
@@ -35,6 +37,16 @@ def one_line(error):
 def visible(text):
     """A text without line breaks, control characters and halves of characters: safe to print or to store."""
     return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
+
+
+def shorten(text, limit):
+    """A text without its middle if it is longer than `limit` characters; a path has up to 4096."""
+    return text if len(text) <= limit else f"{text[:limit // 2]} ... {text[-limit // 2:]}"
+
+
+def reason(error):
+    """What an exception says, without number and path where it is the system's."""
+    return getattr(error, "strerror", None) or one_line(error) or repr(error)
 
 
 @dataclass
@@ -56,17 +68,24 @@ def as_data_error(path, image_id):
     try:
         yield
     except Exception as error:
-        reason = getattr(error, "strerror", None) or one_line(error) or repr(error)
-        if isinstance(error, UnidentifiedImageError):
-            reason = "not an image, or damaged"
         kind = SizeDataError if isinstance(error, SizeDataError) else DataError
-        raise kind(f"{path} (image id {image_id}): {reason}; repair or remove it") from None
+        what = "not an image, or damaged" if isinstance(error, UnidentifiedImageError) else reason(error)
+        raise kind(f"{path} (image id {image_id}): {what}; repair or remove it") from None
 
 
 def size_shown(raw):
     """(width, height) of an open PIL image as viewers show it, from its header alone."""
     quarter_turn = raw.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # above 8: no viewer turns it
     return raw.size[::-1] if quarter_turn else raw.size
+
+
+def images_in(folder):
+    """The image files in a folder, by their endings, as sorted Paths. DataError if it cannot be read."""
+    try:
+        return sorted(path for path in Path(folder).iterdir()
+                      if path.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: {reason(error)}") from None
 
 
 def file_size(path, image_id):

@@ -5,7 +5,7 @@ from collections import defaultdict
 from xml.etree import ElementTree
 
 from support.annotations import SHARES, is_shares
-from support.images import IMAGE_SUFFIXES, DataError
+from support.images import DataError, images_in, reason, visible
 
 NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?")  # float() also takes 1_0, nan, other digits
 
@@ -41,15 +41,14 @@ def read_voc(path, image_folder, known, reading):
 
 def xml_files(path):
     """The files that a list names, or those in a folder."""
-    if os.path.isdir(path):
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".xml")
-    else:
-        try:
-            lines = path.read_text("utf-8-sig").split("\n")
-        except (OSError, ValueError) as error:  # ValueError: not text
-            raise DataError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
-        folder = path.parent.parent.parent / "Annotations"
-        files = [folder / f"{line.strip()}.xml" for line in lines if line.strip()]
+    try:
+        if os.path.isdir(path):
+            files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".xml")
+        else:
+            names = [line.strip() for line in path.read_text("utf-8-sig").split("\n")]
+            files = [path.parent.parent.parent / f"Annotations/{name}.xml" for name in names if name]
+    except (OSError, ValueError) as error:  # ValueError: not text
+        raise DataError(f"cannot be read: {reason(error)}") from None
     if not files:
         raise DataError("no XML files here" if os.path.isdir(path) else "is empty")
     return files
@@ -63,7 +62,7 @@ def read_xml(xml, errors):
             raise ValueError("it declares entities")
         root = ElementTree.fromstring(text)
     except (OSError, ValueError, LookupError, SyntaxError) as error:  # SyntaxError: malformed
-        errors["XML files that cannot be read"].append(f"{xml}: {getattr(error, 'strerror', None) or error}")
+        errors["XML files that cannot be read"].append(f"{xml}: {reason(error)}")
         return None
     if root.tag != "annotation":
         errors["XML files without VOC annotations"].append(f"{xml}: <{root.tag}>")
@@ -74,10 +73,8 @@ def read_xml(xml, errors):
 def image_files(folder):
     """{name without ending: [image files]} of a folder."""
     found = defaultdict(list)
-    for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-        stem, suffix = os.path.splitext(file)
-        if suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(os.path.join(folder, file)):
-            found[stem].append(file)
+    for path in images_in(folder) if os.path.isdir(folder) else []:
+        found[path.stem].append(path.name)
     return found
 
 
@@ -112,7 +109,7 @@ def read_object(element, image_id, where, errors):
         box = [x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1]
     return {
         "image_id": image_id,
-        "class": read_text(element, "name", where, errors),
+        "class": visible(read_text(element, "name", where, errors)),
         "bbox": box,
         "iscrowd": parse_number(read_text(element, "difficult", where, errors)),  # nobody has to find it
     }

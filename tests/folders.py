@@ -27,7 +27,8 @@ def write_image(path, width=64, height=48, box=None):
 def write_noise(path, width=64, height=48, seed=0, **save):
     """An image that no compression makes small: cut off anywhere, it is damaged."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)).save(path, **save)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(path, **save)
 
 
 def annotations_of(boxes):
@@ -75,7 +76,8 @@ def small_coco(folder, images=3, bbox=(4, 4, 20, 20), **changes):
     contents = {
         "categories": [{"id": 7, "name": "thing"}],
         "images": [{"id": i, "file_name": f"{i}.png", "width": 48, "height": 40} for i in range(images)],
-        "annotations": [{"id": i, "image_id": i, "category_id": 7, "bbox": list(bbox)} for i in range(images)],
+        "annotations": [{"id": i, "image_id": i, "category_id": 7, "bbox": list(bbox)}
+                        for i in range(images)],
     }
     contents.update(changes)
     (folder / "annotations").mkdir(parents=True)
