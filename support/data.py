@@ -100,7 +100,7 @@ class CocoFolder(Dataset):
 
     @property
     def max_boxes(self):
-        return max(map(self.count_boxes, range(len(self))))
+        return max(map(self.count_boxes, range(len(self))), default=0)
 
     @property
     def coco(self):

@@ -14,6 +14,11 @@ from torchvision.ops import box_convert
 from support.images import AnnotatedImage
 
 
+def is_softmax(model):
+    """Whether class scores are a softmax, no-object being the last, or otherwise independent sigmoids."""
+    return model.recipe["class_loss"] == "softmax"
+
+
 @torch.no_grad()
 def postprocess(logits, boxes, sizes, softmax):
     """Outputs of one stage -> scored boxes. Low scores stay: AP is about the ranking, without a threshold.

@@ -98,7 +98,7 @@ class Shapes(Dataset):
     def num_boxes(self):
         """Exact for up to 250 images, else an estimate from the first 250: counting means drawing."""
         some = range(min(250, len(self)))
-        return round(len(self) / len(some) * sum(map(self.count_boxes, some)))
+        return round(len(self) / max(1, len(some)) * sum(map(self.count_boxes, some)))
 
     @property
     def coco(self):

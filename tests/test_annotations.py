@@ -6,9 +6,9 @@ import pytest
 import torch
 from torchvision.ops import box_convert
 
-from folders import CATEGORIES, TRAIN, VAL, assert_one_line, change, coco_folder, edit, write_split
 from support import data
 from support.images import DataError
+from tests.folders import CATEGORIES, TRAIN, VAL, assert_one_line, change, coco_folder, edit, write_split
 
 
 @pytest.fixture
@@ -350,6 +350,7 @@ def test_a_subset_and_images_without_annotations(folder):
     some = dataset.subset([1])
     assert (len(some), some.path_of(0), some.num_boxes) == (1, str(folder / "val/2.png"), 1)
     assert list(some.coco.imgs) == [2] and len(dataset) == len(dataset.coco.imgs) == 2
+    assert dataset.subset([]).max_boxes == dataset.subset([]).num_boxes == 0
     (folder / "val/notes.txt").write_text("not an image")
     bare = data.from_images([folder / "train/2.png", folder / "val"], size=64)
     assert [bare.path_of(i) for i in range(3)] == [str(folder / name) for name in (

@@ -7,9 +7,9 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
-from folders import TRAIN, assert_same, bright, change, coco_folder, pixel_boxes
 from support import data
 from support.shapes import Shapes
+from tests.folders import TRAIN, assert_same, bright, change, coco_folder, pixel_boxes
 
 
 @pytest.fixture

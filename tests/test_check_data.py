@@ -6,10 +6,10 @@ import sys
 import pytest
 from PIL import Image
 
-from folders import TRAIN, assert_one_line, change, coco_folder, edit, write_image, write_noise
 from support import check_data, data
 from support.annotations import SHARES
 from support.images import DataError
+from tests.folders import TRAIN, assert_one_line, change, coco_folder, edit, write_image, write_noise
 
 
 @pytest.fixture

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from folders import (
+from support import check_data, data
+from support.images import AnnotatedImage, DataError, load_image
+from tests.folders import (
     TRAIN,
     VOC_TRAIN,
     VOC_VAL,
@@ -24,8 +26,6 @@ from folders import (
     mutate_bytes,
     write_voc,
 )
-from support import check_data, data
-from support.images import AnnotatedImage, DataError, load_image
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision.ops import box_convert
 
-from folders import VAL, change, coco_folder, edit
-from golden import Case
 from support import data
 from support.evaluation import coco_eval, explain, postprocess
+from tests.folders import VAL, change, coco_folder, edit
+from tests.golden import Case
 
 
 @pytest.fixture

@@ -5,9 +5,18 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from folders import assert_one_line, bright, change, coco_folder, edit, pixel_boxes, write_image, write_noise
 from support import data
 from support.images import AnnotatedImage, DataError, load_image, one_line, shorten, visible
+from tests.folders import (
+    assert_one_line,
+    bright,
+    change,
+    coco_folder,
+    edit,
+    pixel_boxes,
+    write_image,
+    write_noise,
+)
 
 
 @pytest.fixture

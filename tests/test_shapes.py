@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 import torch
 
-from folders import assert_same, bright, pixel_boxes
 from support import data, shapes
 from support.shapes import Shapes
+from tests.folders import assert_same, bright, pixel_boxes
 
 
 def test_shapes_box_is_tight_around_the_pixels_drawn(monkeypatch):

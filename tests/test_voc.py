@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from folders import VOC_TRAIN, VOC_VAL, assert_one_line, voc_box, voc_text, write_image, write_voc
 from support import check_data, data
 from support.images import DataError
+from tests.folders import VOC_TRAIN, VOC_VAL, assert_one_line, voc_box, voc_text, write_image, write_voc
 
 ENTITIES = "".join(f"<!ENTITY {name} '{10 * f'&{of};'}'>" for of, name in zip("abcdefgh", "bcdefghi"))
 BOMB = f"<!DOCTYPE a [<!ENTITY a 'ha'>{ENTITIES}]>" + voc_text([], "&i;")  # 200 million letters
