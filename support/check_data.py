@@ -11,7 +11,7 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from support.annotations import problem_lines
-from support.images import DataError, SizeDataError, as_data_error, images_in, load_image, visible
+from support.images import DataError, SizeDataError, as_data_error, images_in, load_image, reason, visible
 from support.splits import already_in, identity, read_splits
 
 
@@ -131,7 +131,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except DataError as error:
-        sys.exit(f"data: {error}")
+    except (DataError, OSError) as error:
+        sys.exit(f"data: {reason(error)}")
     except KeyboardInterrupt:
         sys.exit("\nInterrupted; nothing was changed.")

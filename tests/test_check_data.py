@@ -234,7 +234,11 @@ def run_command(monkeypatch, *flags):
 def test_exit_status_and_ctrl_c(folder, monkeypatch):
     assert run_command(monkeypatch, folder) == 0
     assert "nowhere: no such folder" in run_command(monkeypatch, folder / "nowhere")
-    monkeypatch.setattr(Image, "open", lambda path: exec("raise KeyboardInterrupt"))
+
+    def press_ctrl_c(path):  # with exec() in its place, Python itself would end with the status of Ctrl-C
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image, "open", press_ctrl_c)
     assert "Interrupted" in run_command(monkeypatch, folder)
 
 
@@ -248,6 +252,13 @@ def test_names_that_the_terminal_cannot_show_are_printed_in_another_way(folder, 
     terminal.flush()
     text = terminal.buffer.getvalue().decode("cp1252")
     assert r"\u540d\u524d \U0001f408 \ud800" in text and r"do not exist: 1 (first: " in text
+
+
+def test_one_file_in_both_splits_is_said_once(folder, capsys):
+    (folder / "val/2.png").unlink()
+    (folder / "val/2.png").symlink_to(folder / "train/2.png")
+    _, text = check(capsys, folder)
+    assert "images that are in train already, so val is too easy: 1 (first: " in text
 
 
 def test_a_file_that_links_to_itself_is_no_traceback(folder, capsys):

@@ -116,6 +116,7 @@ def test_a_damaged_image_gives_one_line(folder, spoil, words):
     with pytest.raises(DataError) as error:
         data.load(folder)["train"][0]
     assert_one_line(error.value, str(folder / "train/1.png"), "image id 1", *words)
+    assert "repair or remove it; python -m support.check_data DIR finds all" in str(error.value)
 
 
 @pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(b"not an image"),

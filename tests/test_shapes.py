@@ -58,14 +58,17 @@ def test_shapes_are_what_they_have_always_been():
     assert images.double().mean().item() == pytest.approx(0.141965, abs=2e-5)
     assert "".join(str(len(target["labels"])) for target in targets) == "41413312331421223344"
     assert targets[0]["labels"].tolist() == [0, 3, 2, 2] and targets[1]["labels"].tolist() == [2]
+    drawn = [Shapes(200, 48).draw(i)[1].labels for i in range(200)]
+    assert np.bincount(np.concatenate(drawn)).tolist() == [98, 122, 135, 118]  # of 200 images
     box = targets[1]["boxes"][0].tolist()
     assert box == pytest.approx([0.114458, 0.138298, 0.204819, 0.148936], abs=1e-5)
 
 
 def test_shapes_answer_what_folders_answer():
     dataset = Shapes(30, 64, split="val")
+    assert len(dataset.coco.imgs) == 30
     assert dataset.path_of(7) == "shapes-7" and dataset.count_boxes(7) == len(dataset[7][1]["boxes"])
     some = dataset.subset([7, 3])
     assert (len(some), some.path_of(1), list(some.coco.imgs)) == (2, "shapes-3", [7, 3])
     assert_same(some[0], dataset[7], "image 7 of the whole set, 0 of the subset")
-    assert len(dataset) == len(dataset.coco.imgs) == 30 and dataset.notes == []
+    assert len(dataset) == 30 and dataset.notes == []

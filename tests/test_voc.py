@@ -60,6 +60,15 @@ def test_voc_classes_are_numbered_in_the_order_of_their_names(voc):
     assert data.load(folder)["train"].class_names == ["Ant", "bee", "cat", "dog", "eel", "owl", "zebra"]
 
 
+def test_a_voc_class_is_the_same_class_in_both_splits_whatever_its_name(voc):
+    folder, xmls = voc
+    in_val = folder / "valid/d.xml" if xmls.name == "train" else xmls / "d.xml"
+    for path in (xmls / "b.xml", in_val):
+        path.write_text(voc_text([("do\n\u202eg", 11, 9, 30, 24)], f"{path.stem}.png"), encoding="utf-8")
+    sets = data.load(folder)
+    assert sets["val"].class_names == sets["train"].class_names == ["cat", "do \\u202eg", "dog"]
+
+
 def test_voc_val_alone_has_the_classes_of_the_training_set(voc):
     assert data.load(voc[0], splits=("val",))["val"].class_names == ["cat", "dog"], "val holds cats only"
 
@@ -87,7 +96,7 @@ def test_voc_image_size_and_name_may_be_missing(voc):
     (voc_text([("dog", "\uff11\uff12", 2, 30, 40)]), ["not four numbers: 1", "\uff11\uff12"]),
     (voc_text([("dog", "1_0", 2, 30, 40)]), ["not four numbers: 1", "1_0"]),
     (voc_text([("dog", "nan", 2, 30, 40)]), ["not four numbers: 1", "nan"]),
-    (BOMB, ["cannot be read: 1", "entities"]),
+    (BOMB, ["cannot be read: 1", "it declares entities"]),
     ("<annotation>" + "<a>" * 50_000 + "</a>" * 50_000 + "</annotation>", None),
     (voc_text([("", 1, 2, 30, 40)]), ["category_id", "object 1"]),
     (voc_text([], width=64.5), ["width and height", "[64.5, 48]"]),
