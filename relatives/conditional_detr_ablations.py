@@ -36,9 +36,9 @@ class SpatialQuery(MLP):
         sizes = {"identity": 0, "scalar": 1, "diagonal": hidden_dim, "block": hidden_dim * block,
                  "full": hidden_dim * hidden_dim}
         size = {"csq-t": hidden_dim, "csq-p": 0, "csq-c": 0}.get(form, sizes[transform])
-        super().__init__(hidden_dim, hidden_dim, size, depth=2)  # T = FFN(f), Eq. (3)
+        super().__init__(hidden_dim, hidden_dim, max(size, 1), depth=2)  # T = FFN(f), Eq. (3)
         if size == 0:
-            self.layers = None
+            self.layers = None  # there is no T
         self.form = form
         self.width = hidden_dim if transform == "full" else block
 

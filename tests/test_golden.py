@@ -3,31 +3,11 @@ import importlib
 
 import pytest
 import torch
-from golden import FOLDER, Case, assert_close, our_name
+from golden import CASES, FOLDER, Case, assert_close, options_of, our_name
 
 import train
 
-# case -> our file, and options that the golden README describes and case.args does not spell out as ours
-CASES = {
-    "detr": ("detr", {}),
-    "detr_dc5": ("detr", {}),
-    "conditional_detr": ("conditional_detr", {}),
-    "deformable_detr": ("deformable_detr", {}),
-    "deformable_detr_single_scale": ("deformable_detr", {}),
-    "deformable_detr_refine": ("deformable_detr", {}),
-    "deformable_detr_two_stage": ("deformable_detr", {}),
-    "sam_detr": ("sam_detr", {"input_norm": True}),
-    "sam_detr_smca": ("sam_detr", {"input_norm": True}),
-    "sam_detr_unpadded": ("sam_detr", {"input_norm": True}),
-    "sam_detr_smca_unpadded": ("sam_detr", {"input_norm": True}),
-    "sam_detr_multiscale": ("sam_detr", {}),
-}
-OUR_OPTION = {"with_box_refine": "box_refine", "enc_n_points": "enc_points", "dec_n_points": "dec_points"}
 LOSS = {"class": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou"}
-
-
-def options_of(args, extra):
-    return {**{OUR_OPTION.get(k, k): v for k, v in args.items() if k != "epochs"}, **extra}
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -267,8 +247,8 @@ def test_deformable_attention_alone():
 
 
 def test_the_golden_files_are_complete():
-    """sqr and dqr are tested in test_sqr.py, postprocess_* in test_data.py."""
-    stored = {p.stem for p in FOLDER.glob("*.json")} - {"tolerances"}
+    """sqr and dqr are tested in test_sqr.py, initialisation in test_initialisation.py, postprocess_* in test_data.py."""
+    stored = {p.stem for p in FOLDER.glob("*.json")} - {"tolerances", "initialisation"}
     tested = {*CASES, *COUNTS, "sqr", "dqr", "ms_deform_attn", "matcher_softmax", "matcher_focal", "postprocess_softmax", "postprocess_focal",
               "criterion_detr", "criterion_conditional", "criterion_deformable", "criterion_sam"}
     assert stored == tested, "a golden file is committed but not tested, or the other way round"

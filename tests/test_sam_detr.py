@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 from golden import our_name
-from test_models import batch
-from test_models import tiny as tiny_model
+from tiny_models import batch
+from tiny_models import tiny as tiny_model
 
 import sam_detr
 

@@ -1,18 +1,25 @@
 """Models small enough for a test, a batch of two images, and their objects."""
 import importlib
+from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).parents[1]
 TINY = dict(backbone="resnet18", pretrained_backbone=False, hidden_dim=32, nheads=4, enc_layers=1, dec_layers=2,
             dim_feedforward=32, dropout=0.0, num_queries=5)
 TARGETS = [{"labels": torch.tensor([0, 2]), "boxes": torch.tensor([[0.3, 0.4, 0.2, 0.3], [0.6, 0.6, 0.5, 0.4]])},
            {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}]
 
 
+def module_named(name):
+    """The model file of that name, at the top or in relatives/."""
+    return importlib.import_module(name if (ROOT / f"{name}.py").exists() else f"relatives.{name}")
+
+
 def tiny(name, **options):
-    """A new model of three classes, always with the same weights. `name` is a file's, or its module."""
+    """A new model of three classes, always with the same weights; `name` is that of a file, or its module."""
     torch.manual_seed(0)
-    module = importlib.import_module(name) if isinstance(name, str) else name
+    module = module_named(name) if isinstance(name, str) else name
     return module.build(3, **{**TINY, **options})
 
 
