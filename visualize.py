@@ -25,6 +25,7 @@ from support.look import CannotDraw, make_scene
 from support.pictures import DPI, draw_detections
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")  # looked for in folders
+PATHS = ("train_json", "train_images", "val_json", "val_images")
 LONGEST_STEM = 60  # characters; file systems allow 255 bytes, of which a character may need four
 
 
@@ -91,14 +92,20 @@ def load_model(p, args):
 
 
 def check_entries(source, checkpoint):
-    """SystemExit unless a checkpoint's entries are what train.py writes there."""
+    """SystemExit unless the entries of a checkpoint that are used here are what train.py writes."""
+    path = (str, type(None))
     kinds = {"model": dict, "args": dict, "model_options": dict, "class_names": list}
+    kinds_of_args = {"model": str, "preset": str, "size": (int, type(None)), "data": path}
+    kinds_of_args.update(dict.fromkeys(PATHS, path))
     wrong = [name for name, kind in kinds.items() if not isinstance(checkpoint[name], kind)]
-    wrong += [] if wrong else [f"args[{name!r}]" for name in ("model", "preset", "size", "data", "train_json")
-                               if name not in checkpoint["args"]]
-    if wrong or not all(isinstance(name, str) for name in checkpoint["class_names"]):
-        wrong = ", ".join(wrong or ["class_names"])
-        raise SystemExit(f"{source}: not a checkpoint of train.py (look at its {wrong})")
+    if not wrong:
+        args = checkpoint["args"]
+        wrong = [f"args[{name!r}]" for name, kind in kinds_of_args.items()
+                 if not isinstance(args.get(name, ...), kind)]
+        wrong += [] if wrong or args["size"] is None or args["size"] >= 32 else ["args['size']"]
+        wrong += [] if all(isinstance(name, str) for name in checkpoint["class_names"]) else ["class_names"]
+    if wrong:
+        raise SystemExit(f"{source}: not a checkpoint of train.py (look at its {', '.join(wrong)})")
 
 
 def official_names(checkpoint, softmax):
@@ -127,8 +134,7 @@ def trained_size(trained):
 
 def held_out(trained, folder, count):
     """The first held-out images with objects, from `folder` or else from the data that was trained on."""
-    names = ("train_json", "train_images", "val_json", "val_images")
-    paths = {} if folder else {name: trained.get(name) for name in names}
+    paths = {} if folder else {name: trained[name] for name in PATHS}
     sets = data.load(folder or trained["data"], **paths, size=trained_size(trained),
                      augment=trained["preset"], splits=("val",))
     val_set = sets["val"]
@@ -220,7 +226,7 @@ def main(argv=None):
         draw_all(p, args)
     except DataError as error:
         raise SystemExit(f"data: {one_line(error)}")
-    except OSError as error:
+    except (OSError, CannotDraw) as error:
         raise SystemExit(str(error))
     except KeyboardInterrupt:
         raise SystemExit("\nInterrupted.")

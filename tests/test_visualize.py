@@ -198,12 +198,21 @@ def test_flags_that_make_no_sense_are_refused_before_anything_is_read(flags, mes
     (lambda content: {**content, "model": {"weight": 7}}, "of another model"),
     (lambda content: {**content, "args": {"model": "detr"}}, "preset"),
     (lambda content: {**content, "model_options": []}, "model_options"),
+    (lambda content: {**content, "args": {**content["args"], "model": None}}, "args['model']"),
+    (lambda content: {**content, "args": {**content["args"], "size": -1}}, "args['size']"),
+    (lambda content: {**content, "args": {**content["args"], "data": 7}}, "args['data']"),
 ], ids=["an int", "a list", "no names", "numbers for names", "a number for names", "no state", "no tensors",
-        "half of args", "a list of options"])
+        "half of args", "a list of options", "no name of a model", "no size", "a number for a folder"])
 def test_a_checkpoint_that_lacks_something_is_refused(change, message, fixed):
     save("best.pt", "detr", {}, TINY)
     torch.save(change(torch.load("best.pt")), "broken.pt")
     assert message in one_line("--weights", "broken.pt")
+
+
+def test_a_model_that_has_diverged_is_not_drawn(fixed):
+    Path("fixed.py").write_text(FIXED.replace("[[0.5, 0.5, 0.2, 0.4]", "[[0.5, 0.5, float('nan'), 0.4]"))
+    Image.new("RGB", (40, 40)).save("x.png")
+    assert one_line("--weights", fixed, "x.png").startswith("x.png: what the model predicts is not finite")
 
 
 def test_weights_of_another_model_are_refused(fixed):
