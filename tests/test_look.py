@@ -7,7 +7,7 @@ import torch
 
 from support import attention_pictures
 from support.look import CannotDraw, Scene, look, quiet_training
-from test_models import batch, tiny
+from tests.tiny_models import batch, tiny
 
 CASES = [("detr", ""), ("conditional_detr", ""), ("deformable_detr", ""), ("deformable_detr", "two_stage"),
          ("sam_detr", "smca"), ("sam_detr", "multiscale"), ("sqr", "box_refine")]  # name, option that is on

@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-import train
 import visualize
-from golden import Case, assert_close
+from support import data
 from support.look import look
+from support.options import DEFAULTS
 from support.shapes import SHAPE_NAMES
-from test_golden import options_of
-from test_models import TINY, tiny
+from tests.golden import Case, assert_close
+from tests.test_golden import options_of
+from tests.tiny_models import TINY, tiny
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {"detr": {}, "conditional_detr": {}, "deformable_detr": {}, "sam_detr": {"smca": True}, "sqr": {}}
@@ -43,8 +44,7 @@ def build(num_classes, **options):
 
 def save(path, model, state, options=None, names=("cat", "dog"), **args):
     """A checkpoint as train.py writes it."""
-    defaults = vars(train.make_parser().parse_args([]))
-    args = {**defaults, "model": str(model), **args}
+    args = {**DEFAULTS, "model": str(model), **args}
     torch.save({"model": state, "args": args, "model_options": options or {}, "class_names": list(names),
                 "category_ids": list(range(len(names)))}, path)
     return str(path)
@@ -111,7 +111,7 @@ def test_held_out_images_of_a_folder_and_own_files_are_prepared_alike(tmp_path):
         args = {"data": str(tmp_path), "preset": preset, "size": None, **dict.fromkeys(
             ("train_json", "train_images", "val_json", "val_images"))}
         (image, target), = visualize.held_out(args, None, 4)
-        own, nothing = visualize.own_images([tmp_path / "val/x.png"], args)[0]
+        own, nothing = data.from_images([tmp_path / "val/x.png"], preset, visualize.trained_size(args))[0]
         assert own.equal(image) and nothing["size"] == target["size"] == (60, 90)
         assert len(target["labels"]) == 1
         assert image.shape[1:] == {"laptop": (170, 256), "paper": (800, 1200)}[preset]
@@ -133,20 +133,22 @@ def test_official_weights_give_the_official_boxes(tmp_path):
     torch.save({"model": case.state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "official.pth")
     flags = ["--init", str(tmp_path / "official.pth"), "--model", "deformable_detr", "photo.jpg"]
     flags += [f"--option={k}={json.dumps(v)}" for k, v in options_of(case.json["case"]["args"], {}).items()]
-    model, names, _ = visualize.load_model(*visualize.parse(flags))
+    model, names, _ = visualize.load_model(visualize.parse(flags))
     assert names == [f"class {i}" for i in range(case.json["case"]["num_classes"])]
     assert_close("boxes", look(model, *case.batch())[0]["boxes"], case.arrays["boxes"], "boxes")
     with pytest.raises(SystemExit, match="needs an --option: .*Missing key"):
-        visualize.load_model(*visualize.parse([*flags, "--option=enc_layers=9"]))
+        visualize.load_model(visualize.parse([*flags, "--option=enc_layers=9"]))
 
 
 def test_the_class_head_tells_how_many_classes_official_weights_have():
-    def names(softmax, rows, head="class_embed.weight"):
-        return visualize.official_names({"model": {head: torch.zeros(rows, 4)}}, softmax)
+    def names(rows, head="class_embed.weight", **recipe):
+        state = {head: torch.zeros(rows, 4)}
+        return visualize.official_names({"model": state}, {"class_loss": "focal", **recipe})
 
-    assert names(False, 3) == names(True, 4) == ["class 0", "class 1", "class 2"]
-    assert names(False, 91, "class_embed.0.weight") == names(True, 92)
-    assert names(True, 92)[1] == "person" and names(True, 92)[90] == "toothbrush"
+    assert names(3) == names(4, class_loss="softmax") == names(4, extra_logit=True) == [
+        "class 0", "class 1", "class 2"]
+    coco = names(92, class_loss="softmax")
+    assert coco == names(91, "class_embed.0.weight") and coco[1] == "person" and coco[90] == "toothbrush"
 
 
 # ---- Mistakes ----------------------------------------------------------------------------------------------
@@ -180,12 +182,12 @@ def test_what_is_not_there_or_cannot_be_read_is_named(fixed):
     (["--weights", "x", "--threshold", "-0.1"], "--threshold -0.1: it must be"),
     (["--weights", "x", "--threshold", "1"], "--threshold 1.0: it must be"),
     (["--weights", "x", "--data", "d", "photo.jpg"], "not both"),
-    (["--weights", "x", "--option", "smca"], "write NAME=VALUE"),
 ])
 def test_flags_that_make_no_sense_are_refused_before_anything_is_read(flags, message, capsys):
     with pytest.raises(SystemExit) as error:
         visualize.main(flags)
     assert error.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+    assert "write NAME=VALUE" in one_line("--weights", "x", "--option", "smca")
 
 
 @pytest.mark.parametrize("change, message", [
@@ -195,7 +197,7 @@ def test_flags_that_make_no_sense_are_refused_before_anything_is_read(flags, mes
     (lambda content: {**content, "class_names": [1, 2]}, "class_names"),
     (lambda content: {**content, "class_names": 2}, "class_names"),
     (lambda content: {**content, "model": 7}, "look at its model"),
-    (lambda content: {**content, "model": {"weight": 7}}, "of another model"),
+    (lambda content: {**content, "model": {"weight": 7}}, "not those of this model"),
     (lambda content: {**content, "args": {"model": "detr"}}, "preset"),
     (lambda content: {**content, "model_options": []}, "model_options"),
     (lambda content: {**content, "args": {**content["args"], "model": None}}, "args['model']"),
@@ -216,9 +218,9 @@ def test_a_model_that_has_diverged_is_not_drawn(fixed):
 
 
 def test_weights_of_another_model_are_refused(fixed):
-    assert "of another model" in one_line("--weights", save("other.pt", "detr", {}, TINY))
+    assert "not those of this model" in one_line("--weights", save("other.pt", "detr", {}, TINY))
     sam = save("sam.pt", "sam_detr", tiny("sam_detr").state_dict(), TINY)
-    assert "of another model" in one_line("--weights", sam, "--model", "conditional_detr")
+    assert "not those of this model" in one_line("--weights", sam, "--model", "conditional_detr")
 
 
 @pytest.mark.parametrize("content, message", [
