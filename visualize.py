@@ -71,8 +71,8 @@ def load_model(args):
 
 def load_run(args):
     checkpoint = load_checkpoint(args.weights)
-    check_entries(args.weights, checkpoint)
     trained, names = checkpoint["args"], checkpoint["class_names"]
+    check_args(args.weights, trained)
     file = args.model or file_with_options(trained["model"], checkpoint["model_options"])
     module = load_model_file(file, spare=copy_in_run(checkpoint, file))
     # An option that has become the file itself is none any more: multiscale of sam_detr_multiscale
@@ -99,21 +99,16 @@ def load_official(args):
     return model, names, {"preset": "paper", "size": 800}
 
 
-def check_entries(source, checkpoint):
-    """SystemExit unless the entries of a checkpoint that are used here are what train.py writes."""
-    path = (str, type(None))
-    kinds = {"model": dict, "args": dict, "model_options": dict, "class_names": list}
-    kinds_of_args = {"model": str, "preset": str, "size": (int, type(None)), "data": path}
-    kinds_of_args.update(dict.fromkeys(PATHS, path))
-    wrong = [name for name, kind in kinds.items() if not isinstance(checkpoint[name], kind)]
-    if not wrong:
-        args = checkpoint["args"]
-        wrong = [f"args[{name!r}]" for name, kind in kinds_of_args.items()
-                 if not isinstance(args.get(name, ...), kind)]
-        wrong += [] if wrong or args["size"] is None or args["size"] >= 32 else ["args['size']"]
-        wrong += [] if all(isinstance(name, str) for name in checkpoint["class_names"]) else ["class_names"]
+def check_args(source, args):
+    """SystemExit unless those args of a training that are used here are what train.py writes."""
+    path, size = (str, type(None)), args["size"]
+    kinds = {"model": str, "preset": str, "size": (int, type(None)), **dict.fromkeys(("data", *PATHS), path)}
+    wrong = [name for name, kind in kinds.items() if not isinstance(args.get(name), kind)]
+    if not wrong and size is not None and size < 32:
+        wrong = ["size"]
     if wrong:
-        raise SystemExit(f"{source}: not a checkpoint of train.py (look at its {', '.join(wrong)})")
+        found = ", ".join(f"args[{name!r}]" for name in wrong)
+        raise SystemExit(f"{source}: not a checkpoint of train.py (look at its {found})")
 
 
 def official_names(checkpoint, recipe):
@@ -142,7 +137,7 @@ def trained_size(trained):
 
 def held_out(trained, folder, count, class_names=()):
     """The first held-out images with objects, from `folder` or else from the data that was trained on."""
-    paths = {} if folder else {name: trained[name] for name in PATHS}
+    paths = {} if folder else {name: trained.get(name) for name in PATHS}
     how = dict(size=trained_size(trained), augment=trained["preset"], class_names=class_names)
     sets = data.load(folder or trained["data"], **paths, **how, splits=("val",))
     chosen = data.first_with_boxes(sets["val"], count)

@@ -216,7 +216,7 @@ def draw_parts(scene, parts):
         for axes, (part, scores, labels, boxes) in zip(row, parts):
             claims = (box_iou(boxes, box[None])[:, 0] >= 0.5) & (labels == scene.labels[-1, query])
             claims = claims & (scores > scene.threshold)
-            show_scene(axes, scene, f"{part}: {claims.sum()} say {name.rsplit(' ', 1)[0]}")
+            show_scene(axes, scene, f"{part}: {claims.sum()} x {name.rsplit(' ', 1)[0]}")
             for claimed, score in zip(boxes[claims], scores[claims].tolist()):
                 draw_box(axes, claimed, PREDICTED, alpha=0.2 + 0.8 * score)
             zoom(axes, box, 2)

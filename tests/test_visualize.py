@@ -191,8 +191,8 @@ def test_flags_that_make_no_sense_are_refused_before_anything_is_read(flags, mes
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda content: 7, "not a"),
-    (lambda content: [content], "not a"),
+    (lambda content: 7, "not a checkpoint"),
+    (lambda content: [content], "not a checkpoint"),
     (lambda content: {k: v for k, v in content.items() if k != "class_names"}, "class_names"),
     (lambda content: {**content, "class_names": [1, 2]}, "class_names"),
     (lambda content: {**content, "class_names": 2}, "class_names"),
@@ -225,10 +225,10 @@ def test_weights_of_another_model_are_refused(fixed):
 
 @pytest.mark.parametrize("content, message", [
     ({"model": {}}, "not official weights"),
-    ({"model": 7}, "not official weights"),
+    ({"model": 7}, "holds no weights by name"),
     ({"class_embed.weight": 7}, "not official weights"),
     ({"class_embed.weight": torch.zeros(4, 256)}, "of another model"),
-    (7, "not a checkpoint"),
+    (7, "holds no weights by name"),
 ])
 def test_weights_that_are_not_official_are_refused(content, message, fixed):
     torch.save(content, "other.pth")
