@@ -51,12 +51,17 @@ def parse(argv):
     """The command line, checked as far as that is possible without reading a file."""
     p = make_parser()
     args = p.parse_args(argv)
+    for name in ("weights", "init", "model", "data", "out", "json"):
+        if getattr(args, name) == "":
+            p.error(f"--{name} is empty")
     if args.init and not (args.model and (args.images or args.data)):
         p.error("--init needs --model NAME, and an IMAGE or --data DIR")
     if args.images and args.data:
         p.error("give IMAGEs or --data DIR, not both")
     if args.count < 1:
         p.error(f"--count {args.count}: it must be at least 1")
+    if args.json and Path(args.json).suffix != ".json":
+        p.error(f"--json {args.json}: its name must end in .json, lest a photo be overwritten")
     if not 0 <= args.threshold < 1:  # also catches nan
         p.error(f"--threshold {args.threshold}: it must be at least 0 and less than 1")
     args.option = parse_model_options(args.option)
@@ -215,8 +220,10 @@ def main(argv=None):
         draw_all(args)
     except DataError as error:
         raise SystemExit(f"data: {one_line(error)}")
-    except (OSError, CannotDraw) as error:
+    except CannotDraw as error:
         raise SystemExit(str(error))
+    except OSError as error:
+        raise SystemExit(f"{str(error.filename)[-100:]}: {error.strerror}" if error.strerror else str(error))
     except KeyboardInterrupt:
         raise SystemExit("\nInterrupted.")
 

@@ -165,6 +165,7 @@ def test_what_is_not_there_or_cannot_be_read_is_named(fixed):
     Path("empty").mkdir()
     Path("bad.jpg").write_text("no image")
     assert "nothing.pt: no such checkpoint" in one_line("--weights", "nothing.pt")
+    assert "xxx: File name too long" in one_line("--weights", "x" * 5000)
     assert "data: nothing.jpg: no such image" in one_line("--weights", fixed, "nothing.jpg")
     assert "data: bad.jpg" in one_line("--weights", fixed, "bad.jpg")
     assert "empty: no images in this folder" in one_line("--weights", fixed, "empty")
@@ -176,12 +177,14 @@ def test_what_is_not_there_or_cannot_be_read_is_named(fixed):
 @pytest.mark.parametrize("flags, message", [
     ([], "--weights --init"),
     (["--init", "x.pth"], "--init needs --model"),
+    (["--weights", ""], "--weights is empty"),
     (["--weights", "x", "--count", "0"], "--count 0: it must be at least 1"),
     (["--weights", "x", "--count", "many"], "invalid int value"),
     (["--weights", "x", "--threshold", "nan"], "--threshold nan: it must be"),
     (["--weights", "x", "--threshold", "-0.1"], "--threshold -0.1: it must be"),
     (["--weights", "x", "--threshold", "1"], "--threshold 1.0: it must be"),
     (["--weights", "x", "--data", "d", "photo.jpg"], "not both"),
+    (["--weights", "x", "--json", "photo.jpg"], "--json photo.jpg: its name must end in .json"),
 ])
 def test_flags_that_make_no_sense_are_refused_before_anything_is_read(flags, message, capsys):
     with pytest.raises(SystemExit) as error:
@@ -246,17 +249,17 @@ def test_official_weights_need_a_model_that_can_read_them(fixed):
 def test_what_cannot_be_written_is_said_before_anything_is_computed(fixed, monkeypatch):
     Image.new("RGB", (40, 40)).save("x.png")
     Path("file").write_text("")
-    Path("folder").mkdir()
+    Path("folder.json").mkdir()
     monkeypatch.setattr(visualize, "make_scene", None)  # would be called after these
     flags = ["--weights", fixed, "x.png"]
     assert one_line(*flags, "--out", "file").startswith("--out file: ")
     assert one_line(*flags, "--out", "file/below").startswith("--out file/below: ")
     assert one_line(*flags, "--out", "x" * 300).startswith("--out xxx")
-    assert one_line(*flags, "--json", "folder").startswith("--json folder: ")
+    assert one_line(*flags, "--json", "folder.json").startswith("--json folder.json: ")
     assert one_line(*flags, "--json", "nowhere/x.json").startswith("--json nowhere/x.json: ")
     if os.geteuid():  # root may write everywhere
-        Path("folder").chmod(0o500)
-        assert one_line(*flags, "--out", "folder").startswith("--out folder: ")
+        Path("folder.json").chmod(0o500)
+        assert one_line(*flags, "--out", "folder.json").startswith("--out folder.json: ")
 
 
 def test_any_name_of_a_class_or_file_is_drawn_and_printed(tmp_path):
