@@ -14,17 +14,18 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torchvision
 
-import train
 from support import data
 from support.attention_pictures import draw_look
-from support.images import AnnotatedImage, DataError, file_size, one_line
+from support.checkpoints import load_checkpoint, load_weights, read_init
+from support.images import DataError, one_line
 from support.look import CannotDraw, make_scene
+from support.model_files import build_model, file_with_options, load_model_file
+from support.options import copy_in_run, parse_model_options
 from support.pictures import DPI, draw_detections
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")  # looked for in folders
+PATHS = ("train_json", "train_images", "val_json", "val_images")
 LONGEST_STEM = 60  # characters; file systems allow 255 bytes, of which a character may need four
 
 
@@ -50,69 +51,83 @@ def parse(argv):
     """The command line, checked as far as that is possible without reading a file."""
     p = make_parser()
     args = p.parse_args(argv)
+    for name in ("weights", "init", "model", "data", "out", "json"):
+        if getattr(args, name) == "":
+            p.error(f"--{name} is empty")
     if args.init and not (args.model and (args.images or args.data)):
         p.error("--init needs --model NAME, and an IMAGE or --data DIR")
     if args.images and args.data:
         p.error("give IMAGEs or --data DIR, not both")
     if args.count < 1:
         p.error(f"--count {args.count}: it must be at least 1")
+    if args.json and Path(args.json).suffix != ".json":
+        p.error(f"--json {args.json}: its name must end in .json, lest a photo be overwritten")
     if not 0 <= args.threshold < 1:  # also catches nan
         p.error(f"--threshold {args.threshold}: it must be at least 0 and less than 1")
-    return p, args
+    args.option = parse_model_options(args.option)
+    return args
 
 
 # ---- The model ---------------------------------------------------------------------------------------------
-def load_model(p, args):
+def load_model(args):
     """(model, names of its classes, args of its training) from --weights or --init, or SystemExit."""
-    source = args.weights or args.init
-    options = {**train.parse_options(p, args.option), "pretrained_backbone": False}
-    if args.weights:
-        checkpoint = train.load_checkpoint(args.weights)
-        check_entries(source, checkpoint)
-        trained, names = checkpoint["args"], checkpoint["class_names"]
-        module = train.load_model_file(args.model or trained["model"])
-        options = {**checkpoint["model_options"], **options}
-    else:
-        checkpoint, trained = train.read_init(args.init), {"preset": "paper", "size": 800}
-        module = train.load_model_file(args.model)
-        if not hasattr(module, "load_official"):
-            raise SystemExit(f"--init: {args.model} has no load_official() that could read official weights")
-        names = official_names(checkpoint, module.RECIPE["class_loss"] == "softmax")
-    model = train.build_model(module, len(names), options).eval()
-    try:
-        if args.weights:
-            model.load_state_dict(checkpoint["model"])
-        else:
-            module.load_official(model, checkpoint)
-    except (RuntimeError, AttributeError, TypeError) as error:  # the latter two: entries that are no tensors
-        reason = " ".join(str(error).split())[:300]
-        raise SystemExit(f"{source}: of another model, or needs an --option: {reason}")
+    return load_run(args) if args.weights else load_official(args)
+
+
+def load_run(args):
+    checkpoint = load_checkpoint(args.weights)
+    trained, names = checkpoint["args"], checkpoint["class_names"]
+    check_args(args.weights, trained)
+    file = args.model or file_with_options(trained["model"], checkpoint["model_options"])
+    module = load_model_file(file, spare=copy_in_run(checkpoint, file))
+    # An option that has become the file itself is none any more: multiscale of sam_detr_multiscale
+    options = {k: v for k, v in checkpoint["model_options"].items() if not file.endswith(f"_{k}")}
+    options.update(args.option, pretrained_backbone=False)
+    model = build_model(module, len(names), options).eval()
+    load_weights(model, checkpoint)
     return model, names, trained
 
 
-def check_entries(source, checkpoint):
-    """SystemExit unless a checkpoint's entries are what train.py writes there."""
-    kinds = {"model": dict, "args": dict, "model_options": dict, "class_names": list}
-    wrong = [name for name, kind in kinds.items() if not isinstance(checkpoint[name], kind)]
-    wrong += [] if wrong else [f"args[{name!r}]" for name in ("model", "preset", "size", "data", "train_json")
-                               if name not in checkpoint["args"]]
-    if wrong or not all(isinstance(name, str) for name in checkpoint["class_names"]):
-        wrong = ", ".join(wrong or ["class_names"])
-        raise SystemExit(f"{source}: not a checkpoint of train.py (look at its {wrong})")
+def load_official(args):
+    checkpoint = read_init(args.init)
+    module = load_model_file(args.model)
+    if not hasattr(module, "load_official"):
+        raise SystemExit(f"--init: {args.model} has no load_official() that could read official weights")
+    names = official_names(checkpoint, module.RECIPE)
+    options = {**args.option, "pretrained_backbone": False}
+    model = build_model(module, len(names), options).eval()
+    try:
+        module.load_official(model, checkpoint)
+    except (RuntimeError, AttributeError, TypeError) as error:  # the latter two: entries that are no tensors
+        reason = " ".join(str(error).split())[:300]
+        raise SystemExit(f"{args.init}: of another model, or needs an --option: {reason}")
+    return model, names, {"preset": "paper", "size": 800}
 
 
-def official_names(checkpoint, softmax):
+def check_args(source, args):
+    """SystemExit unless those args of a training that are used here are what train.py writes."""
+    path, size = (str, type(None)), args["size"]
+    kinds = {"model": str, "preset": str, "size": (int, type(None)), **dict.fromkeys(("data", *PATHS), path)}
+    wrong = [name for name, kind in kinds.items() if not isinstance(args.get(name), kind)]
+    if not wrong and size is not None and size < 32:
+        wrong = ["size"]
+    if wrong:
+        found = ", ".join(f"args[{name!r}]" for name in wrong)
+        raise SystemExit(f"{source}: not a checkpoint of train.py (look at its {found})")
+
+
+def official_names(checkpoint, recipe):
     """Class names for an official checkpoint, whose class head tells how many there are. Raises SystemExit.
 
-    It has a row for each, and with softmax one more for "no object". 91 are COCO's category ids, as in all
-    published weights; torchvision knows their names.
+    It has a row for each, and with softmax (and in SMCA) one more for "no object". 91 are COCO's category
+    ids, as in all published weights; torchvision knows their names.
     """
     state = checkpoint.get("model", checkpoint)
     heads = ("class_embed.weight", "class_embed.0.weight") if isinstance(state, dict) else ()
     rows = [len(state[name]) for name in heads if getattr(state.get(name), "ndim", 0)]
     if not rows:
         raise SystemExit("--init: not official weights (no class_embed.weight); for our own use --weights")
-    count = rows[0] - softmax
+    count = rows[0] - (recipe["class_loss"] == "softmax" or recipe.get("extra_logit", False))
     coco = torchvision.models.get_weight("FasterRCNN_ResNet50_FPN_Weights.COCO_V1").meta["categories"]
     return coco if count == len(coco) else [f"class {i}" for i in range(count)]
 
@@ -125,33 +140,15 @@ def trained_size(trained):
     return data.default_size(trained["preset"], data.is_shapes(trained["data"], trained["train_json"]))
 
 
-def held_out(trained, folder, count):
+def held_out(trained, folder, count, class_names=()):
     """The first held-out images with objects, from `folder` or else from the data that was trained on."""
-    names = ("train_json", "train_images", "val_json", "val_images")
-    paths = {} if folder else {name: trained.get(name) for name in names}
-    sets = data.load(folder or trained["data"], **paths, size=trained_size(trained),
-                     augment=trained["preset"], splits=("val",))
-    val_set = sets["val"]
-    chosen = data.first_with_boxes(val_set, count)
+    paths = {} if folder else {name: trained.get(name) for name in PATHS}
+    how = dict(size=trained_size(trained), augment=trained["preset"], class_names=class_names)
+    sets = data.load(folder or trained["data"], **paths, **how, splits=("val",))
+    chosen = data.first_with_boxes(sets["val"], count)
     if not len(chosen):
-        raise DataError(f"{val_set.name}: no image has a box")
+        raise DataError(f"{sets['val'].name}: no image has a box")
     return chosen
-
-
-def own_images(paths, trained):
-    """A data set of image files and of folders with such, prepared as in evaluation, without truth."""
-    files = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise DataError(f"{path}: no such image or folder")
-        inside = path.iterdir() if path.is_dir() else []
-        found = sorted(file for file in inside if file.suffix.lower() in SUFFIXES)
-        if path.is_dir() and not found:
-            raise DataError(f"{path}: no images in this folder; looked for {' '.join(SUFFIXES)}")
-        files += found or [path]
-    nothing = np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0), np.zeros(0, bool)
-    images = [AnnotatedImage(i, str(f), *file_size(f, i), *nothing) for i, f in enumerate(files)]
-    return data.CocoFolder("images", images, {}, [], False, trained["preset"], trained_size(trained), seed=0)
 
 
 def picture_names(files):
@@ -185,10 +182,13 @@ def check_writable(path):
         raise SystemExit(f"--json {path}: {error.strerror}")
 
 
-def draw_all(p, args):
+def draw_all(args):
     """Draws every picture that the command line asks for, and says where they are."""
-    model, class_names, trained = load_model(p, args)
-    dataset = own_images(args.images, trained) if args.images else held_out(trained, args.data, args.count)
+    model, class_names, trained = load_model(args)
+    if args.images:
+        dataset = data.from_images(args.images, trained["preset"], trained_size(trained))
+    else:
+        dataset = held_out(trained, args.data, args.count, class_names)
     out = Path(args.out)
     make_folder(out)
     if args.json:
@@ -215,13 +215,15 @@ def draw_all(p, args):
 
 
 def main(argv=None):
-    p, args = parse(argv)
+    args = parse(argv)
     try:
-        draw_all(p, args)
+        draw_all(args)
     except DataError as error:
         raise SystemExit(f"data: {one_line(error)}")
-    except OSError as error:
+    except CannotDraw as error:
         raise SystemExit(str(error))
+    except OSError as error:
+        raise SystemExit(f"{str(error.filename)[-100:]}: {error.strerror}" if error.strerror else str(error))
     except KeyboardInterrupt:
         raise SystemExit("\nInterrupted.")
 

@@ -4,6 +4,7 @@ draw_look(model, scene) takes the first entry of PICTURES that fits. What decide
 model and what the model returns in training, never a name: the file of another method needs no entry here.
 """
 import math
+import textwrap
 
 import torch
 from matplotlib.figure import Figure
@@ -39,15 +40,22 @@ def show_points(axes, points, colour, size=40):
 
 def zoom(axes, box, factor):
     """Show only a square around a box [4], its side `factor` times the longer one; grey off the image."""
-    (x, y), side = box.view(2, 2).mean(0).tolist(), factor / 2 * (box[2:] - box[:2]).max().item()
+    (x, y), side = box.view(2, 2).mean(0).tolist(), factor / 2 * (box[2:] - box[:2]).max().clamp(min=2).item()
     axes.axis("on")
     axes.set(xlim=(x - side, x + side), ylim=(y + side, y - side), xticks=[], yticks=[], facecolor="0.85")
 
 
+def panel_figure(width, height, title):
+    """A figure of so many inches, and more height for a title that may need several lines."""
+    lines = [part for line in title.split("\n") for part in textwrap.wrap(line, int(11 * width))]
+    figure = Figure((width, height + 0.2 * len(lines) + 0.2), layout="constrained")
+    figure.suptitle("\n".join(lines), fontsize=11)
+    return figure
+
+
 def square_panels(rows, columns, title, side=3.0, right=0.0):
     """A figure with rows * columns square panels, `right` inches beside them, and these: an array of axes."""
-    figure = Figure((columns * side + right, rows * (side + 0.3) + 0.5), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure = panel_figure(columns * side + right, rows * (side + 0.3), title)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -55,8 +63,7 @@ def panel_grid(scene, title, rows, large, lines, columns):
     """A figure, and for each of its rows `large` large axes and lines * columns small ones beside them."""
     side = 1.7  # inches, the width of a small panel
     height = lines * (side * scene.size[0] / scene.size[1] + 0.3)  # of a row, with the titles
-    figure = Figure(((lines * large + columns) * side, rows * height + 0.4), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure = panel_figure((lines * large + columns) * side, rows * height, title)
     halves = figure.subfigures(rows, 2, squeeze=False, width_ratios=[lines * large, columns])
     shapes = (1, large), (lines, columns)
     return figure, [[part.subplots(*shape, squeeze=False).flat for part, shape in zip(row, shapes)]
@@ -209,7 +216,7 @@ def draw_parts(scene, parts):
         for axes, (part, scores, labels, boxes) in zip(row, parts):
             claims = (box_iou(boxes, box[None])[:, 0] >= 0.5) & (labels == scene.labels[-1, query])
             claims = claims & (scores > scene.threshold)
-            show_scene(axes, scene, f"{part}: {claims.sum()} say {name.rsplit(' ', 1)[0]}")
+            show_scene(axes, scene, f"{part}: {claims.sum()} x {name.rsplit(' ', 1)[0]}")
             for claimed, score in zip(boxes[claims], scores[claims].tolist()):
                 draw_box(axes, claimed, PREDICTED, alpha=0.2 + 0.8 * score)
             zoom(axes, box, 2)

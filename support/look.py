@@ -131,7 +131,7 @@ def quiet_training(model):
 
 # ---- One image and what the model says of it ---------------------------------------------------------------
 class CannotDraw(Exception):
-    """The model lacks a part that the picture of its attention needs."""
+    """The model lacks a part that the picture of its attention needs, or says nothing that can be drawn."""
 
 
 @dataclass
@@ -217,6 +217,8 @@ def make_scene(dataset, index, class_names, model, threshold):
     """(Scene of one image of a data set, its scored boxes as postprocess returns them)."""
     images, mask, (target,) = data.collate([dataset[index]])
     out, seen = look(model, images, mask)
+    if not (out["logits"].isfinite().all() and out["boxes"].isfinite().all()):
+        raise CannotDraw(f"{dataset.path_of(index)}: what the model predicts is not finite; it has diverged")
     softmax, size = is_softmax(model), target["size"]
     scores, labels = best_class(out["logits"][:, 0], softmax, len(class_names))  # [S, Q]
     true_names = [dataset.class_names[i] for i in target["labels"]]

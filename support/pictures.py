@@ -76,6 +76,7 @@ def show(axes, photo, size, title="", grey=False):
     """A photo [h, w, 3], in axes that count the pixels of the original of this size (height, width)."""
     height, width = size
     axes.imshow(photo.mean(2) if grey else photo, cmap="gray", extent=(0, width, height, 0))
+    axes.set_autoscale_on(False)  # a box that reaches over the edge is cut off there
     axes.set_title(title, fontsize=9)
     axes.axis("off")
 

@@ -7,7 +7,7 @@ import torch
 
 from support import attention_pictures
 from support.look import CannotDraw, Scene, look, quiet_training
-from test_models import batch, tiny
+from tests.tiny_models import batch, tiny
 
 CASES = [("detr", ""), ("conditional_detr", ""), ("deformable_detr", ""), ("deformable_detr", "two_stage"),
          ("sam_detr", "smca"), ("sam_detr", "multiscale"), ("sqr", "box_refine")]  # name, option that is on
@@ -273,10 +273,10 @@ def test_groups_and_one_to_many_queries_are_drawn_beside_each_other():
     many = {"logits": torch.full((1, 1, 4, 3), -9.0), "boxes": torch.full((1, 1, 4, 4), 0.5)}
     many["logits"][..., :3, 0] = 2  # three of four queries say what the best query says, at its place
     for training, titles in [
-            ({"one2many": many}, ["one-to-one: 2 say a", "one-to-many: 3 say a", "one-to-one: 1 say b",
-                                  "one-to-many: 0 say b"]),
-            ({"groups": 2, "stages": 2}, ["group 1: 2 say a", "group 2: 2 say a", "group 1: 1 say b",
-                                          "group 2: 1 say b"])]:
+            ({"one2many": many}, ["one-to-one: 2 x a", "one-to-many: 3 x a", "one-to-one: 1 x b",
+                                  "one-to-many: 0 x b"]),
+            ({"groups": 2, "stages": 2}, ["group 1: 2 x a", "group 2: 2 x a", "group 1: 1 x b",
+                                          "group 2: 1 x b"])]:
         _, figure = picture_of(Method(torch.nn.Identity(), torch.zeros(1), **training))
         assert [axes.get_title() for axes in figure.axes] == titles
 

@@ -42,15 +42,16 @@ def texts(axes):
 
 # ---- Predictions -------------------------------------------------------------------------------------------
 def test_predictions_are_drawn_on_the_photo_in_its_own_pixels(figures):
-    found = {"boxes": torch.tensor([[0.0, 10, 20, 30], [5, 5, 9, 9]]), "labels": torch.tensor([0, 1]),
+    found = {"boxes": torch.tensor([[-90.0, 10, 20, 30], [5, 5, 9, 9]]), "labels": torch.tensor([0, 1]),
              "scores": torch.tensor([0.9, 0.1])}
     pictures.draw_predictions(Photos(), {10: found}, "x.png")
     (axes,) = figures[0].axes  # the image without objects is left out
     assert axes.images[0].get_array().shape == (400, 600, 3)
     assert axes.images[0].get_extent() == [0, 600, 400, 0]
     boxes = [patch.get_bbox().bounds for patch in axes.patches if not patch.get_fill()]
-    assert boxes == [(150, 100, 300, 200), (0, 10, 20, 20)]  # the truth, and what is scored over 0.3
+    assert boxes == [(150, 100, 300, 200), (-90, 10, 110, 20)]  # the truth, and what is scored over 0.3
     assert texts(axes) == ["dog", "cat 0.90"]
+    assert axes.get_xlim() == (0, 600) and axes.get_ylim() == (400, 0), "a blank band"
 
 
 def test_a_large_photo_is_made_smaller_but_keeps_its_pixels_as_coordinates():

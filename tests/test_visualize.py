@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-import train
 import visualize
-from golden import Case, assert_close
+from support import data
 from support.look import look
+from support.options import DEFAULTS
 from support.shapes import SHAPE_NAMES
-from test_golden import options_of
-from test_models import TINY, tiny
+from tests.golden import Case, assert_close
+from tests.test_golden import options_of
+from tests.tiny_models import TINY, tiny
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {"detr": {}, "conditional_detr": {}, "deformable_detr": {}, "sam_detr": {"smca": True}, "sqr": {}}
@@ -43,8 +44,7 @@ def build(num_classes, **options):
 
 def save(path, model, state, options=None, names=("cat", "dog"), **args):
     """A checkpoint as train.py writes it."""
-    defaults = vars(train.make_parser().parse_args([]))
-    args = {**defaults, "model": str(model), **args}
+    args = {**DEFAULTS, "model": str(model), **args}
     torch.save({"model": state, "args": args, "model_options": options or {}, "class_names": list(names),
                 "category_ids": list(range(len(names)))}, path)
     return str(path)
@@ -111,7 +111,7 @@ def test_held_out_images_of_a_folder_and_own_files_are_prepared_alike(tmp_path):
         args = {"data": str(tmp_path), "preset": preset, "size": None, **dict.fromkeys(
             ("train_json", "train_images", "val_json", "val_images"))}
         (image, target), = visualize.held_out(args, None, 4)
-        own, nothing = visualize.own_images([tmp_path / "val/x.png"], args)[0]
+        own, nothing = data.from_images([tmp_path / "val/x.png"], preset, visualize.trained_size(args))[0]
         assert own.equal(image) and nothing["size"] == target["size"] == (60, 90)
         assert len(target["labels"]) == 1
         assert image.shape[1:] == {"laptop": (170, 256), "paper": (800, 1200)}[preset]
@@ -133,20 +133,22 @@ def test_official_weights_give_the_official_boxes(tmp_path):
     torch.save({"model": case.state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "official.pth")
     flags = ["--init", str(tmp_path / "official.pth"), "--model", "deformable_detr", "photo.jpg"]
     flags += [f"--option={k}={json.dumps(v)}" for k, v in options_of(case.json["case"]["args"], {}).items()]
-    model, names, _ = visualize.load_model(*visualize.parse(flags))
+    model, names, _ = visualize.load_model(visualize.parse(flags))
     assert names == [f"class {i}" for i in range(case.json["case"]["num_classes"])]
     assert_close("boxes", look(model, *case.batch())[0]["boxes"], case.arrays["boxes"], "boxes")
     with pytest.raises(SystemExit, match="needs an --option: .*Missing key"):
-        visualize.load_model(*visualize.parse([*flags, "--option=enc_layers=9"]))
+        visualize.load_model(visualize.parse([*flags, "--option=enc_layers=9"]))
 
 
 def test_the_class_head_tells_how_many_classes_official_weights_have():
-    def names(softmax, rows, head="class_embed.weight"):
-        return visualize.official_names({"model": {head: torch.zeros(rows, 4)}}, softmax)
+    def names(rows, head="class_embed.weight", **recipe):
+        state = {head: torch.zeros(rows, 4)}
+        return visualize.official_names({"model": state}, {"class_loss": "focal", **recipe})
 
-    assert names(False, 3) == names(True, 4) == ["class 0", "class 1", "class 2"]
-    assert names(False, 91, "class_embed.0.weight") == names(True, 92)
-    assert names(True, 92)[1] == "person" and names(True, 92)[90] == "toothbrush"
+    assert names(3) == names(4, class_loss="softmax") == names(4, extra_logit=True) == [
+        "class 0", "class 1", "class 2"]
+    coco = names(92, class_loss="softmax")
+    assert coco == names(91, "class_embed.0.weight") and coco[1] == "person" and coco[90] == "toothbrush"
 
 
 # ---- Mistakes ----------------------------------------------------------------------------------------------
@@ -163,6 +165,7 @@ def test_what_is_not_there_or_cannot_be_read_is_named(fixed):
     Path("empty").mkdir()
     Path("bad.jpg").write_text("no image")
     assert "nothing.pt: no such checkpoint" in one_line("--weights", "nothing.pt")
+    assert "xxx: File name too long" in one_line("--weights", "x" * 5000)
     assert "data: nothing.jpg: no such image" in one_line("--weights", fixed, "nothing.jpg")
     assert "data: bad.jpg" in one_line("--weights", fixed, "bad.jpg")
     assert "empty: no images in this folder" in one_line("--weights", fixed, "empty")
@@ -174,50 +177,61 @@ def test_what_is_not_there_or_cannot_be_read_is_named(fixed):
 @pytest.mark.parametrize("flags, message", [
     ([], "--weights --init"),
     (["--init", "x.pth"], "--init needs --model"),
+    (["--weights", ""], "--weights is empty"),
     (["--weights", "x", "--count", "0"], "--count 0: it must be at least 1"),
     (["--weights", "x", "--count", "many"], "invalid int value"),
     (["--weights", "x", "--threshold", "nan"], "--threshold nan: it must be"),
     (["--weights", "x", "--threshold", "-0.1"], "--threshold -0.1: it must be"),
     (["--weights", "x", "--threshold", "1"], "--threshold 1.0: it must be"),
     (["--weights", "x", "--data", "d", "photo.jpg"], "not both"),
-    (["--weights", "x", "--option", "smca"], "write NAME=VALUE"),
+    (["--weights", "x", "--json", "photo.jpg"], "--json photo.jpg: its name must end in .json"),
 ])
 def test_flags_that_make_no_sense_are_refused_before_anything_is_read(flags, message, capsys):
     with pytest.raises(SystemExit) as error:
         visualize.main(flags)
     assert error.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+    assert "write NAME=VALUE" in one_line("--weights", "x", "--option", "smca")
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda content: 7, "not a"),
-    (lambda content: [content], "not a"),
+    (lambda content: 7, "not a checkpoint"),
+    (lambda content: [content], "not a checkpoint"),
     (lambda content: {k: v for k, v in content.items() if k != "class_names"}, "class_names"),
     (lambda content: {**content, "class_names": [1, 2]}, "class_names"),
     (lambda content: {**content, "class_names": 2}, "class_names"),
     (lambda content: {**content, "model": 7}, "look at its model"),
-    (lambda content: {**content, "model": {"weight": 7}}, "of another model"),
+    (lambda content: {**content, "model": {"weight": 7}}, "not those of this model"),
     (lambda content: {**content, "args": {"model": "detr"}}, "preset"),
     (lambda content: {**content, "model_options": []}, "model_options"),
+    (lambda content: {**content, "args": {**content["args"], "model": None}}, "args['model']"),
+    (lambda content: {**content, "args": {**content["args"], "size": -1}}, "args['size']"),
+    (lambda content: {**content, "args": {**content["args"], "data": 7}}, "args['data']"),
 ], ids=["an int", "a list", "no names", "numbers for names", "a number for names", "no state", "no tensors",
-        "half of args", "a list of options"])
+        "half of args", "a list of options", "no name of a model", "no size", "a number for a folder"])
 def test_a_checkpoint_that_lacks_something_is_refused(change, message, fixed):
     save("best.pt", "detr", {}, TINY)
     torch.save(change(torch.load("best.pt")), "broken.pt")
     assert message in one_line("--weights", "broken.pt")
 
 
+def test_a_model_that_has_diverged_is_not_drawn(fixed):
+    Path("fixed.py").write_text(FIXED.replace("[[0.5, 0.5, 0.2, 0.4]", "[[0.5, 0.5, float('nan'), 0.4]"))
+    Image.new("RGB", (40, 40)).save("x.png")
+    assert one_line("--weights", fixed, "x.png").startswith("x.png: what the model predicts is not finite")
+
+
 def test_weights_of_another_model_are_refused(fixed):
-    assert "of another model" in one_line("--weights", save("other.pt", "detr", {}, TINY))
+    assert "not those of this model" in one_line("--weights", save("other.pt", "detr", {}, TINY))
     sam = save("sam.pt", "sam_detr", tiny("sam_detr").state_dict(), TINY)
-    assert "of another model" in one_line("--weights", sam, "--model", "conditional_detr")
+    assert "not those of this model" in one_line("--weights", sam, "--model", "conditional_detr")
 
 
 @pytest.mark.parametrize("content, message", [
     ({"model": {}}, "not official weights"),
-    ({"model": 7}, "not official weights"),
+    ({"model": 7}, "holds no weights by name"),
     ({"class_embed.weight": 7}, "not official weights"),
     ({"class_embed.weight": torch.zeros(4, 256)}, "of another model"),
-    (7, "not a checkpoint"),
+    (7, "holds no weights by name"),
 ])
 def test_weights_that_are_not_official_are_refused(content, message, fixed):
     torch.save(content, "other.pth")
@@ -235,17 +249,17 @@ def test_official_weights_need_a_model_that_can_read_them(fixed):
 def test_what_cannot_be_written_is_said_before_anything_is_computed(fixed, monkeypatch):
     Image.new("RGB", (40, 40)).save("x.png")
     Path("file").write_text("")
-    Path("folder").mkdir()
+    Path("folder.json").mkdir()
     monkeypatch.setattr(visualize, "make_scene", None)  # would be called after these
     flags = ["--weights", fixed, "x.png"]
     assert one_line(*flags, "--out", "file").startswith("--out file: ")
     assert one_line(*flags, "--out", "file/below").startswith("--out file/below: ")
     assert one_line(*flags, "--out", "x" * 300).startswith("--out xxx")
-    assert one_line(*flags, "--json", "folder").startswith("--json folder: ")
+    assert one_line(*flags, "--json", "folder.json").startswith("--json folder.json: ")
     assert one_line(*flags, "--json", "nowhere/x.json").startswith("--json nowhere/x.json: ")
     if os.geteuid():  # root may write everywhere
-        Path("folder").chmod(0o500)
-        assert one_line(*flags, "--out", "folder").startswith("--out folder: ")
+        Path("folder.json").chmod(0o500)
+        assert one_line(*flags, "--out", "folder.json").startswith("--out folder.json: ")
 
 
 def test_any_name_of_a_class_or_file_is_drawn_and_printed(tmp_path):
