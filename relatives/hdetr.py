@@ -1,0 +1,697 @@
+"""H-DETR: DETRs with Hybrid Matching.
+
+Ding Jia, Yuhui Yuan, Haodi He, Xiaopei Wu, Haojun Yu, Weihong Lin, Lei Sun, Chao Zhang, Han Hu.
+CVPR 2023, arXiv:2207.13080. Official code: github.com/HDETR/H-Deformable-DETR (MIT).
+
+The idea: matching one query to one object makes non-maximum suppression unnecessary, but trains few queries.
+In training T further queries pass the same decoder, and for them every object is there K times, so K of them
+may share it. They do not see the first Q queries; inference leaves them out and costs nothing more.
+
+Diff me against: deformable_detr.py. Mixed selection and look forward twice are tricks of its baseline, which
+DINO (arXiv:2203.03605) brought; so are the FFN of 2048 and the absence of dropout.
+
+Departures from the official code (numbers are the same, tests/test_relatives.py holds them):
+    with k_one2many=0 the T queries do not run in training; officially they do, without a loss.
+    sampling is grid_sample, level by level, instead of a CUDA extension; it runs everywhere.
+    dilation (DC5) works for ResNet-18 and -34 too; torchvision refuses it there.
+    backbone_norm="batch" trains everything with live BatchNorm, which training from scratch needs.
+Left out on purpose: segmentation heads; hybrid layers and epochs, the paper's other two schemes.
+"""
+import copy
+import inspect
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+# How the official scripts train it. train.py reads this.
+RECIPE = dict(
+    epochs=12,
+    lr_drop=11,
+    batch_size=16,
+    lr=2e-4,
+    lr_backbone=2e-5,
+    slow_parameters=("reference_points", "sampling_offsets"),
+    weight_decay=1e-4,
+    clip_norm=0.1,
+    class_loss="focal",
+    w_class=2,
+    w_l1=5,
+    w_giou=2,
+)
+
+# What train.py --preset laptop changes for this file: one stage, and levels at strides 8, 16 and 32.
+LAPTOP = dict(
+    steps=1300,
+    batch_size=8,
+    lr=8e-4,
+    lr_backbone=8e-4,
+    last_stage=3,
+    num_feature_levels=3,
+    enc_points=2,
+    two_stage=False,
+    num_one2many=60,
+)
+
+# Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of
+# H*W), S supervised stages. Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding.
+# Masks are True on padding.
+
+
+# ---- Shared blocks: the same text in all files --------------------------------------------------------
+class Backbone(nn.Module):
+    """torchvision ResNet without pooling and classifier.
+
+    In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5
+    at 16 with dilation; no C5 with last_stage=3, which is cheap). Raises ValueError for unknown values.
+    Source: official models/backbone.py; ImageNet weights V1, from which all papers start.
+    """
+
+    def __init__(self, name, pretrained, norm, dilation, last_stage):
+        super().__init__()
+        if norm not in ("frozen", "batch"):
+            raise ValueError(f'backbone_norm is {norm!r}, it must be "frozen" or "batch"')
+        if name not in torchvision.models.list_models(include="*resne*t*"):
+            raise ValueError(f'backbone is {name!r}, it must be a torchvision ResNet such as "resnet50"')
+        if last_stage not in (3, 4):
+            raise ValueError(f"last_stage is {last_stage!r}, it must be 4 (C5, as in the papers) or 3 (C4)")
+        norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
+        weights = "IMAGENET1K_V1" if pretrained else None
+        body = torchvision.models.get_model(name, weights=weights, norm_layer=norm_layer)
+        c5 = body.fc.in_features
+        self.channels = [c5 // 4, c5 // 2, c5][:last_stage - 1]
+        self.stages = ["layer2", "layer3", "layer4"][:last_stage - 1]
+        del body.avgpool, body.fc
+        if dilation:
+            self.dilate(body.layer4)
+        if last_stage == 3:
+            del body.layer4
+        if norm == "frozen":
+            # Batches of one or two images per GPU give useless statistics, so the papers keep ImageNet's, and
+            # with them the first layers. From random weights such a network cannot learn: norm="batch" there.
+            for module in (body.conv1, body.layer1):
+                module.requires_grad_(False)
+        self.body = body.to(memory_format=torch.channels_last)  # same numbers, faster convolutions
+
+    @staticmethod
+    def dilate(stage):
+        """DC5: the last stage keeps C4's resolution; stride becomes dilation, from its second block on."""
+        for name, module in stage.named_modules():
+            if isinstance(module, nn.Conv2d):
+                module.stride = (1, 1)
+                if module.kernel_size == (3, 3) and not name.startswith("0."):
+                    module.dilation = module.padding = (2, 2)
+
+    def forward(self, images):
+        x = images.contiguous(memory_format=torch.channels_last)
+        x = self.body.maxpool(self.body.relu(self.body.bn1(self.body.conv1(x))))  # [B, 64, H/4, W/4]
+        x = self.body.layer1(x)  # [B, C2, H/4, W/4]
+        features = []
+        for stage in self.stages:
+            x = getattr(self.body, stage)(x)  # [B, ., H/8, W/8], then H/16, then H/32
+            features.append(x)
+        return features
+
+
+def check_options(model_class, values, may_be_zero=("enc_layers",)):
+    """Raises ValueError unless values, the arguments of model_class by name, can make a model."""
+    for name, parameter in inspect.signature(model_class).parameters.items():
+        value, default = values[name], 1 if name == "num_classes" else parameter.default
+        if type(value) is not type(default) and (type(value), type(default)) != (int, float):
+            raise ValueError(f"{name} is {value!r}, it must be of type {type(default).__name__}")
+        least = 0 if default == 0 or name in may_be_zero else 1  # table 2 of DETR tries a decoder alone
+        if type(default) is int and value < least:
+            raise ValueError(f"{name} is {value}, it must be at least {least}")
+    if not 0 <= values["dropout"] < 1:
+        raise ValueError(f"dropout is {values['dropout']}, it must be at least 0 and below 1")
+    if values["hidden_dim"] % values["nheads"] or values["hidden_dim"] % 4:  # heads; sin and cos of x and y
+        raise ValueError(f"hidden_dim is {values['hidden_dim']}, it must be a multiple of nheads and of 4")
+
+
+def check_input(images, mask):
+    """Raises ValueError unless images are [B, 3, H, W] and mask [B, H, W] bool; only shapes are looked at."""
+    if images.ndim != 4 or images.shape[1] != 3 or mask.shape != (images.shape[0], *images.shape[2:]):
+        raise ValueError(f"images {tuple(images.shape)} and mask {tuple(mask.shape)} must be [B, 3, H, W] "
+                         f"and [B, H, W]; put a single image into a batch with image[None]")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask is {mask.dtype}, it must be bool, True on padding")
+
+
+def resize_mask(mask, size):
+    """Padding mask [B, H, W] at a map's size (h, w), nearest neighbour: cell i reads floor(i * H / h)."""
+    return F.interpolate(mask[:, None].float(), size=size)[:, 0].bool()  # [B, h, w]
+
+
+def sine(x, dim, temperature=10000):
+    """Encoding of coordinates x [...] in [0, 1]: [..., dim], sin and cos interleaved."""
+    i = torch.arange(dim // 2, device=x.device, dtype=torch.float32)
+    angle = x.float()[..., None] * 2 * math.pi / temperature ** (2 * i / dim)  # [..., dim/2]
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)  # [..., dim]
+
+
+def sine_positions(mask, dim, offset, temperature=10000):
+    """Position of every cell of a feature map, relative to the part of the map that is not padding.
+
+    mask [B, H, W] bool -> [B, H*W, dim], the first half encodes y, the second x. With `offset` 0 cells count
+    1 to N, as in DETR and Conditional DETR. Deformable DETR and SAM-DETR sample features at points, and the
+    point of a cell is its centre: 0.5 makes the encodings of points and of cells agree.
+    The order of the additions matters to SAM-DETR alone: in rows that are all padding N is 0, the quotient
+    is rounding noise, and its RoIAlign reads the outcome. Source: official models/position_encoding.py.
+    """
+    def normalised(n, axis):
+        last = n.narrow(axis, -1, 1)
+        return (n - offset) / (((last - offset) + 1e-6) + offset)
+
+    y = normalised((~mask).cumsum(1, dtype=torch.float32), 1)  # [B, H, W]
+    x = normalised((~mask).cumsum(2, dtype=torch.float32), 2)  # [B, H, W]
+    both = [sine(y, dim // 2, temperature), sine(x, dim // 2, temperature)]  # 2 x [B, H, W, dim/2]
+    return torch.cat(both, dim=-1).flatten(1, 2)  # [B, H*W, dim]
+
+
+class MLP(nn.Module):
+    """`depth` linear layers with ReLU between them: [..., in_dim] -> [..., out_dim]."""
+
+    def __init__(self, in_dim, hidden_dim, out_dim, depth):
+        super().__init__()
+        dims = [in_dim] + [hidden_dim] * (depth - 1) + [out_dim]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims, dims[1:]))
+
+    def forward(self, x):
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()
+        return self.layers[-1](x)
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(E/M)) v in M heads, and the output projection; q, k, v come in already projected.
+
+    q [B, Q, E], k [B, T, E], v [B, T, D], mask [B, T] bool, bias [B, M, Q, T] added to scores -> [B, Q, D].
+    E may differ from D: the score needs equal widths of q and k only.
+    """
+
+    def __init__(self, hidden_dim, nheads, dropout):
+        super().__init__()
+        self.nheads = nheads
+        self.dropout = dropout
+        self.out_proj = nn.Linear(hidden_dim, hidden_dim)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, q, k, v, mask=None, bias=None):
+        # [B, T, E] -> [B, T, M, E/M] -> [B, M, T, E/M]
+        q, k, v = (x.unflatten(-1, (self.nheads, -1)).transpose(1, 2) for x in (q, k, v))
+        if mask is not None:
+            attend = ~mask[:, None, None]  # [B, 1, 1, T], True = look here
+            bias = attend if bias is None else bias.masked_fill(~attend, -math.inf)
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)  # [B, M, Q, D/M]
+        return self.out_proj(out.transpose(1, 2).flatten(2))  # [B, Q, D]
+
+
+class QKVProjection(nn.Module):
+    """The three input maps of attention, stored as one [3D, D] matrix as in nn.MultiheadAttention."""
+
+    def __init__(self, hidden_dim):
+        super().__init__()
+        self.in_proj = nn.Linear(hidden_dim, 3 * hidden_dim)  # packed: Xavier initialisation sees 3D x D
+        nn.init.zeros_(self.in_proj.bias)
+
+    def forward(self, q, k, v):
+        weights, biases = self.in_proj.weight.chunk(3), self.in_proj.bias.chunk(3)
+        return [F.linear(x, w, b) for x, w, b in zip((q, k, v), weights, biases)]
+
+
+class FeedForward(nn.Module):
+    """Two linear layers, residual and post-norm: [..., D] -> [..., D]."""
+
+    def __init__(self, hidden_dim, dim_feedforward, dropout):
+        super().__init__()
+        self.linear1 = nn.Linear(hidden_dim, dim_feedforward)
+        self.linear2 = nn.Linear(dim_feedforward, hidden_dim)
+        self.norm = nn.LayerNorm(hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        # As dropout(relu(...)), but backward stores one tensor less: 8 % of Deformable DETR at 480 x 640
+        y = self.linear2(self.dropout(self.linear1(x)).relu())
+        return self.norm(x + self.dropout(y))
+
+
+def xavier_uniform(module):
+    """Xavier-uniform on every matrix of a module (official Transformer._reset_parameters)."""
+    for p in module.parameters():
+        if p.dim() > 1:
+            nn.init.xavier_uniform_(p)
+
+
+# ---- Deformable attention (paper, section 4.1) -------------------------------------------------------------
+def deformable_sampling(value, spatial_shapes, locations, weights):
+    """Bilinear samples of every level, weighted and summed: the inner sums of Eq. (3).
+
+    value [B, T, M, D/M], spatial_shapes [(h, w), ...] of L levels, locations [B, Q, M, L, K, 2] as (x, y) in
+    [0, 1] of the padded map (outside is zero), weights [B, Q, M, L, K] -> [B, Q, D].
+    Source: official ms_deform_attn_core_pytorch, which keeps the samples of all levels and weighs them
+    together; here the sum grows level by level, which needs less memory and time.
+    """
+    B, Q, M, L, K, _ = locations.shape
+    grid = 2 * locations - 1  # grid_sample counts from -1 to 1
+    levels = value.to(grid.dtype).split([h * w for h, w in spatial_shapes], dim=1)
+    total = 0
+    for level, (h, w) in enumerate(spatial_shapes):
+        # [B, h*w, M, D/M] -> [B, M, D/M, h*w] -> [B*M, D/M, h, w]
+        feature_map = levels[level].permute(0, 2, 3, 1).reshape(B * M, -1, h, w)
+        points = grid[:, :, :, level].transpose(1, 2).flatten(0, 1)  # [B*M, Q, K, 2]
+        weight = weights[:, :, :, level].transpose(1, 2).flatten(0, 1)  # [B*M, Q, K]
+        sampled = F.grid_sample(feature_map, points, align_corners=False)  # [B*M, D/M, Q, K]
+        total = total + torch.einsum("ndqk,nqk->nqd", sampled, weight)  # [B*M, Q, D/M]
+    return total.unflatten(0, (B, M)).transpose(1, 2).flatten(2)  # [B, Q, D]
+
+
+class MSDeformAttn(nn.Module):
+    """Multi-scale deformable attention, Eq. (3), with M heads, L levels and K points per head and level."""
+
+    def __init__(self, hidden_dim, nheads, levels, points):
+        super().__init__()
+        self.shape = (nheads, levels, points)
+        self.sampling_offsets = nn.Linear(hidden_dim, nheads * levels * points * 2)
+        self.attention_weights = nn.Linear(hidden_dim, nheads * levels * points)
+        self.value_proj = nn.Linear(hidden_dim, hidden_dim)
+        self.output_proj = nn.Linear(hidden_dim, hidden_dim)
+
+    def reset_parameters(self):
+        """Start as a star: head m looks towards angle 2 pi m / M, point k is k steps away; equal weights."""
+        M, L, K = self.shape
+        angle = torch.arange(M) * (2 * math.pi / M)
+        ray = torch.stack([angle.cos(), angle.sin()], dim=-1)  # [M, 2]
+        ray = ray / ray.abs().max(-1, keepdim=True).values  # onto the border of a square
+        star = ray[:, None, None] * torch.arange(1, K + 1)[:, None]  # [M, 1, K, 2]
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(star.expand(M, L, K, 2).flatten())
+        nn.init.zeros_(self.sampling_offsets.weight)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)  # after the softmax the paper's 1/(LK)
+        nn.init.zeros_(self.value_proj.bias)
+        nn.init.zeros_(self.output_proj.bias)
+
+    def locations_and_weights(self, query, reference, spatial_shapes):
+        """Where to look, [B, Q, M, L, K, 2] in [0, 1] of the padded maps, and its weight [B, Q, M, L, K]."""
+        M, L, K = self.shape
+        offsets = self.sampling_offsets(query).unflatten(-1, (M, L, K, 2))  # [B, Q, M, L, K, 2]
+        weights = self.attention_weights(query).unflatten(-1, (M, L * K))  # [B, Q, M, L*K]
+        weights = weights.softmax(-1).unflatten(-1, (L, K))  # [B, Q, M, L, K]; 1 over all levels and points
+        reference = reference[:, :, None, :, None]  # [B, Q, 1, L, 1, 2 or 4]
+        if reference.shape[-1] == 2:
+            # Offsets are in pixels of their level. (w, h) and not (h, w): the first release had that wrong.
+            size = torch.tensor([(w, h) for h, w in spatial_shapes], device=query.device)  # [L, 2]
+            return reference + offsets / size[:, None], weights
+        # Relative to a box: the star's last point starts on its border, hence 1/K and half the width (A.4).
+        return reference[..., :2] + offsets / K * reference[..., 2:] * 0.5, weights
+
+    def forward(self, query, reference, value, spatial_shapes, mask):
+        """query [B, Q, D], reference [B, Q, L, 2 or 4], value [B, T, D], mask [B, T] -> [B, Q, D]."""
+        value = self.value_proj(value).masked_fill(mask[..., None], 0)  # padding contributes nothing
+        value = value.unflatten(-1, (self.shape[0], -1))  # [B, T, M, D/M]
+        locations, weights = self.locations_and_weights(query, reference, spatial_shapes)
+        return self.output_proj(deformable_sampling(value, spatial_shapes, locations, weights))
+
+
+def valid_ratio(mask):
+    """Share of a padded map [B, h, w] that is image, as (x, y): [B, 2]."""
+    valid = (~mask).float()
+    return torch.stack([valid[:, 0].mean(1), valid[:, :, 0].mean(1)], dim=-1)
+
+
+def pixel_centres(spatial_shapes, valid_ratios):
+    """Centre of every token in [0, 1] of the image without padding, as (x, y): [B, T, 2]."""
+    centres = []
+    for level, (h, w) in enumerate(spatial_shapes):
+        y = (torch.arange(h, device=valid_ratios.device) + 0.5) / h  # [h]
+        x = (torch.arange(w, device=valid_ratios.device) + 0.5) / w  # [w]
+        centre = torch.stack([x.repeat(h), y.repeat_interleave(w)], dim=-1)  # [h*w, 2]
+        centres.append(centre / valid_ratios[:, None, level])  # [B, h*w, 2]
+    return torch.cat(centres, dim=1)
+
+
+# ---- Encoder: every pixel of every level is a query (paper, section 4.1) -----------------------------------
+class DeformableEncoderLayer(nn.Module):
+    def __init__(self, hidden_dim, nheads, dim_feedforward, dropout, levels, points):
+        super().__init__()
+        self.self_attn = MSDeformAttn(hidden_dim, nheads, levels, points)
+        self.norm1 = nn.LayerNorm(hidden_dim)
+        self.ffn = FeedForward(hidden_dim, dim_feedforward, dropout)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, src, pos, reference, spatial_shapes, mask):
+        attended = self.self_attn(src + pos, reference, src, spatial_shapes, mask)  # [B, T, D]
+        src = self.norm1(src + self.dropout(attended))
+        return self.ffn(src)
+
+
+class DeformableEncoder(nn.Module):
+    def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout, levels, points):
+        super().__init__()
+        layers = [
+            DeformableEncoderLayer(hidden_dim, nheads, dim_feedforward, dropout, levels, points)
+            for _ in range(num_layers)
+        ]
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, src, pos, spatial_shapes, valid_ratios, mask):
+        # Divided by its own level's ratio, multiplied by that of the level looked at: they round differently
+        centres = pixel_centres(spatial_shapes, valid_ratios)  # [B, T, 2]
+        reference = centres[:, :, None] * valid_ratios[:, None]  # [B, T, L, 2]
+        for layer in self.layers:
+            src = layer(src, pos, reference, spatial_shapes, mask)
+        return src
+
+
+# ---- Where queries come from: learned, or the encoder's proposals (appendix A.4) ---------------------------
+class Queries(nn.Module):
+    """One stage: learned content and position per query, and from the position a reference point."""
+
+    def __init__(self, hidden_dim, num_queries):
+        super().__init__()
+        self.query_embed = nn.Embedding(num_queries, 2 * hidden_dim)
+        self.reference_points = nn.Linear(hidden_dim, 2)
+        # The embedding keeps N(0, 1): so points start all over the image, with a smaller one near its centre
+        xavier_uniform(self.reference_points)
+        nn.init.zeros_(self.reference_points.bias)
+
+    def forward(self, memory, spatial_shapes, valid_ratios, mask, class_head, box_head):
+        """-> tgt, query_pos [B, Q, D], reference [B, Q, 2], and no proposals."""
+        query_pos, tgt = self.query_embed.weight.expand(memory.shape[0], -1, -1).chunk(2, dim=-1)
+        return tgt, query_pos, self.reference_points(query_pos).sigmoid(), {}
+
+
+class Proposals(nn.Module):
+    """Two stages: every encoder token proposes a box; the best ones become the queries."""
+
+    def __init__(self, hidden_dim, num_queries):
+        super().__init__()
+        self.num_queries = num_queries
+        self.enc_output = nn.Linear(hidden_dim, hidden_dim)
+        self.enc_output_norm = nn.LayerNorm(hidden_dim)
+        self.pos_trans = nn.Linear(2 * hidden_dim, 2 * hidden_dim)
+        self.pos_trans_norm = nn.LayerNorm(2 * hidden_dim)
+        xavier_uniform(self)
+
+    def forward(self, memory, spatial_shapes, valid_ratios, mask, class_head, box_head):
+        """-> tgt, query_pos [B, Q, D], reference [B, Q, 4], {"proposals": ...} of all T tokens."""
+        centre = pixel_centres(spatial_shapes, valid_ratios)  # [B, T, 2]
+        side = [torch.full((h * w, 2), 0.05 * 2 ** level) for level, (h, w) in enumerate(spatial_shapes)]
+        side = torch.cat(side).to(centre).expand_as(centre)  # [B, T, 2]
+        anchor = torch.cat([centre, side], dim=-1)  # [B, T, 4]
+        invalid = mask | ~((anchor > 0.01) & (anchor < 0.99)).all(-1)  # [B, T]
+        # Infinite logits make the box (1, 1, 1, 1). Such tokens stay in the loss; only their score keeps them
+        # out of the top Q.
+        anchor = anchor.logit().masked_fill(invalid[..., None], math.inf)
+        tokens = self.enc_output_norm(self.enc_output(memory.masked_fill(invalid[..., None], 0)))  # [B, T, D]
+        logits, boxes_logit = class_head(tokens), box_head(tokens) + anchor  # [B, T, C], [B, T, 4]
+
+        # All labels of proposals are class 0 ("an object"), so class 0 ranks them (as in the official code).
+        count = torch.sym_min(self.num_queries, logits.shape[1])  # small maps may have fewer tokens
+        best = logits[..., 0].topk(count, dim=1).indices  # [B, Q]
+        reference = boxes_logit.gather(1, best[..., None].expand(-1, -1, 4)).detach().sigmoid()  # [B, Q, 4]
+        embedding = sine(reference, memory.shape[-1] // 2).flatten(-2)  # [B, Q, 2D]
+        query_pos, tgt = self.pos_trans_norm(self.pos_trans(embedding)).chunk(2, dim=-1)
+        return tgt, query_pos, reference, {"proposals": {"logits": logits, "boxes": boxes_logit.sigmoid()}}
+
+
+# ---- Hybrid matching: what the further queries need (paper, section 3.2), and the baseline's two tricks ----
+def hybrid_bias(count, num_queries, device):
+    """Scores for self-attention, [1, 1, count, count]: -inf between the first Q queries and the others."""
+    one2many = torch.arange(count, device=device) >= num_queries  # [count]
+    apart = one2many != one2many[:, None]  # [count, count]
+    return torch.zeros(1, 1, count, count, device=device).masked_fill(apart, -math.inf)
+
+
+class MixedSelection(Proposals):
+    """Proposals give the queries their boxes and positions only; content is learned, a row for each rank."""
+
+    def __init__(self, hidden_dim, num_queries):
+        super().__init__(hidden_dim, num_queries)
+        self.query_embed = nn.Embedding(num_queries, hidden_dim)
+
+    def forward(self, *inputs):
+        # The norm in Proposals runs over the half of its content, too, which is not used otherwise
+        _, query_pos, reference, proposals = super().forward(*inputs)
+        tgt = self.query_embed.weight[:query_pos.shape[1]].expand_as(query_pos)  # [B, Q, D]
+        return tgt, query_pos, reference, proposals
+
+
+def move_box(reference, delta):
+    """A.3 of Deformable DETR: reference [B, Q, 2 or 4] moved by delta in logit space: [B, Q, 4]."""
+    logit = reference.logit(eps=1e-5)
+    return (delta + F.pad(logit, (0, 4 - logit.shape[-1]))).sigmoid()  # a point says nothing about its size
+
+
+
+# ---- Decoder: queries look at each other, then at the image (paper, section 4.1) ---------------------------
+class DecoderLayer(nn.Module):
+    """Queries look at each other, then at the image: tgt [B, Q, D], memory [B, T, D] -> [B, Q, D]."""
+
+    def __init__(self, hidden_dim, nheads, dim_feedforward, dropout, levels, points):
+        super().__init__()
+        self.sa_proj = QKVProjection(hidden_dim)
+        self.self_attn = Attention(hidden_dim, nheads, dropout)
+        self.norm1 = nn.LayerNorm(hidden_dim)
+        self.cross_attn = MSDeformAttn(hidden_dim, nheads, levels, points)
+        self.norm2 = nn.LayerNorm(hidden_dim)
+        self.ffn = FeedForward(hidden_dim, dim_feedforward, dropout)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tgt, query_pos, reference, memory, spatial_shapes, mask, bias):
+        # tgt is learned from the start, so the first self-attention is not idle as in DETR
+        q, k, v = self.sa_proj(tgt + query_pos, tgt + query_pos, tgt)  # 3 x [B, Q, D]
+        tgt = self.norm1(tgt + self.dropout(self.self_attn(q, k, v, bias=bias)))
+
+        # No keys: the query alone decides where to look and how much it counts
+        attended = self.cross_attn(tgt + query_pos, reference, memory, spatial_shapes, mask)  # [B, Q, D]
+        tgt = self.norm2(tgt + self.dropout(attended))
+        return self.ffn(tgt)
+
+
+class Decoder(nn.Module):
+    def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout, levels, points, box_refine,
+                 look_forward_twice):
+        super().__init__()
+        layers = [
+            DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, levels, points)
+            for _ in range(num_layers)
+        ]
+        self.layers = nn.ModuleList(layers)
+        self.box_refine = box_refine
+        self.look_forward_twice = look_forward_twice
+
+    def forward(self, tgt, query_pos, reference, box_heads, memory, spatial_shapes, valid_ratios, mask, bias):
+        """tgt, query_pos [B, Q, D], reference [B, Q, 2 or 4] -> hs [S, B, Q, D], boxes [S, B, Q, 4]."""
+        outputs, boxes = [], []
+        previous = reference  # as the next layer gets it, but with gradient
+        for layer, box_head in zip(self.layers, box_heads):
+            ratios = valid_ratios.repeat(1, 1, reference.shape[-1] // 2)  # [B, L, 2 or 4]
+            tgt = layer(
+                tgt, query_pos, reference[:, :, None] * ratios[:, None], memory, spatial_shapes, mask, bias)
+            outputs.append(tgt)  # no final norm (DETR has one)
+            delta = box_head(tgt)  # [B, Q, 4]
+            # Look forward twice: the loss of a layer also trains the box head before, and none further back
+            boxes.append(move_box(previous if self.look_forward_twice else reference, delta))
+            if self.box_refine:
+                previous = move_box(reference, delta)  # the same numbers, but another way for the gradient
+                reference = previous.detach()  # A.4: no gradient from one layer's box to the previous one
+        return torch.stack(outputs), torch.stack(boxes)
+
+
+# ---- The model ---------------------------------------------------------------------------------------------
+class HDETR(nn.Module):
+    """Backbone, encoder, decoder, heads: images [B, 3, H, W] -> S times Q classes and boxes for each."""
+
+    recipe = RECIPE
+
+    def __init__(
+        self,
+        num_classes,
+        backbone="resnet50",
+        pretrained_backbone=True,
+        backbone_norm="frozen",
+        dilation=False,
+        last_stage=4,
+        hidden_dim=256,
+        nheads=8,
+        enc_layers=6,
+        dec_layers=6,
+        dim_feedforward=2048,
+        dropout=0.0,
+        num_queries=300,
+        num_feature_levels=4,
+        enc_points=4,
+        dec_points=4,
+        box_refine=True,
+        two_stage=True,
+        num_one2many=1500,
+        k_one2many=6,
+        lambda_one2many=1.0,
+        mixed_selection=True,
+        look_forward_twice=True,
+    ):
+        super().__init__()
+        check_options(HDETR, locals(), may_be_zero=("enc_layers", "num_one2many", "k_one2many"))
+        self.backbone = Backbone(backbone, pretrained_backbone, backbone_norm, dilation, last_stage)
+        box_refine = box_refine or two_stage
+        if look_forward_twice and not box_refine:
+            raise ValueError("look_forward_twice needs box_refine or two_stage: it is about refined boxes")
+        levels = num_feature_levels
+        # The last of C3, C4, C5 through 1x1 convolutions; further levels (C6) by 3x3 convolutions of stride 2
+        channels = self.backbone.channels[-levels:]
+        extra = ([channels[-1]] + [hidden_dim] * levels)[:levels - len(channels)]
+        convs = [nn.Conv2d(c, hidden_dim, kernel_size=1) for c in channels]
+        convs += [nn.Conv2d(c, hidden_dim, kernel_size=3, stride=2, padding=1) for c in extra]
+        self.input_proj = nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(32, hidden_dim)) for conv in convs)
+        self.level_embed = nn.Parameter(torch.randn(levels, hidden_dim))
+        self.encoder = DeformableEncoder(
+            enc_layers, hidden_dim, nheads, dim_feedforward, dropout, levels, enc_points
+        )
+        self.num_queries = num_queries
+        self.one2many = {"repeat": k_one2many, "weight": lambda_one2many}
+        self.hybrid = num_one2many > 0 and k_one2many > 0
+        queries = (MixedSelection if mixed_selection else Proposals) if two_stage else Queries
+        self.queries = queries(hidden_dim, num_queries + num_one2many)
+        self.decoder = Decoder(
+            dec_layers, hidden_dim, nheads, dim_feedforward, dropout, levels, dec_points, box_refine,
+            look_forward_twice
+        )
+        class_head = nn.Linear(hidden_dim, num_classes)
+        box_head = MLP(hidden_dim, hidden_dim, 4, depth=3)
+        nn.init.constant_(class_head.bias, -math.log(99))  # every class starts at p = 0.01
+        nn.init.zeros_(box_head.layers[-1].weight)
+        nn.init.zeros_(box_head.layers[-1].bias)
+        # Shared by all layers, or with refinement one for each; with two_stage one more, for the proposals
+        count = dec_layers + two_stage
+        copies = copy.deepcopy if box_refine else lambda head: head
+        self.class_head = nn.ModuleList(copies(class_head) for _ in range(count))
+        self.box_head = nn.ModuleList(copies(box_head) for _ in range(count))
+        if not two_stage:
+            # The first boxes have no size to start from: sigmoid(-2) = 0.12 (the paper says 0.1)
+            nn.init.constant_(self.box_head[0].layers[-1].bias[2:], -2.0)
+        for module in (self.encoder, self.decoder, self.input_proj):
+            xavier_uniform(module)
+        for module in self.modules():
+            if isinstance(module, MSDeformAttn):
+                module.reset_parameters()
+        for conv, _ in self.input_proj:
+            nn.init.zeros_(conv.bias)
+
+    def feature_maps(self, images):
+        """The levels, fine to coarse: L x [B, D, h, w]."""
+        features = self.backbone(images)[-len(self.input_proj):]
+        src = [proj(feature) for proj, feature in zip(self.input_proj, features)]
+        for proj in self.input_proj[len(features):]:
+            src.append(proj(features[-1] if len(src) == len(features) else src[-1]))  # C6 comes from raw C5
+        return src
+
+    def forward(self, images, mask):
+        """images [B, 3, H, W], mask [B, H, W] -> {"logits": [S, B, Q, C], "boxes": [S, B, Q, 4]}.
+
+        With two_stage also "proposals": {"logits": [B, T, C], "boxes": [B, T, 4]} of every encoder token. In
+        training also "one2many": logits and boxes of the further queries, "repeat" K and "weight" lambda.
+        """
+        check_input(images, mask)
+        maps = self.feature_maps(images)
+        spatial_shapes = [m.shape[-2:] for m in maps]
+        masks = [resize_mask(mask, shape) for shape in spatial_shapes]  # L x [B, h, w]
+        pos = [sine_positions(m, self.level_embed.shape[1], offset=0.5) + embed
+               for m, embed in zip(masks, self.level_embed)]  # L x [B, h*w, D]
+        valid_ratios = torch.stack([valid_ratio(m) for m in masks], dim=1)  # [B, L, 2]
+        src = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)  # [B, T, D]
+        mask = torch.cat([m.flatten(1) for m in masks], dim=1)  # [B, T]
+        pos = torch.cat(pos, dim=1)  # [B, T, D]
+
+        memory = self.encoder(src, pos, spatial_shapes, valid_ratios, mask)  # [B, T, D]
+        tgt, query_pos, reference, proposals = self.queries(
+            memory, spatial_shapes, valid_ratios, mask, self.class_head[-1], self.box_head[-1])
+        bias = None
+        if self.training and self.hybrid:
+            bias = hybrid_bias(tgt.shape[1], self.num_queries, tgt.device)
+        else:
+            tgt, query_pos, reference = (x[:, :self.num_queries] for x in (tgt, query_pos, reference))
+        hs, boxes = self.decoder(
+            tgt, query_pos, reference, self.box_head, memory, spatial_shapes, valid_ratios, mask, bias)
+        logits = torch.stack([head(h) for head, h in zip(self.class_head, hs)])  # [S, B, Q + T, C]
+        Q = self.num_queries
+        out = {"logits": logits[:, :, :Q], "boxes": boxes[:, :, :Q], **proposals}
+        if self.training and self.hybrid:
+            out["one2many"] = {"logits": logits[:, :, Q:], "boxes": boxes[:, :, Q:], **self.one2many}
+        return out
+
+
+def build(num_classes, **options):
+    """The model, with the paper's values as defaults; options are the arguments of the class above.
+
+    Boxes are (cx, cy, w, h) in [0, 1] of the image without padding. Raises ValueError for a wrong value and
+    TypeError for an unknown option.
+    """
+    return HDETR(num_classes, **options)
+
+
+# Official parameter names (regular expressions) and ours.
+OFFICIAL_NAMES = (
+    (r"^backbone\.0\.body\.", "backbone.body."),
+    (r"^transformer\.decoder\.(class|bbox)_embed\.", r"\1_embed."),  # the same heads, listed twice
+    (r"^transformer\.(reference_points|enc_output\w*|pos_trans\w*)\.", r"queries.\1."),
+    (r"^transformer\.", ""),
+    (r"^query_embed\.", "queries.query_embed."),
+    (r"self_attn\.in_proj_", "sa_proj.in_proj."),
+    (r"\.(linear[12])\.", r".ffn.\1."),
+    (r"(encoder\.layers\.\d+)\.norm2\.", r"\1.ffn.norm."),
+    (r"(decoder\.layers\.\d+)\.norm3\.", r"\1.ffn.norm."),
+    (r"(decoder\.layers\.\d+)\.norm1\.", r"\1.norm_cross."),  # officially norm1 follows cross-attention
+    (r"(decoder\.layers\.\d+)\.norm2\.", r"\1.norm1."),
+    (r"\.norm_cross\.", ".norm2."),
+    (r"^class_embed\.", "class_head."),
+    (r"^bbox_embed\.", "box_head."),
+)
+
+
+def rename_official(state):
+    """The entries of an official state_dict under our names. Raises nothing: load_official is strict."""
+    renamed = {}
+    for name, tensor in state.items():
+        for official, ours in OFFICIAL_NAMES:
+            name = re.sub(official, ours, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def load_official(model, checkpoint):
+    """Copy an official checkpoint, {"model": state_dict} or the bare state_dict, into the model.
+
+    Strict: raises RuntimeError that lists every missing, unknown or misshapen parameter.
+    """
+    model.load_state_dict(rename_official(checkpoint.get("model", checkpoint)))
+
+
+# ---- python THIS_FILE.py: a walk through the network on random images --------------------------------------
+def shapes(x):
+    """The shape of every tensor in x, which is a tensor or holds some in lists and dicts."""
+    if isinstance(x, dict):
+        return {key: shapes(value) for key, value in x.items()}
+    return list(x.shape) if isinstance(x, torch.Tensor) else [shapes(value) for value in x]
+
+
+def walk(model):
+    """Print what the parts of the model return for two random images, the second one padded."""
+    images, mask = torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool)
+    mask[1, 192:] = True
+    for name, part in model.named_children():
+        part.register_forward_hook(lambda m, i, output, name=name: print(f"  {name:12} {shapes(output)}"))
+    with torch.no_grad():
+        print(f"returns {shapes(model.eval()(images, mask))}")
+    count = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{count:,} parameters, {trained:,} of them trained")
+
+
+if __name__ == "__main__":
+    walk(build(num_classes=91, pretrained_backbone=False))
