@@ -10,6 +10,7 @@ def pytest_addoption(parser):
     group.addoption("--file", help="run the marks on this file, and nothing else")
     group.addoption("--like", help="the file of ours that it is meant to equal")
     group.addoption("--points", action="store_true", help="print the points in a table")
+    group.addoption("--json", help="write the points as Gradescope's results.json")
     group.addoption("--seed", type=int, default=0, help="other weights and images (default 0)")
     group.addoption("--seconds", type=int, default=120, help="time for each mark (default 120)")
 
@@ -45,10 +46,9 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    results = getattr(config, "grading_results", None)
-    if config.getoption("--points") and results:
+    grade = getattr(config, "grade", None)
+    if config.getoption("--points") and grade:
         from tests.grading.grader import table
 
-        file, like, seed = (config.getoption(f"--{name}") for name in ("file", "like", "seed"))
         terminalreporter.section("points")
-        terminalreporter.write_line(table(file, like, seed, results))
+        terminalreporter.write_line(table(grade))

@@ -1,6 +1,7 @@
 """Our files, by name: train.py and every model file, in the project's folder or in relatives/."""
 import importlib
 import re
+from functools import lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +22,7 @@ def path_of(name):
     return found[name]
 
 
+@lru_cache
 def ours_named(name):
     """Our file as a module."""
     return importlib.import_module(".".join(path_of(name).relative_to(ROOT).with_suffix("").parts))

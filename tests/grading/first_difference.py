@@ -12,8 +12,11 @@ from pathlib import Path
 import torch
 from torchvision.ops import box_convert
 
-from tests.grading.grader import MARKS, load_file, ours_named, sentence
-from tests.grading.marks import (
+from tests.grading.child import load_file, sentence
+from tests.grading.files import ours_named
+from tests.grading.grader import MARKS
+from tests.grading.marks import ranked, start, training
+from tests.grading.pairs import (
     BOTH,
     PADDED,
     WIDE,
@@ -24,9 +27,6 @@ from tests.grading.marks import (
     gradient_pattern,
     gradient_sizes,
     origin,
-    ranked,
-    start,
-    training,
 )
 from tests.grading.planted import MISTAKES, module_of
 

@@ -1,59 +1,52 @@
-"""Run the marks of tests/grading/marks.py on somebody's file, in a process of its own.
+"""Run the marks of tests/grading/marks.py on somebody's file, in a process of its own (tests/grading/child.py).
 
 The file may hang, leave Python, print without end or want all memory: that costs it one mark, and the rest go on.
-This is no fence against cheating: the file runs with the rights of whoever grades it.
+What the process says is signed, its working folder is empty but for the file and its neighbours, and whatever imports,
+opens or repeats our files is reported. This is no fence: the file runs with the rights of whoever grades it, in the
+same process as the marks. docs/teaching.md says what to do about that.
 """
+import hashlib
+import hmac
 import json
 import os
-import re
+import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import traceback
 from pathlib import Path
+from typing import NamedTuple
 
-from tests.grading.files import ROOT, ours_named, parent_of
+from tests.grading.files import ROOT, model_files, parent_of
+from tests.grading.repeats import repeated
 
 GIGABYTES = 4  # of memory beyond what torch itself takes
 
-# The marks of every file and their points. What a mark asks for is the first line of its function in marks.py.
-SHARED = {"shapes": 1, "independence": 1, "loading": 1, "start": 1, "backbone": 1, "padding": 2, "positions": 2}
+# The marks of every file and their points. What a mark asks for is the first line of its function.
+SHARED = {
+    "shapes": 1, "independence": 1, "loading": 1, "start": 1, "backbone": 1, "padding": 2, "positions": 2,
+}
 WHOLE = {"training": 1, "gradients": 2, "everything": 2, "official": 2}
 MARKS = {
     "detr": {**SHARED, "attention": 3, "queries": 1, "heads": 2, **WHOLE},
     "conditional_detr": {**SHARED, "attention": 2, "spatial_query": 4, "references": 2, "heads": 2, **WHOLE},
-    "deformable_detr": {**SHARED, "sampling": 4, "references": 2, "heads": 2, "refinement": 3, "two_stage": 3,
-                        **WHOLE},
-    "sam_detr": {**SHARED, "attention": 2, "aligner": 4, "references": 2, "heads": 2, "smca": 2, "multiscale": 2,
-                 **WHOLE},
-    "sqr": {**SHARED, "sampling": 2, "references": 1, "heads": 1, "refinement": 2, "two_stage": 2, "recollection": 4,
-            "recurrent": 2, **WHOLE},
-    "train": {"matcher": 4, "class_loss": 4, "l1_loss": 2, "giou_loss": 2, "stages": 2, "total": 1, "empty": 2,
-              "proposals": 1, "criterion": 2},
-}
-# A mark that cannot be met before others are: whoever misses both should begin with the other.
-BUILDS_ON = {
-    "padding": ["heads", "backbone"],
-    "positions": ["heads", "backbone"],
-    "attention": ["heads", "backbone"],
-    "sampling": ["heads", "backbone"],
-    "references": ["heads"],
-    "queries": ["heads"],
-    "spatial_query": ["heads", "attention", "positions"],
-    "aligner": ["heads", "attention"],
-    "smca": ["aligner"],
-    "multiscale": ["aligner"],
-    "refinement": ["references", "sampling"],
-    "two_stage": ["references", "refinement"],
-    "recurrent": ["recollection"],
-    "gradients": ["heads", "references"],
-    "criterion": ["matcher", "class_loss", "l1_loss", "giou_loss", "stages", "total"],
-    "everything": ["heads", "backbone", "padding", "positions", "attention", "sampling", "references", "queries",
-                   "spatial_query", "aligner", "recollection"],
-    "official": ["everything", "gradients"],
+    "deformable_detr": {
+        **SHARED, "attention": 1, "sampling": 4, "references": 2, "heads": 2, "refinement": 3, "two_stage": 3, **WHOLE,
+    },
+    "sam_detr": {
+        **SHARED, "attention": 2, "aligner": 4, "references": 2, "heads": 2, "smca": 2, "multiscale": 2, **WHOLE,
+    },
+    "sqr": {
+        **SHARED, "attention": 1, "sampling": 2, "references": 1, "heads": 1, "refinement": 2, "two_stage": 2,
+        "recollection": 4, "recurrent": 2, **WHOLE,
+    },
+    "train": {
+        "matcher": 4, "class_loss": 4, "l1_loss": 2, "giou_loss": 2, "box_counts": 1, "stages": 2, "total": 1,
+        "empty": 2, "proposals": 1, "criterion": 2,
+    },
 }
 
 
@@ -64,52 +57,121 @@ def marks_of(like):
     return MARKS[like]
 
 
-def grade(file, like, seed=0, names=None, seconds=120):
-    """Yields (mark, None if it is met or else a sentence) one by one; `seconds` are for each."""
-    left = list(names or marks_of(like))
-    while left:
-        with tempfile.TemporaryDirectory() as folder:
-            report = Path(folder) / "report.jsonl"
-            child = Child(Path(file).resolve(), like, seed, seconds, report, *left)
-            running, told = None, 0
-            while True:
-                ended = child.ended(0.05)
-                lines = report.read_text().split("\n")[:-1] if report.exists() else []
-                for line in map(json.loads, lines[told:]):
-                    running = line["mark"]
-                    if line["done"]:
-                        left.remove(running)
-                        yield running, line["lost"]
-                        running = None
-                told = len(lines)
-                if ended:
-                    break
-                if child.seconds() > (seconds + 30) * (len(left) + 1):  # its own alarm clock was switched off
-                    child.kill()
+class Verdict(NamedTuple):
+    status: str  # "met", "lost" or "unjudged"
+    why: str = ""
+
+
+class Grade(NamedTuple):
+    file: str
+    like: str
+    seed: int
+    verdicts: dict  # {mark: Verdict}
+    warnings: list  # sentences for whoever grades
+    seconds: float
+
+    def points(self, status):
+        return sum(points for mark, points in self.marks().items() if self.verdicts[mark].status == status)
+
+    def marks(self):
+        return {mark: points for mark, points in marks_of(self.like).items() if mark in self.verdicts}
+
+
+def grade(file, like, seed=0, names=None, seconds=120, watch=lambda mark: None):
+    """The Grade of a file; `seconds` are for each mark, `watch` is called with every mark that is done."""
+    started, names = time.monotonic(), list(names or marks_of(like))
+    failures, verdicts, warnings = {}, None, repeated(file, like)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copied(Path(file).resolve(), Path(folder))
+        while verdicts is None:
+            job = dict(file=str(copy), like=like, seed=seed, seconds=seconds, names=names, failures=failures)
+            child, running = Child(job, folder), None
+            for message in child.messages((seconds + 30) * (len(names) + 2)):
+                running = message.get("running", running)
+                if "failure" in message:
+                    failures[running], running = message["failure"], None
+                    watch(running)
+                warnings += [w for w in message.get("warnings", []) if w not in warnings]
+                verdicts = message.get("verdicts", verdicts)
+            if verdicts is not None:
+                break
             sentence = child.last_words(seconds)
-        if running in left:
-            left.remove(running)
-            yield running, sentence
-        elif left:  # it did not get as far as the first mark: the file cannot be imported
-            for name in left:
-                yield name, sentence
-            return
+            if running is None and len(failures) == len(names):
+                running = "judging"  # it ended while its marks were compared with known slips
+            elif running is None:  # it did not get as far as the first mark: the file cannot be imported
+                running = names[0]
+                failures = {name: [sentence, "crash", ""] for name in names}
+            if running == "judging":
+                verdicts = {name: ("lost", failures[name][0]) if failures[name] else ("met",) for name in names}
+            else:
+                failures.setdefault(running, [sentence, "", ""])
+        warnings += child.strangers
+    verdicts = {name: Verdict(*verdicts[name]) for name in names}
+    return Grade(str(file), like, seed, verdicts, warnings, time.monotonic() - started)
+
+
+def copied(file, folder):
+    """A copy of the file in a folder with those of its neighbours that are not ours."""
+    ours = {path.name for path in [*model_files().values(), *ROOT.glob("*.py")]}
+    neighbours = [path for path in sorted(file.parent.glob("*.py"))[:200] if path.name not in ours]
+    for path in {*neighbours, file}:
+        shutil.copy(path, folder / path.name)
+    return folder / file.name
 
 
 class Child:
-    """A process whose output is read and thrown away but for the last lines."""
+    """A process whose signed messages are read; the rest of its output is thrown away but for the last lines."""
 
-    def __init__(self, *arguments):
+    def __init__(self, job, folder):
+        key = secrets.token_hex(16)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.grading.grader", *map(str, arguments)], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, start_new_session=True)
-        self.tail = b""
-        threading.Thread(target=self.drain, daemon=True).start()
-        self.started = time.monotonic()
+            [sys.executable, "-m", "tests.grading.child"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, start_new_session=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+        self.key, self.tail, self.lines, self.strangers = key.encode(), b"", [], []
+        self.started, self.count = time.monotonic(), 0
+        readers = [(self.process.stdout, self.take_report), (self.process.stderr, self.take_output)]
+        for stream, take in readers:
+            threading.Thread(target=self.drain, args=(stream.fileno(), take), daemon=True).start()
+        try:
+            self.process.stdin.write(json.dumps({**job, "key": key}).encode() + b"\n")
+            self.process.stdin.close()
+        except BrokenPipeError:
+            pass
 
-    def drain(self):
-        while chunk := os.read(self.process.stdout.fileno(), 65536):
-            self.tail = (self.tail + chunk)[-2000:]
+    @staticmethod
+    def drain(stream, take):
+        try:
+            while chunk := os.read(stream, 65536):
+                take(chunk)
+        except (OSError, ValueError):  # closed behind our back
+            pass
+
+    def take_output(self, chunk):
+        self.tail = (self.tail + chunk)[-2000:]
+
+    def take_report(self, chunk, rest=[b""]):  # noqa: B006, what is left of the last line
+        *lines, self.rest = (getattr(self, "rest", b"") + chunk).split(b"\n")
+        self.rest = self.rest[-1_000_000:]
+        self.lines += lines
+
+    def messages(self, limit):
+        """Every message that is signed, until the process has ended."""
+        while True:
+            ended = self.ended(0.05)
+            if ended:
+                time.sleep(0.05)  # for the last lines
+            lines, self.lines = self.lines, []
+            for line in lines:
+                signature, _, text = line.partition(b" ")
+                if hmac.compare_digest(signature, sign(self.key, self.count, text)):
+                    self.count += 1
+                    yield json.loads(text)
+                elif not self.strangers:
+                    self.strangers.append("writes into the grader's report")
+            if ended:
+                return
+            if time.monotonic() - self.started > limit:  # its own alarm clock was switched off
+                self.kill()
 
     def ended(self, wait):
         try:
@@ -118,9 +180,6 @@ class Child:
             return False
         self.kill()  # whatever it started
         return True
-
-    def seconds(self):
-        return time.monotonic() - self.started
 
     def kill(self):
         try:
@@ -140,106 +199,48 @@ class Child:
         return f"ended Python ({how})" + (f"; its last line: {lines[-1][:200]}" if lines else "")
 
 
-def advice(name, results):
-    """The marks to be met first, out of those that are lost as well."""
-    first = [base for base in BUILDS_ON.get(name, ()) if results.get(base)]
-    return f" (begin with: {', '.join(first)})" if first else ""
+def sign(key, count, text):
+    return hmac.new(key, str(count).encode() + text, hashlib.sha256).hexdigest().encode()
 
 
-def table(file, like, seed, results):
-    """The points, mark by mark, with a sentence for every one that is lost."""
-    points = marks_of(like)
-    lines = [f"{file}, graded like {like}, seed {seed}"]
-    for name, sentence in results.items():
-        why = f"   {sentence}{advice(name, results)}" if sentence else ""
-        lines.append(f"  {name:14}{0 if sentence else points[name]:3} / {points[name]}{why}")
-    reached = sum(points[name] for name, sentence in results.items() if not sentence)
-    lines.append(f"  {'total':14}{reached:3} / {sum(points[name] for name in results)}")
+# ---- What people see -----------------------------------------------------------------------------------------
+SIGNS = {"met": "", "lost": "lost", "unjudged": "not judged"}
+
+
+def table(grade):
+    """The points, mark by mark, with a sentence for every one that is not met at once."""
+    lines = [f"{grade.file}, graded like {grade.like}, seed {grade.seed}",
+             f"  {'mark':14}{'earned':>7}{'lost':>6}{'not judged':>12}"]
+    columns = ("met", "lost", "unjudged")
+    for mark, points in grade.marks().items():
+        verdict = grade.verdicts[mark]
+        numbers = [points if verdict.status == column else "" for column in columns]
+        lines.append(f"  {mark:14}{numbers[0]:>7}{numbers[1]:>6}{numbers[2]:>12}   {verdict.why}".rstrip())
+    earned, lost, unjudged = (grade.points(column) for column in columns)
+    lines.append(f"  {'total':14}{earned:>7}{lost:>6}{unjudged:>12}   {earned} of {earned + lost + unjudged} points")
+    lines += [f"  please look: this file {warning}" for warning in grade.warnings]
     return "\n".join(lines)
 
 
-# ---- The other side: what runs in the process --------------------------------------------------------------
-def load_file(path):
-    import importlib.util
-
-    sys.path.append(str(Path(path).parent))  # behind ours, for files that a student's file imports
-    spec = importlib.util.spec_from_file_location("student", path)
-    module = sys.modules["student"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def limit_memory():
-    try:
-        import resource
-
-        size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (size + GIGABYTES * 2 ** 30,) * 2)
-    except (ImportError, OSError, ValueError):
-        pass  # not on this system: only Linux counts address space like this
-
-
-def sentence(error, path):
-    """One sentence about what went wrong; where, if it is in the student's file."""
-    frames = traceback.extract_tb(error.__traceback__)
-    theirs = [frame for frame in frames if frame.filename == str(path)]
-    last_is_theirs = bool(theirs) and frames[-1] is theirs[-1]
-    kind, message = type(error).__name__, " ".join(str(error).split())[:300]
-    option = re.search(r"unexpected keyword argument '(\w+)'", message)
-    if kind == "NotLoaded":
-        return message
-    if kind == "NotWritten":
-        return f"not written yet: {message}"
-    if kind == "NotImplementedError" and last_is_theirs:
-        return f"not written yet: {qualified_name(error)}"
-    if kind == "TypeError" and option and not any("forward" in frame.name for frame in theirs):
-        return f"not written yet: the option {option[1]!r}"
-    if kind == "MemoryError" or "allocate memory" in message:
-        return f"wants more than {GIGABYTES} GB of memory"
-    if kind == "AssertionError" and not theirs:
-        return message
-    return f"{kind}: {message}" + (f" ({theirs[-1].name}, line {theirs[-1].lineno})" if theirs else "")
-
-
-def qualified_name(error):
-    tb = error.__traceback__
-    while tb.tb_next:
-        tb = tb.tb_next
-    return getattr(tb.tb_frame.f_code, "co_qualname", tb.tb_frame.f_code.co_name)
-
-
-def main(path, like, seed, seconds, report, *names):
-    import torch
-
+def gradescope(grade, visibility="visible"):
+    """What Gradescope reads from results.json: a test with points, sentence and visibility for every mark."""
     from tests.grading import marks
 
-    torch.set_num_threads(min(2, torch.get_num_threads()))
-    ours = ours_named(like)
-    limit_memory()
-
-    def say(mark, done, lost=None):
-        with open(report, "a") as file:
-            file.write(json.dumps({"mark": mark, "done": done, "lost": lost}) + "\n")
-
-    alarm = getattr(signal, "alarm", lambda seconds: None)  # ends the process, whatever it is busy with
-    alarm(int(seconds))
-    try:
-        student = load_file(path)
-    except BaseException as error:
-        if isinstance(error, SystemExit):
-            sys.exit(f"leaves Python when it is imported: {error}")
-        sys.exit(f"cannot be imported: {sentence(error, path)}")
-    for name in names:
-        say(name, done=False)
-        alarm(int(seconds))
-        try:
-            getattr(marks, name)(student, ours, int(seed))
-            lost = None
-        except BaseException as error:
-            lost = sentence(error, path)
-        say(name, done=True, lost=lost)
-    os._exit(0)  # threads that the file may have started do not hold us up
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    tests = []
+    for mark, points in grade.marks().items():
+        verdict = grade.verdicts[mark]
+        what = getattr(marks, mark).__doc__.splitlines()[0]
+        why = {"met": "met", "lost": "lost: ", "unjudged": ""}[verdict.status] + (
+            f" ({verdict.why})" if verdict.status == "met" and verdict.why else verdict.why)
+        tests.append({
+            "name": mark, "score": points if verdict.status == "met" else 0, "max_score": points,
+            "status": "passed" if verdict.status == "met" else "failed", "output": f"{what}\n{why}",
+            "visibility": visibility,
+        })
+    if grade.warnings:  # for the course's staff alone
+        tests.append({"name": "please look", "score": 0, "max_score": 0, "visibility": "hidden",
+                      "output": "\n".join(f"This file {warning}." for warning in grade.warnings)})
+    return {
+        "score": grade.points("met"), "execution_time": round(grade.seconds), "tests": tests, "visibility": visibility,
+        "output": f"graded like {grade.like}, seed {grade.seed}; {grade.points('unjudged')} points not judged",
+    }

@@ -8,8 +8,9 @@ import pytest
 
 from tests.grading import marks
 from tests.grading.blank import blank
+from tests.grading.child import sentence
 from tests.grading.files import ROOT, ours_named
-from tests.grading.grader import MARKS, sentence
+from tests.grading.grader import MARKS
 from tests.grading.small import CHEAP
 
 TEXT = (ROOT / "docs" / "exercises.md").read_text()

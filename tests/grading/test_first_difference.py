@@ -1,6 +1,5 @@
 """The first difference is named where it is, and how it differs, as far as that can be told."""
 import sys
-from pathlib import Path
 
 import pytest
 import torch

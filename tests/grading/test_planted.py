@@ -1,7 +1,8 @@
 """The marks are tested: each planted mistake loses the mark it belongs to, and our files lose none."""
 import pytest
 
-from tests.grading.grader import MARKS, ours_named
+from tests.grading.files import ours_named
+from tests.grading.grader import MARKS
 from tests.grading.planted import MISTAKES, module_of
 from tests.grading.small import CHEAP, lost
 
