@@ -22,7 +22,7 @@ from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_convert, generalized_box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 
 from support import checkpoints, data, processes, report
-from support.evaluation import coco_eval, explain, postprocess
+from support.evaluation import coco_eval, explain, is_softmax, postprocess
 from support.model_files import build_model
 from support.options import choose_num_queries, fill_in, load_datasets, parse
 from support.run import Run
@@ -46,7 +46,7 @@ class SetCriterion:
 
     def __init__(self, model):
         recipe = model.recipe
-        self.softmax = recipe["class_loss"] == "softmax"
+        self.softmax = is_softmax(model)
         self.weights = {name: recipe[f"w_{name}"] for name in ("class", "l1", "giou")}
         self.cost_weights = {**self.weights, "class": recipe.get("cost_class", recipe["w_class"])}
         self.corner_l1 = recipe.get("corner_l1", False)  # AdaMixer: L1 between corners

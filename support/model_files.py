@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from support.evaluation import is_softmax
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -128,7 +130,7 @@ def check_output(out, model, num_images, num_classes):
 
     if not isinstance(out, dict) or not {"logits", "boxes"} <= set(out):
         refuse('forward must return a dict with "logits" and "boxes"')
-    logits, boxes, softmax = out["logits"], out["boxes"], model.recipe["class_loss"] == "softmax"
+    logits, boxes, softmax = out["logits"], out["boxes"], is_softmax(model)
     if logits.ndim != 4 or boxes.shape != (*logits.shape[:3], 4) or logits.shape[1] != num_images:
         refuse(f"logits {list(logits.shape)} and boxes {list(boxes.shape)} must be [S, B, Q, C] and [S, B, Q, 4] "
                f"with B = {num_images}")
