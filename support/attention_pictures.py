@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torchvision.ops import box_convert, box_iou
 
-from support.look import CannotDraw, best_class, is_softmax, quiet_training
+from support.evaluation import is_softmax
+from support.look import CannotDraw, best_class, quiet_training
 from support.pictures import PREDICTED, REFERENCE, TRUE, draw_box, drawable, show, to_pixels_xyxy
 
 MOST_GROUPS = 6  # panels side by side

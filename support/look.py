@@ -14,12 +14,8 @@ import torch
 from torchvision.ops import box_iou, nms
 
 from support import data
-from support.evaluation import postprocess
+from support.evaluation import is_softmax, postprocess
 from support.pictures import shorten, small_photo, to_pixels_xyxy
-
-
-def is_softmax(model):
-    return model.recipe["class_loss"] == "softmax"
 
 
 # ---- Readers -----------------------------------------------------------------------------------------------

@@ -15,8 +15,7 @@ from support import data
 from support.look import look
 from support.options import DEFAULTS
 from support.shapes import SHAPE_NAMES
-from tests.golden import Case, assert_close
-from tests.test_golden import options_of
+from tests.golden import Case, assert_close, options_of
 from tests.tiny_models import TINY, tiny
 
 ROOT = Path(__file__).parents[1]
