@@ -20,10 +20,11 @@ from tests.grading.planted import MISTAKES, module_of
 TOGETHER = ("everything", "official", "criterion")
 # What a mark cannot do without: whoever misses both should begin with these.
 BUILDS_ON = {
+    "independence": ["shapes"],
     "backbone": ["heads", "attention"],
     "padding": ["heads", "backbone"],
     "positions": ["heads", "backbone"],
-    "attention": ["heads", "backbone"],
+    "attention": ["heads", "backbone", "queries"],
     "sampling": ["heads", "backbone"],
     "references": ["heads"],
     "queries": ["heads"],
@@ -35,6 +36,7 @@ BUILDS_ON = {
     "two_stage": ["references", "refinement"],
     "recurrent": ["recollection"],
     "gradients": ["heads", "references"],
+    "box_counts": ["class_loss", "l1_loss", "giou_loss"],
 }
 
 
@@ -77,10 +79,10 @@ def slips(like, lost):
     """Our file with every known mistake in it that belongs to one of these marks: (mistake, module)."""
     texts = set()
     for mistake in MISTAKES:
-        if mistake.mark in lost and (mistake.file == "train") == (like == "train") and mistake.new not in texts:
+        if mistake.mark in lost and (mistake.file == "train") == (like == "train") and (mistake.old, mistake.new) not in texts:
             module = module_of(mistake, like)
             if module:
-                texts.add(mistake.new)
+                texts.add((mistake.old, mistake.new))
                 yield mistake, module
 
 
@@ -88,8 +90,9 @@ def explained(student, like, seed, lost, candidates, seconds=60):
     """[(mark, what was done, marks that fail for this alone)], as few slips as explain most of the lost marks."""
     found, left = [], [mark for mark in lost if mark not in TOGETHER]
     until = time.monotonic() + seconds
-    if like != "train":  # those first whose numbers are the student's
-        candidates.sort(key=lambda slip: time.monotonic() > until or not agrees(student, slip[1], seed))
+    if like != "train":  # those whose numbers are the student's, if there are any
+        same = [slip for slip in candidates if time.monotonic() < until and agrees(student, slip[1], seed)]
+        candidates = same or candidates
     while len(left) > 1 and time.monotonic() < until:
         best, most = None, []
         for mistake, module in candidates:
@@ -120,7 +123,8 @@ def settle(failures, explanations=()):
         """The marks that come first, out of those that are lost."""
         failure = lost[mark]
         if failure.kind == "loading":
-            return ["loading"] if mark != "loading" and "loading" in lost else []
+            if "loading" in lost:
+                return ["loading"] if mark != "loading" else []
         if failure.kind == "not finite":
             return [failure.belongs] if failure.belongs in lost and failure.belongs != mark else []
         if failure.kind == "crash":  # the same line of theirs stops both
@@ -130,7 +134,7 @@ def settle(failures, explanations=()):
             return concepts
         bases = [base for base in BUILDS_ON.get(mark, ()) if base in lost]
         if failure.kind == "apart":  # judged without what it usually stands on
-            return [base for base in bases if base == "heads"]
+            return [base for base in bases if base in ("heads", "queries")]
         return [base for base in bases if (mark, base) != ("backbone", "attention") or lost[base].kind == "apart"]
 
     verdicts = {}

@@ -39,6 +39,7 @@ from tests.grading.pairs import (
     faint,
     few,
     file_of,
+    finite,
     flat,
     gradient_pattern,
     gradient_sizes,
@@ -46,6 +47,7 @@ from tests.grading.pairs import (
     loud,
     louder,
     mute,
+    mute_cross,
     mute_deformable,
     mute_encoder,
     named,
@@ -92,7 +94,7 @@ def independence(student, ours, seed):
     other = images.clone()
     other[1] = batch(seed + 1, PADDED)[0][1]
     with torch.no_grad():
-        before, after = (checked(pair.student.eval()(x, mask)) for x in (images, other))
+        before, after = (finite(pair.student.eval(), x, mask) for x in (images, other))
     for key in ("logits", "boxes"):
         off = (before[key] - after[key])[:, 0].abs().max().item()
         assert off < 1e-4, f"{key} of the first image change by {off:.2g} when the second one does"
@@ -123,9 +125,9 @@ def start(student, ours, seed):
     pair = Pair(student, ours, seed, calm=False)
     first, second = (built(ours, n, pair.options)[1] for n in (0, 1))
     pair.load()
-    theirs = origin(pair)
+    places = origin(pair)
     for i, (name, p) in enumerate(named(pair.ours)):
-        values = torch.cat([pair.student_start[k].flatten()[where] for k, numbers in theirs
+        values = torch.cat([pair.student_start[k].flatten()[where] for k, numbers in places
                             for where in [numbers == i] if where.any()])
         expected, again = first[index(pair.ours, p)], second[index(pair.ours, p)]
         if expected.equal(again):
@@ -136,6 +138,9 @@ def start(student, ours, seed):
             allowed = 1.05 + 6 / math.sqrt(len(values))
             assert 1 / allowed < ratio < allowed, (
                 f"{name} starts with standard deviation {values.std():.3f}, not {expected.std():.3f}")
+            theirs_reach, reach = (x.abs().max() / x.std() for x in (values, expected))
+            assert (theirs_reach > 2.2) == (reach > 2.2), (  # uniform: 1.7, normal: 2.5 of 100 numbers, more of more
+                f"{name} starts from a {'normal' if theirs_reach > 2.2 else 'uniform'} distribution")
 
 
 # ---- One concept after the other -------------------------------------------------------------------------------------
@@ -157,11 +162,14 @@ def padding(student, ours, seed):
 
 
 FAINT = 0.05
+FIXED_POINTS = [zero(r"(sampling_offsets|attention_weights)\.weight", "reference_points"),
+                scaled(10, r"attention_weights\.bias")]
 
 
 def positions(student, ours, seed):
     """Positions: what faint attention sees of them, up to its strength; they are not in the values."""
     pair = Pair(student, ours, seed, nheads=1)
+    by_points = any(name.endswith("sampling_offsets.weight") for name, _ in pair.ours.decoder.named_parameters())
     one_query = [zero(r"ca_q_content|ca_q_pos|ca_q_sine\.(weight|layers\.1\.weight)"),
                  scaled(10 / FAINT, r"ca_q_sine\.bias|ca_q_sine\.layers\.1\.bias")]
     base = [louder(0.1), alike, still, zero("sampling_offsets"), *one_query]
@@ -178,6 +186,8 @@ def positions(student, ours, seed):
         pair.compare("positions seem to be part of the values", FULL, flat, alike, still)
         if pair.agree(FULL, flat, still, mute):
             pair.compare("positions of queries seem to be part of the values", FULL, flat, still, mute_encoder)
+    if by_points and pair.agree(FULL, *FIXED_POINTS, mute_encoder):
+        pair.compare("the decoder's points do not depend on positions as they should", FULL, mute_encoder, still)
 
 
 BY_CONTENT = [loud, still, zero(r"ca_k_pos|ca_q_sine|sa_[qk]_pos")]
@@ -202,10 +212,9 @@ def spatial_query(student, ours, seed):
     pair.compare("attention by position", FULL, mute_encoder, zero(r"ca_[qk]_content"))
     if pair.agree(FULL, *BY_CONTENT):
         pair.compare("attention by content and position", FULL, mute_encoder)
-
-
-FIXED_POINTS = [zero(r"(sampling_offsets|attention_weights)\.weight", "reference_points"),
-                scaled(10, r"attention_weights\.bias")]
+        pair = Pair(student, ours, seed, calm=False)  # where lambda may come from what a norm hands on
+        if pair.agree(FULL, mute) and pair.agree(FULL, *BY_CONTENT):
+            pair.compare("attention by content and position, norms with weights", FULL, mute_encoder)
 
 
 def sampling(student, ours, seed):
@@ -242,13 +251,15 @@ def references(student, ours, seed):
 
 def queries(student, ours, seed):
     """Object queries are positions: what they hold starts at zero."""
-    Pair(student, ours, seed).compare("without attention", FULL, mute)
+    pair = Pair(student, ours, seed, calm=False)
+    pair.compare("without attention", FULL, mute)
+    pair.compare("without attention to the image", FULL, flat, still, mute_cross, mute_encoder)
 
 
 def heads(student, ours, seed):
     """Class and box heads, norms and feed-forward: cxcywh after a sigmoid, from every layer."""
     pair = Pair(student, ours, seed, calm=False)
-    pair.compare("without attention", FULL, mute, alike, still)
+    pair.compare("without attention", FULL, mute, alike, still, scaled(5, r"ffn\.linear2\.weight"))
     own_heads(pair)
 
 
@@ -333,6 +344,13 @@ def gradients(student, ours, seed):
         gradient_sizes(pair, theirs)
 
 
+def reaches_backbone(model, images):
+    """Whether the convolutions of the backbone get a gradient, not just a projection."""
+    out, parameters = checked(model(*images)), [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(upstream(out["logits"]) + upstream(out["boxes"]), parameters, allow_unused=True)
+    return sum(g is not None and g.dim() == 4 and bool(g.any()) for g in found) > 3
+
+
 class Dropped(TorchDispatchMode):
     """Counts how many numbers dropout looks at, by the number of elements of every tensor that it is applied to."""
 
@@ -358,14 +376,11 @@ def training(student, ours, seed):
     for mode in (True, False):
         torch.manual_seed(seed)
         with torch.no_grad():
-            first, second = (checked(model.train(mode)(*images))["logits"] for _ in range(2))
+            first, second = (finite(model.train(mode), *images)["logits"] for _ in range(2))
         varies = (first - second).abs().max().item() > 1e-5
         assert varies == mode, "dropout=0.5 changes nothing in training" if mode else "dropout is not off in eval mode"
-    out = checked(model.train()(*images))
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    found = torch.autograd.grad(upstream(out["logits"]) + upstream(out["boxes"]), parameters, allow_unused=True)
-    trained = sum(g is not None and g.dim() == 4 and bool(g.any()) for g in found)
-    assert trained > 3, "no gradient reaches the backbone"
+    theirs, expected = (reaches_backbone(m.train(), images) for m in (model, pair.ours))
+    assert theirs or not expected, "no gradient reaches the backbone"
     dropped = []
     for m in (model, pair.ours):
         with torch.no_grad(), Dropped() as mode:

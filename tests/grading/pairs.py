@@ -127,11 +127,7 @@ class Pair:
         """(the student's output, ours) on random images of these sizes."""
         inputs = batch(self.seed, sizes)
         with torch.set_grad_enabled(gradients):
-            theirs = checked(self.student.train(train)(*inputs))
-        if any(theirs[key].isnan().any() for key in BOTH):
-            raise first_not_finite(self.student, inputs)
-        with torch.set_grad_enabled(gradients):
-            return theirs, self.ours.train(train)(*inputs)
+            return finite(self.student.train(train), *inputs), self.ours.train(train)(*inputs)
 
     def compare(self, what, sizes, *changes, keys=("logits",), train=False):
         """Raises a sentence that begins with `what` unless the two models agree."""
@@ -169,6 +165,14 @@ def checked(out):
     for key in ("logits", "boxes"):
         assert key in out, f"forward returns no {key!r}"
         assert isinstance(out[key], torch.Tensor), f"{key} is {type(out[key]).__name__}, not one tensor of all stages"
+    return out
+
+
+def finite(model, images, mask):
+    """The output, if it has numbers only; raises NotFinite that says where the first NaN comes from."""
+    out = checked(model(images, mask))
+    if any(out[key].isnan().any() for key in BOTH):
+        raise first_not_finite(model, (images, mask))
     return out
 
 
@@ -239,6 +243,7 @@ def zero(*patterns):
 
 mute = zero(r"(out|output)_proj\.weight")  # attention adds a constant, wherever it looks
 mute_encoder = zero(r"^encoder.*(out|output)_proj\.weight")
+mute_cross = zero(r"cross_attn\.(out|output)_proj\.weight")
 mute_deformable = zero(r"output_proj\.weight")
 alike = zero(r"^reference\.|reference_points|query_embed")  # every query starts at (0.5, 0.5), without content
 still = zero(r"^box_head.*layers\.2")  # reference boxes stay where they are
