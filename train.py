@@ -10,8 +10,8 @@
     torchrun --nproc-per-node 8 train.py ...       the same on 8 GPUs: same total batch, same gradients
 
 Reading order: SetCriterion (matching and losses), train_step, train. What no paper describes is in support/.
-A model file gives RECIPE (how the paper trains it), LAPTOP (what the small preset changes for it), build() and
-rename_official(); nothing here asks for a model's name.
+A model file gives RECIPE (how the paper trains it), LAPTOP (what the small preset changes) and build();
+nothing here asks for a model's name.
 """
 import math
 from itertools import islice
@@ -22,7 +22,7 @@ from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_convert, generalized_box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 
 from support import checkpoints, data, processes, report
-from support.evaluation import coco_eval, explain, is_softmax, postprocess
+from support.evaluation import coco_eval, explain, is_softmax, postprocess, signs_of_collapse
 from support.model_files import build_model
 from support.options import choose_num_queries, fill_in, load_datasets, parse
 from support.run import Run
@@ -38,7 +38,7 @@ class SetCriterion:
 
     The model's recipe says which: class_loss is "softmax" (DETR; the last logit is "no object") or "focal" (C
     independent sigmoids); w_class, w_l1 and w_giou weigh both cost and loss, unless cost_class weighs classes
-    differently in the cost. Source: DETR section 3.1 and appendix A.2; official models/matcher.py, SetCriterion.
+    differently in the cost. Source: DETR section 3.1, appendix A.2; official models/matcher.py, SetCriterion.
     """
 
     no_object_weight = 0.1  # softmax: most queries match nothing and would drown the rest
@@ -97,10 +97,11 @@ class SetCriterion:
         S, pairs = len(logits), []  # of all stages and images: [4, number of matches] each
         for s, stage in enumerate(self.match_stages(logits, boxes, targets)):
             for b, (query, target) in enumerate(stage):
-                pairs.append(torch.stack([torch.full_like(query, s), torch.full_like(query, b), query, target]))
+                s_index, b_index = torch.full_like(query, s), torch.full_like(query, b)
+                pairs.append(torch.stack([s_index, b_index, query, target]))
         stage, image, query, target = torch.cat(pairs, dim=1).to(logits.device)  # each [P], P matches in all
         counts = torch.tensor([0] + [len(t["labels"]) for t in targets], device=logits.device)
-        row = counts.cumsum(0)[image] + target  # [P], where the matched objects are when all images are joined
+        row = counts.cumsum(0)[image] + target  # [P], among the objects of all images together
         labels = torch.cat([t["labels"] for t in targets])[row]  # [P]
         target_boxes = torch.cat([t["boxes"] for t in targets])[row]  # [P, 4]
         num_boxes = max(sum(box_counts), 1)
@@ -120,7 +121,7 @@ class SetCriterion:
         }
 
     def class_losses(self, logits, matched, labels, box_counts):
-        """[S], from logits [S, B, Q, C]; `matched` are the (stage, image, query) indices whose labels [P] are known."""
+        """[S] from logits [S, B, Q, C]; `matched`: (stage, image, query), labels: each [P]"""
         S, B, Q, C = logits.shape
         if self.softmax:
             wanted = torch.full((S, B, Q), C - 1, device=logits.device)
@@ -130,7 +131,8 @@ class SetCriterion:
             loss = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), weight, reduction="none")  # [SBQ]
             # Normalised by the sum of weights, not by boxes; of the whole batch it follows from box_counts
             objects = sum(min(n, Q) for n in box_counts)
-            return loss.view(S, -1).sum(1) / (objects + self.no_object_weight * (len(box_counts) * Q - objects))
+            others = len(box_counts) * Q - objects
+            return loss.view(S, -1).sum(1) / (objects + self.no_object_weight * others)
         wanted = torch.zeros_like(logits)
         wanted[(*matched, labels)] = 1
         loss = sigmoid_focal_loss(logits, wanted, self.alpha, self.gamma)  # [S, B, Q, C]
@@ -159,9 +161,9 @@ class SetCriterion:
         if "one2many" in out:
             # H-DETR: further queries, for which every object is there several times
             extra = out["one2many"]
-            copies = [{"labels": t["labels"].repeat(extra["repeat"]), "boxes": t["boxes"].repeat(extra["repeat"], 1)}
-                      for t in targets]
-            many = self.stage_losses(extra["logits"], extra["boxes"], copies, [n * extra["repeat"] for n in box_counts])
+            K = extra["repeat"]
+            copies = [{"labels": t["labels"].repeat(K), "boxes": t["boxes"].repeat(K, 1)} for t in targets]
+            many = self.stage_losses(extra["logits"], extra["boxes"], copies, [n * K for n in box_counts])
             total = total + extra["weight"] * self.weighted(many)
             losses.update({f"one2many_{name}": loss for name, loss in many.items()})
         return {"total": total, **losses}
@@ -198,7 +200,7 @@ def lr_factor(step, args, steps_per_epoch):
 
 
 def seed_of(run_seed, count):
-    """A seed for each epoch or step of a run. Runs with the seeds 0, 1, 2 must not share any: hence the large prime."""
+    """A seed for each epoch or step; a large prime, so that runs with the seeds 0, 1, 2 share none."""
     return run_seed * 1_000_003 + count
 
 
@@ -243,23 +245,16 @@ def evaluate(model, criterion, dataset, args):
         predictions.update((t["image_id"], p) for t, p in zip(targets, found))
         all_boxes += boxes  # each [Q, 4]
     model.train()
-    predictions = {image_id: found for part in processes.gather(predictions) for image_id, found in part.items()}
+    predictions = dict(pair for part in processes.gather(predictions) for pair in part.items())
     all_boxes = sum(processes.gather(all_boxes), [])
-    fewest = min(len(boxes) for boxes in all_boxes)  # two stages: no more queries than a small image has tokens
-    boxes = torch.stack([boxes[:fewest] for boxes in all_boxes])  # [N, Q, 4]
-    metrics = coco_eval(dataset, predictions)
-    metrics["spread_images"] = boxes.std(0, unbiased=False).mean().item()  # one query over all images
-    metrics["spread_queries"] = boxes.std(1, unbiased=False).mean().item()  # one image over all queries
-    seen = torch.cat([p["labels"][p["scores"] > 0.3] for p in predictions.values()]).unique()
-    metrics["classes_predicted"] = len(seen)
-    return metrics, predictions
+    return {**coco_eval(dataset, predictions), **signs_of_collapse(all_boxes, predictions)}, predictions
 
 
 # ---- The loop ----------------------------------------------------------------------------------------------
 def train_step(forward, criterion, optimizer, parts, args):
     """One optimiser step on one batch, given in parts. Returns what is logged; raises Diverged."""
-    # Every loss is normalised by the boxes of the whole batch, and every part padded to its largest image, so that
-    # the parts add up to the gradient of one large batch (exactly, as long as BatchNorm is frozen).
+    # Every loss is normalised by the boxes of the whole batch and every part padded to its largest image, so
+    # that the parts add up to the gradient of one large batch (exactly, as long as BatchNorm is frozen).
     box_counts = sum(processes.gather([len(t["labels"]) for _, _, targets in parts for t in targets]), [])
     sizes = sum(processes.gather([tuple(mask.shape[1:]) for _, mask, _ in parts]), [])
     height, width = (max(side) for side in zip(*sizes))
@@ -271,7 +266,7 @@ def train_step(forward, criterion, optimizer, parts, args):
         with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
             out = forward(images.to(args.device), mask.to(args.device))
         losses = criterion(out, targets, box_counts)  # outside of autocast: in float32
-        (losses["total"] * processes.WORLD).backward()  # DDP takes the mean over processes, this makes it a sum
+        (losses["total"] * processes.WORLD).backward()  # DDP takes the mean over processes: make it a sum
         for name, loss in losses.items():
             logged[name] = logged.get(name, 0) + loss.detach().flatten()[-1].item()  # of the last stage
     logged = {name: sum(part[name] for part in processes.gather(logged)) for name in logged}

@@ -102,6 +102,21 @@ def coco_eval(dataset, predictions, image_ids=None):
     return dict(zip(METRICS, judge.stats.tolist()))
 
 
+def signs_of_collapse(all_boxes, predictions):
+    """Whether a model says the same everywhere, as numbers for the log.
+
+    all_boxes: [Q, 4] of every image, in the same units; predictions: as for coco_eval.
+    """
+    fewest = min(len(boxes) for boxes in all_boxes)  # two stages: a small image has fewer
+    boxes = torch.stack([boxes[:fewest] for boxes in all_boxes])  # [N, Q, 4]
+    seen = torch.cat([one["labels"][one["scores"] > 0.3] for one in predictions.values()]).unique()
+    return {
+        "spread_images": boxes.std(0, unbiased=False).mean().item(),  # one query over all images
+        "spread_queries": boxes.std(1, unbiased=False).mean().item(),  # one image over all queries
+        "classes_predicted": len(seen),
+    }
+
+
 def explain(metrics):
     """The 12 numbers as a table in words."""
     rows = [f"{name:<10} {metrics[name]:6.3f}  {meaning}" for name, meaning in METRICS.items()]
