@@ -541,7 +541,7 @@ class HDETR(nn.Module):
         self.backbone = Backbone(backbone, pretrained_backbone, backbone_norm, dilation, last_stage)
         box_refine = box_refine or two_stage
         if look_forward_twice and not box_refine:
-            raise ValueError("look_forward_twice needs box_refine or two_stage: it is about refined boxes")
+            raise ValueError("look_forward_twice is True, it must be False without box_refine and two_stage")
         levels = num_feature_levels
         # The last of C3, C4, C5 through 1x1 convolutions; further levels (C6) by 3x3 convolutions of stride 2
         channels = self.backbone.channels[-levels:]
