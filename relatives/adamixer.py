@@ -128,8 +128,9 @@ def check_options(model_class, values, may_be_zero=("enc_layers",)):
             raise ValueError(f"{name} is {value}, it must be at least {least}")
     if not 0 <= values["dropout"] < 1:
         raise ValueError(f"dropout is {values['dropout']}, it must be at least 0 and below 1")
-    if values["hidden_dim"] % values["nheads"] or values["hidden_dim"] % 4:  # heads; sin and cos of x and y
-        raise ValueError(f"hidden_dim is {values['hidden_dim']}, it must be a multiple of nheads and of 4")
+    dim, nheads = values["hidden_dim"], values["nheads"]
+    if dim % nheads or dim % 4:  # sin and cos of x and y
+        raise ValueError(f"hidden_dim is {dim}, it must be a multiple of nheads ({nheads}) and of 4")
 
 
 def check_input(images, mask):
@@ -253,7 +254,7 @@ def overlap_bias(xyzr, tau):
 class Sampler(nn.Module):
     """Features at P points of G groups in x, y and scale: tgt [B, Q, D], xyzr [B, Q, 4] -> [B, Q, G, P, D/G].
 
-    maps are L x [B, D, h, w] with the strides [L]. Group g reads the channels g D/G to (g + 1) D/G - 1.
+    maps are L x [G*B, D/G, h, w], so that every group has its own channels, with L strides.
     """
 
     def __init__(self, hidden_dim, groups, points):
@@ -277,19 +278,19 @@ class Sampler(nn.Module):
         return torch.cat([xy, xyzr[..., 2:3] + offsets[..., 2:]], dim=-1)
 
     def forward(self, tgt, xyzr, maps, strides):
-        x, y, level = self.samples(tgt, xyzr).transpose(1, 2).flatten(0, 1).unbind(-1)  # 3 x [B*G, Q, P]
+        samples = self.samples(tgt, xyzr).permute(2, 0, 1, 3, 4).flatten(0, 1)  # [G*B, Q, P, 3]
+        x, y, level = samples.unbind(-1)  # [G*B, Q, P] each
         levels = torch.tensor(strides, device=tgt.device).log2()  # [L]
         # How much a level counts: a Gaussian around the level of the point, and 1 over all levels
-        weights = (-(level[..., None] - levels).square() / 2).softmax(-1)  # [B*G, Q, P, L]
+        weights = (-(level[..., None] - levels).square() / 2).softmax(-1)  # [G*B, Q, P, L]
         total = 0
         for i, (feature_map, stride) in enumerate(zip(maps, strides)):
-            feature_map = feature_map.unflatten(1, (self.groups, -1)).flatten(0, 1)  # [B*G, D/G, h, w]
             h, w = feature_map.shape[-2:]
-            grid = torch.stack([x / (w * stride), y / (h * stride)], dim=-1) * 2 - 1  # [B*G, Q, P, 2]
-            sampled = F.grid_sample(feature_map.to(grid.dtype), grid, align_corners=False)  # [B*G, D/G, Q, P]
+            grid = torch.stack([x / (w * stride), y / (h * stride)], dim=-1) * 2 - 1  # [G*B, Q, P, 2]
+            sampled = F.grid_sample(feature_map.to(grid.dtype), grid, align_corners=False)  # [G*B, D/G, Q, P]
             total = total + sampled * weights[:, None, :, :, i]
-        total = total.unflatten(0, (-1, self.groups))  # [B, G, D/G, Q, P]
-        return total.permute(0, 3, 1, 4, 2)  # [B, Q, G, P, D/G]
+        total = total.unflatten(0, (self.groups, -1))  # [G, B, D/G, Q, P]
+        return total.permute(1, 3, 0, 4, 2)  # [B, Q, G, P, D/G]
 
     def look(self, output, tgt, xyzr, maps, strides):
         """For support/look.py: the samples, in [0, 1] of the padded image."""
@@ -415,13 +416,14 @@ class AdaMixer(nn.Module):
         super().__init__()
         check_options(AdaMixer, locals())
         if enc_layers:
-            raise ValueError(f"enc_layers is {enc_layers}, but AdaMixer has no encoder: it must be 0")
+            raise ValueError(f"enc_layers is {enc_layers}, it must be 0: AdaMixer has no encoder")
         if hidden_dim % n_groups or hidden_dim % 32:
             raise ValueError(f"hidden_dim is {hidden_dim}, it must be a multiple of n_groups and of 32")
         self.backbone = PyramidBackbone(backbone, pretrained_backbone, backbone_norm, dilation, last_stage)
         convs = [nn.Conv2d(c, hidden_dim, kernel_size=1) for c in self.backbone.channels]
         self.input_proj = nn.ModuleList(convs)
         self.input_norm = nn.GroupNorm(32, hidden_dim)  # one for all maps
+        self.n_groups = n_groups
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
         self.init_boxes = nn.Embedding(num_queries, 4)  # the whole image, never trained (as official)
         self.decoder = Decoder(
@@ -447,6 +449,7 @@ class AdaMixer(nn.Module):
         check_input(images, mask)
         size = image_size(mask)[:, None].to(images.dtype)  # [B, 1, 2]
         maps = [self.input_norm(conv(x)) for conv, x in zip(self.input_proj, self.backbone(images))]
+        maps = [torch.cat(m.chunk(self.n_groups, dim=1)) for m in maps]  # L x [G*B, D/G, h, w]
 
         # (x, y, z, r): the centre in pixels, log2 of the geometric mean of w and h, and log2 of h / w
         box = self.init_boxes.weight * size.repeat(1, 1, 2)  # [B, Q, 4]

@@ -121,8 +121,9 @@ def check_options(model_class, values, may_be_zero=("enc_layers",)):
             raise ValueError(f"{name} is {value}, it must be at least {least}")
     if not 0 <= values["dropout"] < 1:
         raise ValueError(f"dropout is {values['dropout']}, it must be at least 0 and below 1")
-    if values["hidden_dim"] % values["nheads"] or values["hidden_dim"] % 4:  # heads; sin and cos of x and y
-        raise ValueError(f"hidden_dim is {values['hidden_dim']}, it must be a multiple of nheads and of 4")
+    dim, nheads = values["hidden_dim"], values["nheads"]
+    if dim % nheads or dim % 4:  # sin and cos of x and y
+        raise ValueError(f"hidden_dim is {dim}, it must be a multiple of nheads ({nheads}) and of 4")
 
 
 def check_input(images, mask):

@@ -128,8 +128,9 @@ def check_options(model_class, values, may_be_zero=("enc_layers",)):
             raise ValueError(f"{name} is {value}, it must be at least {least}")
     if not 0 <= values["dropout"] < 1:
         raise ValueError(f"dropout is {values['dropout']}, it must be at least 0 and below 1")
-    if values["hidden_dim"] % values["nheads"] or values["hidden_dim"] % 4:  # heads; sin and cos of x and y
-        raise ValueError(f"hidden_dim is {values['hidden_dim']}, it must be a multiple of nheads and of 4")
+    dim, nheads = values["hidden_dim"], values["nheads"]
+    if dim % nheads or dim % 4:  # sin and cos of x and y
+        raise ValueError(f"hidden_dim is {dim}, it must be a multiple of nheads ({nheads}) and of 4")
 
 
 def check_input(images, mask):
@@ -541,7 +542,7 @@ class HDETR(nn.Module):
         self.backbone = Backbone(backbone, pretrained_backbone, backbone_norm, dilation, last_stage)
         box_refine = box_refine or two_stage
         if look_forward_twice and not box_refine:
-            raise ValueError("look_forward_twice needs box_refine or two_stage: it is about refined boxes")
+            raise ValueError("look_forward_twice is True, it must be False without box_refine and two_stage")
         levels = num_feature_levels
         # The last of C3, C4, C5 through 1x1 convolutions; further levels (C6) by 3x3 convolutions of stride 2
         channels = self.backbone.channels[-levels:]
