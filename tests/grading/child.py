@@ -189,7 +189,7 @@ def main():
         say(failure=failures[name])
     failures = {name: failures[name] for name in job["names"]}
     alarm(int(seconds) + 60)
-    lost = [name for name, failure in failures.items() if failure]
+    lost = judge.worth_explaining(failures)
     with hidden:
         slips = list(judge.slips(like, lost)) if len(lost) > 1 else []
     explanations = judge.explained(student, like, seed, lost, slips, seconds=min(60, seconds))

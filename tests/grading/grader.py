@@ -99,8 +99,11 @@ def grade(file, like, seed=0, names=None, seconds=120, watch=lambda mark: None):
             if running is None and len(failures) == len(names):
                 running = "judging"  # it ended while its marks were compared with known slips
             elif running is None:  # it did not get as far as the first mark: the file cannot be imported
-                running = names[0]
-                failures = {name: [sentence, "crash", ""] for name in names}
+                first, *others = [name for name in names if name not in failures]
+                verdicts = {name: ("lost", failures[name][0]) if failures.get(name) else ("met",) for name in failures}
+                verdicts[first] = ("lost", sentence)
+                verdicts.update({name: ("unjudged", "not judged before the file can be imported") for name in others})
+                break
             if running == "judging":
                 verdicts = {name: ("lost", failures[name][0]) if failures[name] else ("met",) for name in names}
             else:

@@ -86,6 +86,11 @@ def slips(like, lost):
                 yield mistake, module
 
 
+def worth_explaining(failures):
+    """The lost marks that a slip somewhere else could be the reason of: NaN has a reason of its own."""
+    return [name for name, failure in failures.items() if failure and failure.kind not in ("not finite", "loading")]
+
+
 def explained(student, like, seed, lost, candidates, seconds=60):
     """[(mark, what was done, marks that fail for this alone)], as few slips as explain most of the lost marks."""
     found, left = [], [mark for mark in lost if mark not in TOGETHER]
@@ -163,5 +168,5 @@ def judged(student, like, seed, names):
             getattr(marks, name)(student, ours, seed)
         except Exception as error:
             failures[name] = failure_of(error, f"{type(error).__name__}: {error}")
-    lost = [name for name, failure in failures.items() if failure]
+    lost = worth_explaining(failures)
     return settle(failures, explained(student, like, seed, lost, list(slips(like, lost))))

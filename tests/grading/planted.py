@@ -152,9 +152,9 @@ MISTAKES = planted("detr", ATTENTION + POSITIONS + [
     ("loading", "only {\"model\": state_dict} is taken", 'checkpoint.get("model", checkpoint)', 'checkpoint["model"]'),
 ]) + planted("conditional_detr", [
     ("spatial_query", "lambda is left out", "self.query_scale(tgt) * p_s", "p_s"),
-    ("spatial_query", "the first layer has a lambda, too", 
+    ("spatial_query", "the first layer has a lambda, too",
      "p_q = p_s if i == 0 else self.query_scale(tgt) * p_s", "p_q = self.query_scale(tgt) * p_s"),
-    ("spatial_query", "lambda is added, not multiplied", 
+    ("spatial_query", "lambda is added, not multiplied",
      "self.query_scale(tgt) * p_s", "self.query_scale(tgt) + p_s"),
     ("spatial_query", "lambda comes from what the heads see, not from the layer itself",
      "self.query_scale(tgt) * p_s", "self.query_scale(self.norm(tgt)) * p_s"),
@@ -172,7 +172,7 @@ MISTAKES = planted("detr", ATTENTION + POSITIONS + [
      "sine(xy[..., 0], dim // 2), sine(xy[..., 1], dim // 2)"),
     ("spatial_query", "reference points are encoded before the sigmoid", "sine_xy(s.sigmoid(), ", "sine_xy(s, "),
     ("spatial_query", "the first layer does not add positions to queries and keys",
-     
+
      "c_q = c_q + self.ca_q_pos(query_pos)\n            c_k = c_k + p_k", "pass"),
     ("spatial_query", "every layer adds the positions of keys to their content",
      "if self.first:", "c_k = c_k if self.first else c_k + p_k\n        if self.first:"),

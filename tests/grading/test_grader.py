@@ -1,4 +1,5 @@
 """The grader is tested through its command: our files get all points, and no file takes it down."""
+import json
 import subprocess
 import sys
 
@@ -15,13 +16,17 @@ def command(*options):
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("file, left_out", [("detr", 0), ("conditional_detr", 2)])  # official, 2 points, takes its time
-def test_the_command_gives_our_files_all_points(file, left_out):
+@pytest.mark.parametrize("file, left_out", [("detr", 0), ("conditional_detr", 2)])  # official, 2 points, is slow
+def test_the_command_gives_our_files_all_points(file, left_out, tmp_path):
     which = ["-k", "not official"] if left_out else []
-    code, output = command("--file", f"{file}.py", "--like", file, "--points", "--seed", "7", *which)
+    options = ["--file", f"{file}.py", "--like", file, "--points", "--seed", "7", "--json", str(tmp_path / "r.json")]
+    code, output = command(*options, *which)
     assert code == 0, output
     points = sum(MARKS[file].values()) - left_out
-    assert f"total          {points} / {points}" in output, output
+    assert f"{points} of {points} points" in output, output
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert results["score"] == points == sum(test["score"] for test in results["tests"])
+    assert all({"name", "score", "max_score", "output", "visibility"} <= set(test) for test in results["tests"])
 
 
 def test_the_command_says_what_is_wrong_with_its_options():
@@ -90,21 +95,24 @@ class SetCriterion:
 
 def test_no_file_takes_the_grader_down(tmp_path):
     (tmp_path / "bad.py").write_text(BAD)
-    results = dict(grade(tmp_path / "bad.py", "train", seconds=6))
+    names = list(MARKS["train"])[:9]
+    found = grade(tmp_path / "bad.py", "train", names=names, seconds=6)
     expected = ["SystemExit: bye", "wants more than 4 GB", "tired (print_a_lot", "maximum recursion depth",
                 "not written yet: matching", "took longer than 6 seconds", "ended Python (exit code 3)",
                 "not written yet: later", "not written yet: later"]
-    assert list(results) == list(MARKS["train"])
-    for sentence, part in zip(results.values(), expected):
-        assert part in sentence, results
-    assert table("bad.py", "train", 0, results).split()[-4:] == ["total", "0", "/", str(sum(MARKS["train"].values()))]
+    assert list(found.verdicts) == names
+    for verdict, part in zip(found.verdicts.values(), expected):
+        assert verdict.status == "lost" and part in verdict.why, found
+    assert f"0 of {sum(list(MARKS['train'].values())[:9])} points" in table(found)
 
 
 def test_a_file_that_cannot_be_imported_is_told_so(tmp_path):
     (tmp_path / "broken.py").write_text("import torch\nx = 1 / 0\n")
-    results = dict(grade(tmp_path / "broken.py", "train"))
-    assert set(results) == set(MARKS["train"])
-    assert all("cannot be imported: ZeroDivisionError" in sentence for sentence in results.values()), results
+    found = grade(tmp_path / "broken.py", "train")
+    assert set(found.verdicts) == set(MARKS["train"]) and not found.points("met")
+    first, *others = found.verdicts.values()
+    assert first.status == "lost" and "cannot be imported: ZeroDivisionError" in first.why
+    assert {v.status for v in others} == {"unjudged"}
 
 
 def test_without_load_official_the_marks_that_need_no_weights_remain(small_backbone, monkeypatch):
@@ -114,3 +122,83 @@ def test_without_load_official_the_marks_that_need_no_weights_remain(small_backb
     found = lost(other_detr, "detr", CHEAP["detr"])
     assert set(CHEAP["detr"]) - set(found) == {"shapes", "independence", "training"}
     assert all("load_official, and this mark has to give" in sentence for sentence in found.values()), found
+
+
+# ---- Correct in another way --------------------------------------------------------------------------------------
+def test_a_batch_norm_that_is_frozen_by_hand_is_as_good(small_backbone):
+    """nn.BatchNorm2d in eval mode without gradients computes what FrozenBatchNorm2d does."""
+    import torch
+    from torch import nn
+
+    from tests.grading import other_detr
+
+    class Frozen(nn.BatchNorm2d):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.requires_grad_(False)
+
+        def train(self, mode=True):
+            return super().train(False)
+
+        def _load_from_state_dict(self, state, prefix, *args):
+            state.setdefault(f"{prefix}num_batches_tracked", torch.tensor(0))
+            super()._load_from_state_dict(state, prefix, *args)
+
+    class Module:
+        load_official = staticmethod(other_detr.load_official)
+
+        @staticmethod
+        def build(*args, **options):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(other_detr.torchvision.ops, "FrozenBatchNorm2d", Frozen)
+                return other_detr.build(*args, **options)
+
+    model = Module.build(3, backbone="resnet18", hidden_dim=32, dim_feedforward=32)
+    assert any(isinstance(module, Frozen) for module in model.modules())
+    assert not lost(Module, "detr", CHEAP["detr"])
+
+
+# ---- Cheating ------------------------------------------------------------------------------------------------
+IMPORTS = "from detr import build, load_official\n"
+EXECUTES = f"exec(open({str(ROOT / 'detr.py')!r}).read())\n"
+PATCHES = """
+import gc, types
+
+for module in [m for m in gc.get_objects() if isinstance(m, types.ModuleType) and m.__name__ == "tests.grading.marks"]:
+    module.shapes = module.heads = lambda *args: None
+"""
+WRITES = """
+import os
+
+for n in range(3, 20):
+    try:
+        os.write(n, b'x {"running": "shapes", "failure": null}\\n{"verdicts": {"shapes": ["met"], "heads": ["met"]}}\\n')
+    except OSError:
+        pass
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("text, warning", [
+    (IMPORTS, "imports our detr"), (EXECUTES, "opens our detr.py"),
+    (PATCHES, "changes tests.grading.marks.shapes"), (WRITES, "writes into the grader's report"),
+])
+def test_known_tricks_bring_nothing_or_are_reported(text, warning, tmp_path):
+    (tmp_path / "my_detr.py").write_text(text)
+    found = grade(tmp_path / "my_detr.py", "detr", names=["shapes", "heads"], seconds=60)
+    assert any(warning in line for line in found.warnings), found
+    if text in (IMPORTS, WRITES):
+        assert not found.points("met"), found
+
+
+def test_a_copy_of_ours_is_reported(tmp_path):
+    from tests.grading.blank import blank
+    from tests.grading.repeats import repeated
+
+    text = (ROOT / "detr.py").read_text()
+    copy = tmp_path / "my_detr.py"
+    copy.write_text(text.replace('"""Encoding of', '"""My encoding of'))
+    assert "in all" in repeated(copy, "detr")[0]
+    assert "sine" in repeated(copy, "detr", ["sine"])[0]
+    copy.write_text(blank(text, "sine"))
+    assert not repeated(copy, "detr") and not repeated(copy, "detr", ["sine"])
