@@ -8,7 +8,7 @@ to learn what matches. Here every decoder layer makes its queries anew, out of t
 feature at one salient point inside the query's reference box, and the old query only re-weighs what it took.
 
 Diff me against: conditional_detr.py. Independent of the idea are the boxes that each layer refines with heads
-of its own (as in Deformable DETR), smca (from SMCA-DETR) and multiscale (with Deformable DETR's encoder).
+of its own (as in Deformable DETR) and smca (from SMCA-DETR). More levels: relatives/sam_detr_multiscale.py.
 
 Departures from the official code (numbers are the same, tests/test_golden.py holds them):
     RoIAlign runs once per layer and boxes are computed once; the official code does both twice.
@@ -46,16 +46,14 @@ RECIPE = dict(
 )
 
 # What train.py --preset laptop changes for this file: small images need C4 (stride 16) as the feature map.
-LAPTOP = dict(
-    last_stage=3,
-)
+LAPTOP = dict(last_stage=3)
 
 # Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of
 # H*W), S supervised stages. Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding.
 # Masks are True on padding.
 
 
-# ---- Shared blocks: the same text in all files --------------------------------------------------------
+# ---- Shared blocks: the same text in all files -------------------------------------------------------------
 class Backbone(nn.Module):
     """torchvision ResNet without pooling and classifier.
 
@@ -79,25 +77,19 @@ class Backbone(nn.Module):
         self.channels = [c5 // 4, c5 // 2, c5][:last_stage - 1]
         self.stages = ["layer2", "layer3", "layer4"][:last_stage - 1]
         del body.avgpool, body.fc
-        if dilation:
-            self.dilate(body.layer4)
+        if dilation:  # DC5: the last stage keeps C4's resolution; stride becomes dilation, from block 2 on
+            for name, module in body.layer4.named_modules():
+                if isinstance(module, nn.Conv2d):
+                    module.stride = (1, 1)
+                    if module.kernel_size == (3, 3) and not name.startswith("0."):
+                        module.dilation = module.padding = (2, 2)
         if last_stage == 3:
             del body.layer4
         if norm == "frozen":
-            # Batches of one or two images per GPU give useless statistics, so the papers keep ImageNet's, and
-            # with them the first layers. From random weights such a network cannot learn: norm="batch" there.
-            for module in (body.conv1, body.layer1):
-                module.requires_grad_(False)
+            # A batch of one or two images has useless statistics: ImageNet's stay, and the first layers, too
+            body.conv1.requires_grad_(False)
+            body.layer1.requires_grad_(False)
         self.body = body.to(memory_format=torch.channels_last)  # same numbers, faster convolutions
-
-    @staticmethod
-    def dilate(stage):
-        """DC5: the last stage keeps C4's resolution; stride becomes dilation, from its second block on."""
-        for name, module in stage.named_modules():
-            if isinstance(module, nn.Conv2d):
-                module.stride = (1, 1)
-                if module.kernel_size == (3, 3) and not name.startswith("0."):
-                    module.dilation = module.padding = (2, 2)
 
     def forward(self, images):
         x = images.contiguous(memory_format=torch.channels_last)
@@ -113,7 +105,8 @@ class Backbone(nn.Module):
 def check_options(model_class, values, may_be_zero=("enc_layers",)):
     """Raises ValueError unless values, the arguments of model_class by name, can make a model."""
     for name, parameter in inspect.signature(model_class).parameters.items():
-        value, default = values[name], 1 if name == "num_classes" else parameter.default
+        value = values[name]
+        default = 1 if name == "num_classes" else parameter.default
         if type(value) is not type(default) and (type(value), type(default)) != (int, float):
             raise ValueError(f"{name} is {value!r}, it must be of type {type(default).__name__}")
         least = 0 if default == 0 or name in may_be_zero else 1  # table 2 of DETR tries a decoder alone
@@ -151,8 +144,7 @@ def sine_positions(mask, dim, offset, temperature=10000):
     """Position of every cell of a feature map, relative to the part of the map that is not padding.
 
     mask [B, H, W] bool -> [B, H*W, dim], the first half encodes y, the second x. With `offset` 0 cells count
-    1 to N, as in DETR and Conditional DETR. Deformable DETR and SAM-DETR sample features at points, and the
-    point of a cell is its centre: 0.5 makes the encodings of points and of cells agree.
+    1 to N, as in DETR; 0.5 moves them to their centres, because some papers sample features at points.
     The order of the additions matters to SAM-DETR alone: in rows that are all padding N is 0, the quotient
     is rounding noise, and its RoIAlign reads the outcome. Source: official models/position_encoding.py.
     """
@@ -265,132 +257,12 @@ class Encoder(nn.Module):
 
     def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout):
         super().__init__()
-        layers = [EncoderLayer(hidden_dim, nheads, dim_feedforward, dropout) for _ in range(num_layers)]
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(
+            EncoderLayer(hidden_dim, nheads, dim_feedforward, dropout) for _ in range(num_layers))
 
     def forward(self, src, pos, mask):
         for layer in self.layers:
             src = layer(src, pos, mask)
-        return src
-
-
-# ---- For multiscale only: Deformable DETR's encoder, word for word; the equations are that paper's ---------
-def deformable_sampling(value, spatial_shapes, locations, weights):
-    """Bilinear samples of every level, weighted and summed: the inner sums of Eq. (3).
-
-    value [B, T, M, D/M], spatial_shapes [(h, w), ...] of L levels, locations [B, Q, M, L, K, 2] as (x, y) in
-    [0, 1] of the padded map (outside is zero), weights [B, Q, M, L, K] -> [B, Q, D].
-    Source: official ms_deform_attn_core_pytorch, which keeps the samples of all levels and weighs them
-    together; here the sum grows level by level, which needs less memory and time.
-    """
-    B, Q, M, L, K, _ = locations.shape
-    grid = 2 * locations - 1  # grid_sample counts from -1 to 1
-    levels = value.to(grid.dtype).split([h * w for h, w in spatial_shapes], dim=1)
-    total = 0
-    for level, (h, w) in enumerate(spatial_shapes):
-        # [B, h*w, M, D/M] -> [B, M, D/M, h*w] -> [B*M, D/M, h, w]
-        feature_map = levels[level].permute(0, 2, 3, 1).reshape(B * M, -1, h, w)
-        points = grid[:, :, :, level].transpose(1, 2).flatten(0, 1)  # [B*M, Q, K, 2]
-        weight = weights[:, :, :, level].transpose(1, 2).flatten(0, 1)  # [B*M, Q, K]
-        sampled = F.grid_sample(feature_map, points, align_corners=False)  # [B*M, D/M, Q, K]
-        total = total + torch.einsum("ndqk,nqk->nqd", sampled, weight)  # [B*M, Q, D/M]
-    return total.unflatten(0, (B, M)).transpose(1, 2).flatten(2)  # [B, Q, D]
-
-
-class MSDeformAttn(nn.Module):
-    """Multi-scale deformable attention, Eq. (3), with M heads, L levels and K points per head and level."""
-
-    def __init__(self, hidden_dim, nheads, levels, points):
-        super().__init__()
-        self.shape = (nheads, levels, points)
-        self.sampling_offsets = nn.Linear(hidden_dim, nheads * levels * points * 2)
-        self.attention_weights = nn.Linear(hidden_dim, nheads * levels * points)
-        self.value_proj = nn.Linear(hidden_dim, hidden_dim)
-        self.output_proj = nn.Linear(hidden_dim, hidden_dim)
-
-    def reset_parameters(self):
-        """Start as a star: head m looks towards angle 2 pi m / M, point k is k steps away; equal weights."""
-        M, L, K = self.shape
-        angle = torch.arange(M) * (2 * math.pi / M)
-        ray = torch.stack([angle.cos(), angle.sin()], dim=-1)  # [M, 2]
-        ray = ray / ray.abs().max(-1, keepdim=True).values  # onto the border of a square
-        star = ray[:, None, None] * torch.arange(1, K + 1)[:, None]  # [M, 1, K, 2]
-        with torch.no_grad():
-            self.sampling_offsets.bias.copy_(star.expand(M, L, K, 2).flatten())
-        nn.init.zeros_(self.sampling_offsets.weight)
-        nn.init.zeros_(self.attention_weights.weight)
-        nn.init.zeros_(self.attention_weights.bias)  # after the softmax the paper's 1/(LK)
-        nn.init.zeros_(self.value_proj.bias)
-        nn.init.zeros_(self.output_proj.bias)
-
-    def locations_and_weights(self, query, reference, spatial_shapes):
-        """Where to look, [B, Q, M, L, K, 2] in [0, 1] of the padded maps, and its weight [B, Q, M, L, K]."""
-        M, L, K = self.shape
-        offsets = self.sampling_offsets(query).unflatten(-1, (M, L, K, 2))  # [B, Q, M, L, K, 2]
-        weights = self.attention_weights(query).unflatten(-1, (M, L * K))  # [B, Q, M, L*K]
-        weights = weights.softmax(-1).unflatten(-1, (L, K))  # [B, Q, M, L, K]; 1 over all levels and points
-        reference = reference[:, :, None, :, None]  # [B, Q, 1, L, 1, 2 or 4]
-        if reference.shape[-1] == 2:
-            # Offsets are in pixels of their level. (w, h) and not (h, w): the first release had that wrong.
-            size = torch.tensor([(w, h) for h, w in spatial_shapes], device=query.device)  # [L, 2]
-            return reference + offsets / size[:, None], weights
-        # Relative to a box: the star's last point starts on its border, hence 1/K and half the width (A.4).
-        return reference[..., :2] + offsets / K * reference[..., 2:] * 0.5, weights
-
-    def forward(self, query, reference, value, spatial_shapes, mask):
-        """query [B, Q, D], reference [B, Q, L, 2 or 4], value [B, T, D], mask [B, T] -> [B, Q, D]."""
-        value = self.value_proj(value).masked_fill(mask[..., None], 0)  # padding contributes nothing
-        value = value.unflatten(-1, (self.shape[0], -1))  # [B, T, M, D/M]
-        locations, weights = self.locations_and_weights(query, reference, spatial_shapes)
-        return self.output_proj(deformable_sampling(value, spatial_shapes, locations, weights))
-
-
-def valid_ratio(mask):
-    """Share of a padded map [B, h, w] that is image, as (x, y): [B, 2]."""
-    valid = (~mask).float()
-    return torch.stack([valid[:, 0].mean(1), valid[:, :, 0].mean(1)], dim=-1)
-
-
-def pixel_centres(spatial_shapes, valid_ratios):
-    """Centre of every token in [0, 1] of the image without padding, as (x, y): [B, T, 2]."""
-    centres = []
-    for level, (h, w) in enumerate(spatial_shapes):
-        y = (torch.arange(h, device=valid_ratios.device) + 0.5) / h  # [h]
-        x = (torch.arange(w, device=valid_ratios.device) + 0.5) / w  # [w]
-        centre = torch.stack([x.repeat(h), y.repeat_interleave(w)], dim=-1)  # [h*w, 2]
-        centres.append(centre / valid_ratios[:, None, level])  # [B, h*w, 2]
-    return torch.cat(centres, dim=1)
-
-
-class DeformableEncoderLayer(nn.Module):
-    def __init__(self, hidden_dim, nheads, dim_feedforward, dropout, levels, points):
-        super().__init__()
-        self.self_attn = MSDeformAttn(hidden_dim, nheads, levels, points)
-        self.norm1 = nn.LayerNorm(hidden_dim)
-        self.ffn = FeedForward(hidden_dim, dim_feedforward, dropout)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, src, pos, reference, spatial_shapes, mask):
-        attended = self.self_attn(src + pos, reference, src, spatial_shapes, mask)  # [B, T, D]
-        src = self.norm1(src + self.dropout(attended))
-        return self.ffn(src)
-
-
-class DeformableEncoder(nn.Module):
-    def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout, levels, points):
-        super().__init__()
-        layers = [
-            DeformableEncoderLayer(hidden_dim, nheads, dim_feedforward, dropout, levels, points)
-            for _ in range(num_layers)
-        ]
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, src, pos, spatial_shapes, valid_ratios, mask):
-        # Divided by its own level's ratio, multiplied by that of the level looked at: they round differently
-        centres = pixel_centres(spatial_shapes, valid_ratios)  # [B, T, 2]
-        reference = centres[:, :, None] * valid_ratios[:, None]  # [B, T, L, 2]
-        for layer in self.layers:
-            src = layer(src, pos, reference, spatial_shapes, mask)
         return src
 
 
@@ -462,7 +334,8 @@ class SemanticsAligner(nn.Module):
         regions = self.regions(reference, memory, mask)  # [B*Q, D, 7, 7]
         # R_SP = MLP(ConvNet(F_R)): one point per head, in [-1, 1] of the box; with smca one scale as well
         xy = self.point_mlp(self.point_conv(regions)).view(B, Q, -1, self.nheads, 2)  # [B, Q, 1 or 2, M, 2]
-        points, scale = xy[:, :, 0].tanh(), xy[:, :, 1] if self.smca else None  # [B, Q, M, 2] twice
+        points = xy[:, :, 0].tanh()  # [B, Q, M, 2]
+        scale = xy[:, :, 1] if self.smca else None  # [B, Q, M, 2]
 
         # A head's content is the feature at its point: all D channels, not D/M of them
         content = F.grid_sample(regions, points.view(B * Q, 1, -1, 2), align_corners=False)  # [B*Q, D, 1, M]
@@ -535,26 +408,23 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Layers in a row, each refines its boxes: reference [B, Q, 4] -> hs [S, B, Q, D], boxes [S, B, Q, 4]."""
+
     def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout, smca):
         super().__init__()
-        layers = [
-            DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, smca)
-            for _ in range(num_layers)
-        ]
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(
+            DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, smca) for _ in range(num_layers))
 
-    def forward(self, reference, box_heads, levels):
-        """reference [B, Q, 4], L levels of (memory, pos, mask) -> hs [S, B, Q, D], boxes [S, B, Q, 4]."""
-        hidden_dim = levels[0][0].shape[-1]
-        tgt = reference.new_zeros(*reference.shape[:2], hidden_dim)  # queries are boxes; content starts empty
+    def forward(self, reference, box_heads, memory, pos, mask):
+        B, Q, D = *reference.shape[:2], memory.shape[-1]
+        tgt = reference.new_zeros(B, Q, D)  # queries are boxes; what they hold starts empty
         outputs, boxes = [], []
-        for i, (layer, box_head) in enumerate(zip(self.layers, box_heads)):
-            # Coarse to fine: two layers on the coarsest level, two on the next, the rest on the finest
-            memory, pos, mask = levels[max(len(levels) - 1 - i // 2, 0)]
-            query_pos = sine_xy(reference[..., :2].detach(), hidden_dim)  # [B, Q, D]; no width and height
+        for layer, box_head in zip(self.layers, box_heads):
+            query_pos = sine_xy(reference[..., :2].detach(), D)  # [B, Q, D]; no width and height
             tgt = layer(tgt, query_pos, reference, memory, pos, mask)
             outputs.append(tgt)  # no final norm (DETR has one)
-            boxes.append((box_head(tgt) + reference.logit(eps=1e-5)).sigmoid())  # relative to the reference
+            # Relative to the reference; without eps one on the image's edge, 0 or 1, had an infinite logit
+            boxes.append((box_head(tgt) + reference.logit(eps=1e-5)).sigmoid())
             reference = boxes[-1].detach()  # no gradient from one layer's box to the previous one
         return torch.stack(outputs), torch.stack(boxes)
 
@@ -581,26 +451,22 @@ class SAMDETR(nn.Module):
         dropout=0.1,
         num_queries=300,
         smca=False,
-        multiscale=False,
         input_norm=False,
     ):
         super().__init__()
         check_options(SAMDETR, locals())
         self.backbone = Backbone(backbone, pretrained_backbone, backbone_norm, dilation, last_stage)
-        self.multiscale = multiscale
-        channels = self.backbone.channels if multiscale else self.backbone.channels[-1:]
-        convs = [nn.Conv2d(c, hidden_dim, kernel_size=1) for c in channels]
-        norms = [nn.GroupNorm(32, hidden_dim) if multiscale or input_norm else nn.Identity() for _ in convs]
-        self.input_proj = nn.ModuleList(nn.Sequential(conv, norm) for conv, norm in zip(convs, norms))
-        if multiscale:
-            self.level_embed = nn.Parameter(torch.randn(len(channels), hidden_dim))
-            self.encoder = DeformableEncoder(
-                enc_layers, hidden_dim, nheads, dim_feedforward // 2, dropout, len(channels), points=4
-            )
-        else:
-            self.encoder = Encoder(enc_layers, hidden_dim, nheads, dim_feedforward, dropout)
+        conv = nn.Conv2d(self.backbone.channels[-1], hidden_dim, kernel_size=1)
+        norm = nn.GroupNorm(32, hidden_dim) if input_norm else nn.Identity()
+        self.input_proj = nn.ModuleList([nn.Sequential(conv, norm)])  # one level
+        self.encoder = Encoder(enc_layers, hidden_dim, nheads, dim_feedforward, dropout)
         self.query_embed = nn.Embedding(num_queries, 4)  # boxes, before the sigmoid
         self.decoder = Decoder(dec_layers, hidden_dim, nheads, dim_feedforward, dropout, smca)
+        self.make_heads(hidden_dim, num_classes, dec_layers)
+        self.reset_parameters()
+
+    def make_heads(self, hidden_dim, num_classes, dec_layers):
+        """A pair of heads for each layer."""
         class_head = nn.Linear(hidden_dim, num_classes)
         box_head = MLP(hidden_dim, hidden_dim, 4, depth=3)
         nn.init.constant_(class_head.bias, -math.log(99))  # every class starts at p = 0.01
@@ -608,50 +474,30 @@ class SAMDETR(nn.Module):
         nn.init.zeros_(box_head.layers[-1].bias)
         self.class_head = nn.ModuleList(copy.deepcopy(class_head) for _ in range(dec_layers))
         self.box_head = nn.ModuleList(copy.deepcopy(box_head) for _ in range(dec_layers))
+
+    def reset_parameters(self):
         xavier_uniform(self.encoder)
         xavier_uniform(self.decoder)
         for layer in self.decoder.layers:
             layer.aligner.centre_points()
-        for module in self.modules():
-            if isinstance(module, MSDeformAttn):
-                module.reset_parameters()
-
-    def encode(self, maps, pos, masks):
-        """The encoder on all levels: maps L x [B, D, h, w], their pos and masks -> memory L x [B, h*w, D]."""
-        spatial_shapes = [m.shape[-2:] for m in maps]
-        src = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)  # [B, T, D]
-        mask = torch.cat([m.flatten(1) for m in masks], dim=1)  # [B, T]
-        pos = torch.cat(pos, dim=1)  # [B, T, D]
-        if not self.multiscale:
-            return [self.encoder(src, pos, mask)]  # [B, T, D]
-        valid_ratios = torch.stack([valid_ratio(m) for m in masks], dim=1)  # [B, L, 2]
-        memory = self.encoder(src, pos, spatial_shapes, valid_ratios, mask)  # [B, T, D]
-        return memory.split([h * w for h, w in spatial_shapes], dim=1)
 
     def forward(self, images, mask):
         """images [B, 3, H, W], mask [B, H, W] -> {"logits": [S, B, Q, C], "boxes": [S, B, Q, 4]}."""
         check_input(images, mask)
-        features = self.backbone(images)[-len(self.input_proj):]
-        maps = [proj(feature) for proj, feature in zip(self.input_proj, features)]  # L x [B, D, h, w]
-        masks = [resize_mask(mask, m.shape[-2:]) for m in maps]  # L x [B, h, w]
-        pos = [sine_positions(m, maps[0].shape[1], offset=0.5) for m in masks]  # L x [B, h*w, D]
-        if self.multiscale:
-            pos = [p + embed for p, embed in zip(pos, self.level_embed)]
-        memory = self.encode(maps, pos, masks)  # L x [B, h*w, D]
+        features = self.input_proj[0](self.backbone(images)[-1])  # [B, D, h, w]
+        mask = resize_mask(mask, features.shape[-2:])  # [B, h, w]
+        pos = sine_positions(mask, features.shape[1], offset=0.5)  # [B, T, D]
 
+        src = features.flatten(2).transpose(1, 2)  # [B, T, D]
+        memory = self.encoder(src, pos, mask.flatten(1))  # [B, T, D]
         reference = self.query_embed.weight.sigmoid().expand(images.shape[0], -1, -1)  # [B, Q, 4]
-        levels = list(zip(memory, pos, masks))
-        hs, boxes = self.decoder(reference, self.box_head, levels)  # [S, B, Q, D], [S, B, Q, 4]
+        hs, boxes = self.decoder(reference, self.box_head, memory, pos, mask)  # [S, B, Q, D], [S, B, Q, 4]
         logits = torch.stack([head(h) for head, h in zip(self.class_head, hs)])  # [S, B, Q, C]
         return {"logits": logits, "boxes": boxes}
 
 
 def build(num_classes, **options):
-    """The model, with the paper's values as defaults; options are the arguments of the class above.
-
-    Boxes are (cx, cy, w, h) in [0, 1] of the image without padding. Raises ValueError for a wrong value and
-    TypeError for an unknown option.
-    """
+    """The model; options are those of the class. Raises ValueError (wrong value), TypeError (unknown)."""
     return SAMDETR(num_classes, **options)
 
 
@@ -689,33 +535,19 @@ def rename_official(state):
 
 
 def load_official(model, checkpoint):
-    """Copy an official checkpoint, {"model": state_dict} or the bare state_dict, into the model.
-
-    Strict: raises RuntimeError that lists every missing, unknown or misshapen parameter.
-    """
+    """Copy an official checkpoint, {"model": state_dict} or a bare state_dict. Strict: RuntimeError."""
     model.load_state_dict(rename_official(checkpoint.get("model", checkpoint)))
 
 
-# ---- python THIS_FILE.py: a walk through the network on random images --------------------------------------
-def shapes(x):
-    """The shape of every tensor in x, which is a tensor or holds some in lists and dicts."""
-    if isinstance(x, dict):
-        return {key: shapes(value) for key, value in x.items()}
-    return list(x.shape) if isinstance(x, torch.Tensor) else [shapes(value) for value in x]
-
-
-def walk(model):
-    """Print what the parts of the model return for two random images, the second one padded."""
-    images, mask = torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool)
-    mask[1, 192:] = True
-    for name, part in model.named_children():
-        part.register_forward_hook(lambda m, i, output, name=name: print(f"  {name:12} {shapes(output)}"))
+# ---- python THIS_FILE.py: what the parts weigh, and what comes out for two random images -------------------
+def describe(model):
+    """Print the number of parameters of every part, and the shapes that the model returns."""
+    for name, part in [*model.named_children(), ("together", model)]:
+        print(f"{name:12} {sum(p.numel() for p in part.parameters()):12,} parameters")
     with torch.no_grad():
-        print(f"returns {shapes(model.eval()(images, mask))}")
-    count = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{count:,} parameters, {trained:,} of them trained")
+        out = model.eval()(torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool))
+    print({name: list(tensor.shape) for name, tensor in out.items()})
 
 
 if __name__ == "__main__":
-    walk(build(num_classes=91, pretrained_backbone=False))
+    describe(build(num_classes=91, pretrained_backbone=False))

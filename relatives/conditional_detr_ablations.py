@@ -18,8 +18,17 @@ from torch import nn
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the parent's folder
 
 import conditional_detr  # noqa: E402
-from conditional_detr import LAPTOP, MLP, OFFICIAL_NAMES, RECIPE, concat_heads  # noqa: E402, F401
-from conditional_detr import load_official, rename_official, walk, xavier_uniform  # noqa: E402, F401
+from conditional_detr import (  # noqa: E402, F401  # noqa: E402, F401
+    LAPTOP,
+    MLP,
+    OFFICIAL_NAMES,
+    RECIPE,
+    concat_heads,
+    describe,
+    load_official,
+    rename_official,
+    xavier_uniform,
+)
 
 
 def check_choice(name, value, allowed):
@@ -100,11 +109,9 @@ class Decoder(conditional_detr.Decoder):
 
     def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout, form, transform):
         super().__init__(num_layers, hidden_dim, nheads, dim_feedforward, dropout)
-        layers = [
+        self.layers = nn.ModuleList(
             DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, first=(i == 0))
-            for i in range(num_layers)
-        ]
-        self.layers = nn.ModuleList(layers)
+            for i in range(num_layers))
         if num_layers == 1:
             transform = "identity"  # layer 1 has no T
         self.query_scale = SpatialQuery(hidden_dim, nheads, form, transform)
@@ -142,4 +149,4 @@ def build(num_classes, **options):
 
 
 if __name__ == "__main__":
-    walk(build(num_classes=91, pretrained_backbone=False))
+    describe(build(num_classes=91, pretrained_backbone=False))

@@ -21,7 +21,7 @@ CASES = {
     "sam_detr_smca": ("sam_detr", {"input_norm": True}),
     "sam_detr_unpadded": ("sam_detr", {"input_norm": True}),
     "sam_detr_smca_unpadded": ("sam_detr", {"input_norm": True}),
-    "sam_detr_multiscale": ("sam_detr", {}),
+    "sam_detr_multiscale": ("sam_detr_multiscale", {}),
 }
 OUR_OPTION = {"with_box_refine": "box_refine", "enc_n_points": "enc_points", "dec_n_points": "dec_points"}
 
@@ -87,7 +87,7 @@ def fill(shape, kind, name, seed):
 
 def options_of(args, extra):
     """Our options for those of a case."""
-    return {**{OUR_OPTION.get(k, k): v for k, v in args.items() if k != "epochs"}, **extra}
+    return {**{OUR_OPTION.get(k, k): v for k, v in args.items() if k not in ("epochs", "multiscale")}, **extra}
 
 
 def our_name(module, name):

@@ -4,11 +4,11 @@ from functools import partial
 
 import pytest
 import torch
+
+import sam_detr
 from golden import our_name
 from tiny_models import batch
 from tiny_models import tiny as tiny_model
-
-import sam_detr
 
 tiny = partial(tiny_model, "sam_detr")
 
@@ -28,14 +28,14 @@ def test_heads_and_width_are_not_hard_coded():
 
 def test_multi_scale_goes_from_coarse_to_fine_with_any_number_of_decoder_layers():
     """Two layers on stride 32, two on 16, the rest on 8; the official code stops at 6 layers."""
-    model = tiny(multiscale=True, dec_layers=7).eval()
+    model = tiny_model("sam_detr_multiscale", dec_layers=7).eval()
     calls = record(model.decoder.layers)
     with torch.no_grad():
         model(*batch())
     sides = [math.isqrt(inputs[3].shape[1]) for inputs, _ in calls]  # of the square maps that `memory` is
     assert sides == [3, 3, 6, 6, 12, 12, 12]
     with torch.no_grad():
-        assert tiny(multiscale=True, dec_layers=1)(*batch())["boxes"].shape == (1, 2, 5, 4)
+        assert tiny_model("sam_detr_multiscale", dec_layers=1)(*batch())["boxes"].shape == (1, 2, 5, 4)
 
 
 # ---- The paper's claims ----------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ PAPERS = {name: text for name, text in TEXT.items() if "sys.path.append" not in 
 
 # Definitions of the same name that may differ, because they carry the paper's idea.
 MAY_DIFFER = {
+    "EncoderLayer": "a token of DETR looks at all others, one of Deformable DETR at a few points",
+    "Encoder": "it hands Deformable DETR's reference points to its layers",
     "DecoderLayer": "how a query looks at the image is what the papers change",
     "Decoder": "it hands the paper's references from layer to layer",
     "build": "it names the model's class",
