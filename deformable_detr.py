@@ -44,16 +44,8 @@ RECIPE = dict(
 )
 
 # What train.py --preset laptop changes for this file: refinement, and levels at strides 8, 16 and 32.
-LAPTOP = dict(
-    steps=1300,
-    batch_size=8,
-    lr=8e-4,
-    lr_backbone=8e-4,
-    last_stage=3,
-    num_feature_levels=3,
-    enc_points=2,
-    box_refine=True,
-)
+LAPTOP = dict(steps=1300, batch_size=8, lr=8e-4, lr_backbone=8e-4, last_stage=3, num_feature_levels=3,
+              enc_points=2, box_refine=True)
 
 # Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of
 # H*W), S supervised stages. Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding.
@@ -246,8 +238,7 @@ def deformable_sampling(value, spatial_shapes, locations, weights):
 
     value [B, T, M, D/M], spatial_shapes [(h, w), ...] of L levels, locations [B, Q, M, L, K, 2] as (x, y) in
     [0, 1] of the padded map (outside is zero), weights [B, Q, M, L, K] -> [B, Q, D].
-    Source: official ms_deform_attn_core_pytorch, which keeps the samples of all levels and weighs them
-    together; here the sum grows level by level, which needs less memory and time.
+    Source: official ms_deform_attn_core_pytorch; level by level it needs less memory and time.
     """
     B, Q, M, L, K, _ = locations.shape
     grid = 2 * locations - 1  # grid_sample counts from -1 to 1
@@ -442,6 +433,8 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """tgt, query_pos [B, Q, D], reference [B, Q, 2 or 4] -> hs [S, B, Q, D], boxes [S, B, Q, 4]."""
+
     def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout, levels, points, box_refine):
         super().__init__()
         self.layers = nn.ModuleList(
@@ -450,7 +443,6 @@ class Decoder(nn.Module):
         self.box_refine = box_refine
 
     def forward(self, tgt, query_pos, reference, box_heads, memory, spatial_shapes, valid_ratios, mask):
-        """tgt, query_pos [B, Q, D], reference [B, Q, 2 or 4] -> hs [S, B, Q, D], boxes [S, B, Q, 4]."""
         outputs, boxes = [], []
         for layer, box_head in zip(self.layers, box_heads):
             ratios = valid_ratios.repeat(1, 1, reference.shape[-1] // 2)  # [B, L, 2 or 4]
