@@ -14,8 +14,6 @@ Departures from the official code (numbers are the same, tests/test_golden.py ho
     RoIAlign runs once per layer and boxes are computed once; the official code does both twice.
     any number of heads and decoder layers works; the official code stops at 6 layers and has 8 hard-coded.
     input_norm is an option; the official code normalises the single-scale input if trained for < 25 epochs.
-    dilation (DC5) works for ResNet-18 and -34 too; torchvision refuses it there.
-    backbone_norm="batch" trains everything with live BatchNorm, which training from scratch needs.
 Left out on purpose: segmentation heads.
 """
 import copy
@@ -58,7 +56,8 @@ class Backbone(nn.Module):
     """torchvision ResNet without pooling and classifier.
 
     In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5
-    at 16 with dilation; no C5 with last_stage=3, which is cheap). Raises ValueError for unknown values.
+    at 16 with dilation). Raises ValueError for unknown values. Not official: norm="batch", which training
+    from scratch needs; last_stage=3, no C5, cheap; dilation of ResNet-18 and -34, which torchvision refuses.
     Source: official models/backbone.py; ImageNet weights V1, from which all papers start.
     """
 
@@ -233,7 +232,7 @@ def xavier_uniform(module):
             nn.init.xavier_uniform_(p)
 
 
-# ---- Encoder: global self-attention over the feature map, as in DETR ---------------------------------------
+# ---- Encoder: global self-attention over the feature map ---------------------------------------------------
 class EncoderLayer(nn.Module):
     """Every token looks at the others, then the feed-forward block: src, pos [B, T, D] -> [B, T, D]."""
 
@@ -258,7 +257,8 @@ class Encoder(nn.Module):
     def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout):
         super().__init__()
         self.layers = nn.ModuleList(
-            EncoderLayer(hidden_dim, nheads, dim_feedforward, dropout) for _ in range(num_layers))
+            EncoderLayer(hidden_dim, nheads, dim_feedforward, dropout)
+            for _ in range(num_layers))
 
     def forward(self, src, pos, mask):
         for layer in self.layers:
@@ -290,11 +290,8 @@ class SemanticsAligner(nn.Module):
         super().__init__()
         self.nheads = nheads
         self.smca = smca
-        self.point_conv = nn.Sequential(
-            nn.Conv2d(hidden_dim, hidden_dim // 4, kernel_size=1),
-            nn.ReLU(),
-            nn.Flatten(),
-        )
+        conv = nn.Conv2d(hidden_dim, hidden_dim // 4, kernel_size=1)
+        self.point_conv = nn.Sequential(conv, nn.ReLU(), nn.Flatten())
         self.point_mlp = nn.Sequential(
             nn.Linear(hidden_dim // 4 * self.roi_size ** 2, hidden_dim),
             nn.ReLU(),
@@ -310,8 +307,7 @@ class SemanticsAligner(nn.Module):
     def centre_points(self):
         """Start every point at the centre of its box; to be called after Xavier initialisation.
 
-        The official code means to, but calls them in the other order, so its points start anywhere in the
-        box. On shapes the centre was ahead: AP 0.079, 0.049 at step 480 of 900, 0.144, 0.129 at the end.
+        The official code means to, but in the other order: its points start anywhere in the box.
         """
         # Not the scales of smca: they are used squared, so that zeros would get no gradient
         nn.init.zeros_(self.point_mlp[-1].weight[:2 * self.nheads])
@@ -324,8 +320,7 @@ class SemanticsAligner(nn.Module):
         # reads what the encoder wrote on padding (as in the official code): so padding changes numbers more.
         size = valid_size(mask).repeat(1, 2)[:, None]  # [B, 1, 4]
         boxes_xyxy = (box_convert(reference, "cxcywh", "xyxy") * size).flatten(0, 1)  # [B*Q, 4], in cells
-        image = torch.arange(memory.shape[0], device=memory.device)  # [B]
-        image = image.repeat_interleave(reference.shape[1])  # [B*Q]
+        image = torch.arange(memory.shape[0], device=memory.device).repeat_interleave(reference.shape[1])
         rois = torch.cat([image[:, None], boxes_xyxy], dim=-1)  # [B*Q, 5]
         return roi_align(feature_map, rois, output_size=self.roi_size, aligned=True)  # [B*Q, D, 7, 7]
 
@@ -416,11 +411,10 @@ class Decoder(nn.Module):
             DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, smca) for _ in range(num_layers))
 
     def forward(self, reference, box_heads, memory, pos, mask):
-        B, Q, D = *reference.shape[:2], memory.shape[-1]
-        tgt = reference.new_zeros(B, Q, D)  # queries are boxes; what they hold starts empty
+        tgt = memory.new_zeros(*reference.shape[:2], memory.shape[-1])  # [B, Q, D]; queries hold nothing yet
         outputs, boxes = [], []
         for layer, box_head in zip(self.layers, box_heads):
-            query_pos = sine_xy(reference[..., :2].detach(), D)  # [B, Q, D]; no width and height
+            query_pos = sine_xy(reference[..., :2].detach(), tgt.shape[-1])  # [B, Q, D]; no width and height
             tgt = layer(tgt, query_pos, reference, memory, pos, mask)
             outputs.append(tgt)  # no final norm (DETR has one)
             # Relative to the reference; without eps one on the image's edge, 0 or 1, had an infinite logit
@@ -540,14 +534,10 @@ def load_official(model, checkpoint):
 
 
 # ---- python THIS_FILE.py: what the parts weigh, and what comes out for two random images -------------------
-def describe(model):
-    """Print the number of parameters of every part, and the shapes that the model returns."""
+if __name__ == "__main__":
+    model = build(num_classes=91, pretrained_backbone=False).eval()
     for name, part in [*model.named_children(), ("together", model)]:
         print(f"{name:12} {sum(p.numel() for p in part.parameters()):12,} parameters")
     with torch.no_grad():
-        out = model.eval()(torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool))
+        out = model(torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool))
     print({name: list(tensor.shape) for name, tensor in out.items()})
-
-
-if __name__ == "__main__":
-    describe(build(num_classes=91, pretrained_backbone=False))

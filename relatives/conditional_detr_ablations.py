@@ -18,13 +18,12 @@ from torch import nn
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the parent's folder
 
 import conditional_detr  # noqa: E402
-from conditional_detr import (  # noqa: E402, F401  # noqa: E402, F401
+from conditional_detr import (  # noqa: E402, F401
     LAPTOP,
     MLP,
     OFFICIAL_NAMES,
     RECIPE,
     concat_heads,
-    describe,
     load_official,
     rename_official,
     xavier_uniform,
@@ -149,4 +148,5 @@ def build(num_classes, **options):
 
 
 if __name__ == "__main__":
-    describe(build(num_classes=91, pretrained_backbone=False))
+    model = build(num_classes=91, pretrained_backbone=False)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; options are those of its parents and its own")

@@ -14,12 +14,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # the parents' folder
 
 import deformable_detr  # noqa: E402
 import sam_detr  # noqa: E402
-from sam_detr import (  # noqa: E402, F401  # noqa: E402, F401
+from sam_detr import (  # noqa: E402, F401
     LAPTOP,
     OFFICIAL_NAMES,
     RECIPE,
     check_input,
-    describe,
     load_official,
     rename_official,
     resize_mask,
@@ -91,4 +90,5 @@ def build(num_classes, **options):
 
 
 if __name__ == "__main__":
-    describe(build(num_classes=91, pretrained_backbone=False))
+    model = build(num_classes=91, pretrained_backbone=False)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; options are those of its parents and its own")
