@@ -91,4 +91,4 @@ def build(num_classes, **options):
 
 if __name__ == "__main__":
     model = build(num_classes=91, pretrained_backbone=False)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; options are those of its parents and its own")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
