@@ -26,7 +26,7 @@ import torchvision
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-# How the official script trains it. train.py reads this.
+# How the paper trains it (section 4.1). train.py reads this.
 RECIPE = dict(
     epochs=12,
     lr_drop=11,
@@ -43,17 +43,14 @@ RECIPE = dict(
 )
 
 # What train.py --preset laptop changes for this file: small images need C4 (stride 16) as the feature map.
-LAPTOP = dict(
-    last_stage=3,
-    num_groups=3,
-)
+LAPTOP = dict(last_stage=3, num_groups=3)
 
 # Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of
 # H*W), S supervised stages. Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding.
 # Masks are True on padding.
 
 
-# ---- Shared blocks: the same text in all files --------------------------------------------------------
+# ---- Shared blocks: the same text in all files -------------------------------------------------------------
 class Backbone(nn.Module):
     """torchvision ResNet without pooling and classifier.
 
@@ -77,25 +74,19 @@ class Backbone(nn.Module):
         self.channels = [c5 // 4, c5 // 2, c5][:last_stage - 1]
         self.stages = ["layer2", "layer3", "layer4"][:last_stage - 1]
         del body.avgpool, body.fc
-        if dilation:
-            self.dilate(body.layer4)
+        if dilation:  # DC5: the last stage keeps C4's resolution; stride becomes dilation, from block 2 on
+            for name, module in body.layer4.named_modules():
+                if isinstance(module, nn.Conv2d):
+                    module.stride = (1, 1)
+                    if module.kernel_size == (3, 3) and not name.startswith("0."):
+                        module.dilation = module.padding = (2, 2)
         if last_stage == 3:
             del body.layer4
         if norm == "frozen":
-            # Batches of one or two images per GPU give useless statistics, so the papers keep ImageNet's, and
-            # with them the first layers. From random weights such a network cannot learn: norm="batch" there.
-            for module in (body.conv1, body.layer1):
-                module.requires_grad_(False)
+            # A batch of one or two images has useless statistics: ImageNet's stay, and the first layers, too
+            body.conv1.requires_grad_(False)
+            body.layer1.requires_grad_(False)
         self.body = body.to(memory_format=torch.channels_last)  # same numbers, faster convolutions
-
-    @staticmethod
-    def dilate(stage):
-        """DC5: the last stage keeps C4's resolution; stride becomes dilation, from its second block on."""
-        for name, module in stage.named_modules():
-            if isinstance(module, nn.Conv2d):
-                module.stride = (1, 1)
-                if module.kernel_size == (3, 3) and not name.startswith("0."):
-                    module.dilation = module.padding = (2, 2)
 
     def forward(self, images):
         x = images.contiguous(memory_format=torch.channels_last)
@@ -111,7 +102,8 @@ class Backbone(nn.Module):
 def check_options(model_class, values, may_be_zero=("enc_layers",)):
     """Raises ValueError unless values, the arguments of model_class by name, can make a model."""
     for name, parameter in inspect.signature(model_class).parameters.items():
-        value, default = values[name], 1 if name == "num_classes" else parameter.default
+        value = values[name]
+        default = 1 if name == "num_classes" else parameter.default
         if type(value) is not type(default) and (type(value), type(default)) != (int, float):
             raise ValueError(f"{name} is {value!r}, it must be of type {type(default).__name__}")
         least = 0 if default == 0 or name in may_be_zero else 1  # table 2 of DETR tries a decoder alone
@@ -149,8 +141,7 @@ def sine_positions(mask, dim, offset, temperature=10000):
     """Position of every cell of a feature map, relative to the part of the map that is not padding.
 
     mask [B, H, W] bool -> [B, H*W, dim], the first half encodes y, the second x. With `offset` 0 cells count
-    1 to N, as in DETR and Conditional DETR. Deformable DETR and SAM-DETR sample features at points, and the
-    point of a cell is its centre: 0.5 makes the encodings of points and of cells agree.
+    1 to N, as in DETR; 0.5 moves them to their centres, because some papers sample features at points.
     The order of the additions matters to SAM-DETR alone: in rows that are all padding N is 0, the quotient
     is rounding noise, and its RoIAlign reads the outcome. Source: official models/position_encoding.py.
     """
@@ -263,8 +254,8 @@ class Encoder(nn.Module):
 
     def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout):
         super().__init__()
-        layers = [EncoderLayer(hidden_dim, nheads, dim_feedforward, dropout) for _ in range(num_layers)]
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(
+            EncoderLayer(hidden_dim, nheads, dim_feedforward, dropout) for _ in range(num_layers))
 
     def forward(self, src, pos, mask):
         for layer in self.layers:
@@ -340,11 +331,9 @@ class Decoder(nn.Module):
 
     def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout):
         super().__init__()
-        layers = [
+        self.layers = nn.ModuleList(
             DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, first=(i == 0))
-            for i in range(num_layers)
-        ]
-        self.layers = nn.ModuleList(layers)
+            for i in range(num_layers))
         self.norm = nn.LayerNorm(hidden_dim)
         # One for all layers but the first: it knows nothing yet, so that its T is 1
         self.query_scale = MLP(hidden_dim, hidden_dim, hidden_dim, depth=2) if num_layers > 1 else None
@@ -430,11 +419,7 @@ class GroupDETR(nn.Module):
 
 
 def build(num_classes, **options):
-    """The model, with the paper's values as defaults; options are the arguments of the class above.
-
-    Boxes are (cx, cy, w, h) in [0, 1] of the image without padding. Raises ValueError for a wrong value and
-    TypeError for an unknown option.
-    """
+    """The model; options are those of the class. Raises ValueError (wrong value), TypeError (unknown)."""
     return GroupDETR(num_classes, **options)
 
 
@@ -467,33 +452,19 @@ def rename_official(state):
 
 
 def load_official(model, checkpoint):
-    """Copy an official checkpoint, {"model": state_dict} or the bare state_dict, into the model.
-
-    Strict: raises RuntimeError that lists every missing, unknown or misshapen parameter.
-    """
+    """Copy an official checkpoint, {"model": state_dict} or a bare state_dict. Strict: RuntimeError."""
     model.load_state_dict(rename_official(checkpoint.get("model", checkpoint)))
 
 
-# ---- python THIS_FILE.py: a walk through the network on random images --------------------------------------
-def shapes(x):
-    """The shape of every tensor in x, which is a tensor or holds some in lists and dicts."""
-    if isinstance(x, dict):
-        return {key: shapes(value) for key, value in x.items()}
-    return list(x.shape) if isinstance(x, torch.Tensor) else [shapes(value) for value in x]
-
-
-def walk(model):
-    """Print what the parts of the model return for two random images, the second one padded."""
-    images, mask = torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool)
-    mask[1, 192:] = True
-    for name, part in model.named_children():
-        part.register_forward_hook(lambda m, i, output, name=name: print(f"  {name:12} {shapes(output)}"))
+# ---- python THIS_FILE.py: what the parts weigh, and what comes out for two random images -------------------
+def describe(model):
+    """Print the number of parameters of every part, and the shapes that the model returns."""
+    for name, part in [*model.named_children(), ("together", model)]:
+        print(f"{name:12} {sum(p.numel() for p in part.parameters()):12,} parameters")
     with torch.no_grad():
-        print(f"returns {shapes(model.eval()(images, mask))}")
-    count = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{count:,} parameters, {trained:,} of them trained")
+        out = model.eval()(torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool))
+    print({name: list(tensor.shape) for name, tensor in out.items()})
 
 
 if __name__ == "__main__":
-    walk(build(num_classes=91, pretrained_backbone=False))
+    describe(build(num_classes=91, pretrained_backbone=False))

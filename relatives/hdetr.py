@@ -45,24 +45,15 @@ RECIPE = dict(
 )
 
 # What train.py --preset laptop changes for this file: one stage, and levels at strides 8, 16 and 32.
-LAPTOP = dict(
-    steps=1300,
-    batch_size=8,
-    lr=8e-4,
-    lr_backbone=8e-4,
-    last_stage=3,
-    num_feature_levels=3,
-    enc_points=2,
-    two_stage=False,
-    num_one2many=60,
-)
+LAPTOP = dict(steps=1300, batch_size=8, lr=8e-4, lr_backbone=8e-4, last_stage=3, num_feature_levels=3,
+              enc_points=2, two_stage=False, num_one2many=60)
 
 # Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of
 # H*W), S supervised stages. Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding.
 # Masks are True on padding.
 
 
-# ---- Shared blocks: the same text in all files --------------------------------------------------------
+# ---- Shared blocks: the same text in all files -------------------------------------------------------------
 class Backbone(nn.Module):
     """torchvision ResNet without pooling and classifier.
 
@@ -86,25 +77,19 @@ class Backbone(nn.Module):
         self.channels = [c5 // 4, c5 // 2, c5][:last_stage - 1]
         self.stages = ["layer2", "layer3", "layer4"][:last_stage - 1]
         del body.avgpool, body.fc
-        if dilation:
-            self.dilate(body.layer4)
+        if dilation:  # DC5: the last stage keeps C4's resolution; stride becomes dilation, from block 2 on
+            for name, module in body.layer4.named_modules():
+                if isinstance(module, nn.Conv2d):
+                    module.stride = (1, 1)
+                    if module.kernel_size == (3, 3) and not name.startswith("0."):
+                        module.dilation = module.padding = (2, 2)
         if last_stage == 3:
             del body.layer4
         if norm == "frozen":
-            # Batches of one or two images per GPU give useless statistics, so the papers keep ImageNet's, and
-            # with them the first layers. From random weights such a network cannot learn: norm="batch" there.
-            for module in (body.conv1, body.layer1):
-                module.requires_grad_(False)
+            # A batch of one or two images has useless statistics: ImageNet's stay, and the first layers, too
+            body.conv1.requires_grad_(False)
+            body.layer1.requires_grad_(False)
         self.body = body.to(memory_format=torch.channels_last)  # same numbers, faster convolutions
-
-    @staticmethod
-    def dilate(stage):
-        """DC5: the last stage keeps C4's resolution; stride becomes dilation, from its second block on."""
-        for name, module in stage.named_modules():
-            if isinstance(module, nn.Conv2d):
-                module.stride = (1, 1)
-                if module.kernel_size == (3, 3) and not name.startswith("0."):
-                    module.dilation = module.padding = (2, 2)
 
     def forward(self, images):
         x = images.contiguous(memory_format=torch.channels_last)
@@ -120,7 +105,8 @@ class Backbone(nn.Module):
 def check_options(model_class, values, may_be_zero=("enc_layers",)):
     """Raises ValueError unless values, the arguments of model_class by name, can make a model."""
     for name, parameter in inspect.signature(model_class).parameters.items():
-        value, default = values[name], 1 if name == "num_classes" else parameter.default
+        value = values[name]
+        default = 1 if name == "num_classes" else parameter.default
         if type(value) is not type(default) and (type(value), type(default)) != (int, float):
             raise ValueError(f"{name} is {value!r}, it must be of type {type(default).__name__}")
         least = 0 if default == 0 or name in may_be_zero else 1  # table 2 of DETR tries a decoder alone
@@ -158,8 +144,7 @@ def sine_positions(mask, dim, offset, temperature=10000):
     """Position of every cell of a feature map, relative to the part of the map that is not padding.
 
     mask [B, H, W] bool -> [B, H*W, dim], the first half encodes y, the second x. With `offset` 0 cells count
-    1 to N, as in DETR and Conditional DETR. Deformable DETR and SAM-DETR sample features at points, and the
-    point of a cell is its centre: 0.5 makes the encodings of points and of cells agree.
+    1 to N, as in DETR; 0.5 moves them to their centres, because some papers sample features at points.
     The order of the additions matters to SAM-DETR alone: in rows that are all padding N is 0, the quotient
     is rounding noise, and its RoIAlign reads the outcome. Source: official models/position_encoding.py.
     """
@@ -254,8 +239,7 @@ def deformable_sampling(value, spatial_shapes, locations, weights):
 
     value [B, T, M, D/M], spatial_shapes [(h, w), ...] of L levels, locations [B, Q, M, L, K, 2] as (x, y) in
     [0, 1] of the padded map (outside is zero), weights [B, Q, M, L, K] -> [B, Q, D].
-    Source: official ms_deform_attn_core_pytorch, which keeps the samples of all levels and weighs them
-    together; here the sum grows level by level, which needs less memory and time.
+    Source: official ms_deform_attn_core_pytorch; level by level it needs less memory and time.
     """
     B, Q, M, L, K, _ = locations.shape
     grid = 2 * locations - 1  # grid_sample counts from -1 to 1
@@ -337,7 +321,9 @@ def pixel_centres(spatial_shapes, valid_ratios):
 
 
 # ---- Encoder: every pixel of every level is a query (paper, section 4.1) -----------------------------------
-class DeformableEncoderLayer(nn.Module):
+class EncoderLayer(nn.Module):
+    """Every token looks at K points per level, then the feed-forward block: src [B, T, D] -> [B, T, D]."""
+
     def __init__(self, hidden_dim, nheads, dim_feedforward, dropout, levels, points):
         super().__init__()
         self.self_attn = MSDeformAttn(hidden_dim, nheads, levels, points)
@@ -351,14 +337,14 @@ class DeformableEncoderLayer(nn.Module):
         return self.ffn(src)
 
 
-class DeformableEncoder(nn.Module):
+class Encoder(nn.Module):
+    """Layers in a row: src, pos [B, T, D], mask [B, T] -> memory [B, T, D]."""
+
     def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout, levels, points):
         super().__init__()
-        layers = [
-            DeformableEncoderLayer(hidden_dim, nheads, dim_feedforward, dropout, levels, points)
-            for _ in range(num_layers)
-        ]
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(
+            EncoderLayer(hidden_dim, nheads, dim_feedforward, dropout, levels, points)
+            for _ in range(num_layers))
 
     def forward(self, src, pos, spatial_shapes, valid_ratios, mask):
         # Divided by its own level's ratio, multiplied by that of the level looked at: they round differently
@@ -410,7 +396,8 @@ class Proposals(nn.Module):
         # out of the top Q.
         anchor = anchor.logit().masked_fill(invalid[..., None], math.inf)
         tokens = self.enc_output_norm(self.enc_output(memory.masked_fill(invalid[..., None], 0)))  # [B, T, D]
-        logits, boxes_logit = class_head(tokens), box_head(tokens) + anchor  # [B, T, C], [B, T, 4]
+        logits = class_head(tokens)  # [B, T, C]
+        boxes_logit = box_head(tokens) + anchor  # [B, T, 4]
 
         # All labels of proposals are class 0 ("an object"), so class 0 ranks them (as in the official code).
         count = torch.sym_min(self.num_queries, logits.shape[1])  # small maps may have fewer tokens
@@ -445,7 +432,7 @@ class MixedSelection(Proposals):
 
 def move_box(reference, delta):
     """A.3 of Deformable DETR: reference [B, Q, 2 or 4] moved by delta in logit space: [B, Q, 4]."""
-    logit = reference.logit(eps=1e-5)
+    logit = reference.logit(eps=1e-5)  # without eps a reference on the image's edge had an infinite logit
     return (delta + F.pad(logit, (0, 4 - logit.shape[-1]))).sigmoid()  # a point says nothing about its size
 
 
@@ -476,19 +463,18 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """tgt, query_pos [B, Q, D], reference [B, Q, 2 or 4] -> hs [S, B, Q, D], boxes [S, B, Q, 4]."""
+
     def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout, levels, points, box_refine,
                  look_forward_twice):
         super().__init__()
-        layers = [
+        self.layers = nn.ModuleList(
             DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, levels, points)
-            for _ in range(num_layers)
-        ]
-        self.layers = nn.ModuleList(layers)
+            for _ in range(num_layers))
         self.box_refine = box_refine
         self.look_forward_twice = look_forward_twice
 
     def forward(self, tgt, query_pos, reference, box_heads, memory, spatial_shapes, valid_ratios, mask, bias):
-        """tgt, query_pos [B, Q, D], reference [B, Q, 2 or 4] -> hs [S, B, Q, D], boxes [S, B, Q, 4]."""
         outputs, boxes = [], []
         previous = reference  # as the next layer gets it, but with gradient
         for layer, box_head in zip(self.layers, box_heads):
@@ -544,16 +530,8 @@ class HDETR(nn.Module):
         if look_forward_twice and not box_refine:
             raise ValueError("look_forward_twice is True, it must be False without box_refine and two_stage")
         levels = num_feature_levels
-        # The last of C3, C4, C5 through 1x1 convolutions; further levels (C6) by 3x3 convolutions of stride 2
-        channels = self.backbone.channels[-levels:]
-        extra = ([channels[-1]] + [hidden_dim] * levels)[:levels - len(channels)]
-        convs = [nn.Conv2d(c, hidden_dim, kernel_size=1) for c in channels]
-        convs += [nn.Conv2d(c, hidden_dim, kernel_size=3, stride=2, padding=1) for c in extra]
-        self.input_proj = nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(32, hidden_dim)) for conv in convs)
-        self.level_embed = nn.Parameter(torch.randn(levels, hidden_dim))
-        self.encoder = DeformableEncoder(
-            enc_layers, hidden_dim, nheads, dim_feedforward, dropout, levels, enc_points
-        )
+        self.make_projections(hidden_dim, levels)
+        self.encoder = Encoder(enc_layers, hidden_dim, nheads, dim_feedforward, dropout, levels, enc_points)
         self.num_queries = num_queries
         self.one2many = {"repeat": k_one2many, "weight": lambda_one2many}
         self.hybrid = num_one2many > 0 and k_one2many > 0
@@ -561,24 +539,42 @@ class HDETR(nn.Module):
         self.queries = queries(hidden_dim, num_queries + num_one2many)
         self.decoder = Decoder(
             dec_layers, hidden_dim, nheads, dim_feedforward, dropout, levels, dec_points, box_refine,
-            look_forward_twice
-        )
+            look_forward_twice)
+        self.make_heads(hidden_dim, num_classes, dec_layers, box_refine, two_stage)
+        self.reset_parameters()
+
+    def make_projections(self, hidden_dim, levels):
+        """The last of C3, C4, C5 by 1x1 convolutions, further levels (C6) by 3x3 convolutions of stride 2."""
+        channels = self.backbone.channels[-levels:]
+        convs = [nn.Conv2d(c, hidden_dim, kernel_size=1) for c in channels]
+        c = channels[-1]  # C6 comes from raw C5, the next one from C6
+        while len(convs) < levels:
+            convs.append(nn.Conv2d(c, hidden_dim, kernel_size=3, stride=2, padding=1))
+            c = hidden_dim
+        self.input_proj = nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(32, hidden_dim)) for conv in convs)
+        self.level_embed = nn.Parameter(torch.randn(levels, hidden_dim))
+
+    def make_heads(self, hidden_dim, num_classes, dec_layers, box_refine, two_stage):
+        """A pair of heads for all layers, with refinement one for each; two_stage has one more at the end."""
         class_head = nn.Linear(hidden_dim, num_classes)
         box_head = MLP(hidden_dim, hidden_dim, 4, depth=3)
         nn.init.constant_(class_head.bias, -math.log(99))  # every class starts at p = 0.01
         nn.init.zeros_(box_head.layers[-1].weight)
         nn.init.zeros_(box_head.layers[-1].bias)
-        # Shared by all layers, or with refinement one for each; with two_stage one more, for the proposals
-        count = dec_layers + two_stage
-        copies = copy.deepcopy if box_refine else lambda head: head
-        self.class_head = nn.ModuleList(copies(class_head) for _ in range(count))
-        self.box_head = nn.ModuleList(copies(box_head) for _ in range(count))
+        count = dec_layers + 1 if two_stage else dec_layers
+        self.class_head = nn.ModuleList([class_head] * count)
+        self.box_head = nn.ModuleList([box_head] * count)
+        if box_refine:
+            self.class_head = nn.ModuleList(copy.deepcopy(class_head) for _ in range(count))
+            self.box_head = nn.ModuleList(copy.deepcopy(box_head) for _ in range(count))
         if not two_stage:
             # The first boxes have no size to start from: sigmoid(-2) = 0.12 (the paper says 0.1)
             nn.init.constant_(self.box_head[0].layers[-1].bias[2:], -2.0)
+
+    def reset_parameters(self):
         for module in (self.encoder, self.decoder, self.input_proj):
             xavier_uniform(module)
-        for module in self.modules():
+        for module in [*self.encoder.modules(), *self.decoder.modules()]:
             if isinstance(module, MSDeformAttn):
                 module.reset_parameters()
         for conv, _ in self.input_proj:
@@ -628,11 +624,7 @@ class HDETR(nn.Module):
 
 
 def build(num_classes, **options):
-    """The model, with the paper's values as defaults; options are the arguments of the class above.
-
-    Boxes are (cx, cy, w, h) in [0, 1] of the image without padding. Raises ValueError for a wrong value and
-    TypeError for an unknown option.
-    """
+    """The model; options are those of the class. Raises ValueError (wrong value), TypeError (unknown)."""
     return HDETR(num_classes, **options)
 
 
@@ -666,33 +658,19 @@ def rename_official(state):
 
 
 def load_official(model, checkpoint):
-    """Copy an official checkpoint, {"model": state_dict} or the bare state_dict, into the model.
-
-    Strict: raises RuntimeError that lists every missing, unknown or misshapen parameter.
-    """
+    """Copy an official checkpoint, {"model": state_dict} or a bare state_dict. Strict: RuntimeError."""
     model.load_state_dict(rename_official(checkpoint.get("model", checkpoint)))
 
 
-# ---- python THIS_FILE.py: a walk through the network on random images --------------------------------------
-def shapes(x):
-    """The shape of every tensor in x, which is a tensor or holds some in lists and dicts."""
-    if isinstance(x, dict):
-        return {key: shapes(value) for key, value in x.items()}
-    return list(x.shape) if isinstance(x, torch.Tensor) else [shapes(value) for value in x]
-
-
-def walk(model):
-    """Print what the parts of the model return for two random images, the second one padded."""
-    images, mask = torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool)
-    mask[1, 192:] = True
-    for name, part in model.named_children():
-        part.register_forward_hook(lambda m, i, output, name=name: print(f"  {name:12} {shapes(output)}"))
+# ---- python THIS_FILE.py: what the parts weigh, and what comes out for two random images -------------------
+def describe(model):
+    """Print the number of parameters of every part, and the shapes that the model returns."""
+    for name, part in [*model.named_children(), ("together", model)]:
+        print(f"{name:12} {sum(p.numel() for p in part.parameters()):12,} parameters")
     with torch.no_grad():
-        print(f"returns {shapes(model.eval()(images, mask))}")
-    count = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{count:,} parameters, {trained:,} of them trained")
+        out = model.eval()(torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool))
+    print({name: list(tensor.shape) for name, tensor in out.items()})
 
 
 if __name__ == "__main__":
-    walk(build(num_classes=91, pretrained_backbone=False))
+    describe(build(num_classes=91, pretrained_backbone=False, two_stage=False))

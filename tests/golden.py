@@ -1,4 +1,4 @@
-"""Read the numbers that the official code produced (tests/golden, see its README) and redo their weights and inputs."""
+"""Read the numbers that the official code produced (tests/golden/README.md); redo their weights and inputs."""
 import json
 import zlib
 from pathlib import Path
@@ -23,7 +23,23 @@ CASES = {
     "sam_detr_smca_unpadded": ("sam_detr", {"input_norm": True}),
     "sam_detr_multiscale": ("sam_detr_multiscale", {}),
 }
-OUR_OPTION = {"with_box_refine": "box_refine", "enc_n_points": "enc_points", "dec_n_points": "dec_points"}
+# The same for relatives/, which test_relatives_golden.py tests
+RELATIVES = {
+    "group_detr": ("group_detr", {}),
+    "dab_detr": ("dab_detr", {}),
+    "dab_detr_patterns": ("dab_detr", {}),
+    "smca_detr": ("smca_detr", {}),
+    "smca_detr_type1": ("smca_detr", {}),
+    "hdetr": ("hdetr", {}),
+    "hdetr_plain": ("hdetr", {"two_stage": False, "box_refine": False, "mixed_selection": False,
+                              "look_forward_twice": False}),
+    "adamixer": ("adamixer", {}),
+}
+OUR_OPTION = {"with_box_refine": "box_refine", "enc_n_points": "enc_points", "dec_n_points": "dec_points",
+              "group_detr": "num_groups", "dynamic_scale": "scale_type", "num_queries_one2one": "num_queries",
+              "num_queries_one2many": "num_one2many", "num_stages": "dec_layers", "num_query": "num_queries",
+              "feedforward_channels": "dim_feedforward"}
+OUR_VALUE = {"type1": "none", "type2": "isotropic", "type3": "xy", "type4": "xy_product"}  # SMCA-DETR
 
 
 class Case:
@@ -69,6 +85,11 @@ def fill(shape, kind, name, seed):
         rows = shape[0] * 2 // 3
         return torch.from_numpy(np.concatenate([x[:rows] * np.float32(3 / np.sqrt(fan_in)),
                                                 x[rows:] * np.float32(1 / np.sqrt(fan_in))]))
+    if kind == "offset_3d":  # AdaMixer: x, y and scale of every point
+        x = x.reshape(-1, 3) * np.array([0.3, 0.3, 1], np.float32) + np.array([0, 0, -1.5], np.float32)
+    if kind == "proposal_box":
+        centre, size = 0.5 + np.float32(0.15) * x[:, :2], 0.3 + np.float32(0.2) * np.abs(x[:, 2:])
+        x = np.concatenate([centre, size], axis=1)
     scaled = {
         "conv": lambda: x * np.float32(np.sqrt(2 / fan_in)),
         "bn3_weight": lambda: np.float32(0.25) * (1 + np.float32(0.1) * x),
@@ -80,6 +101,13 @@ def fill(shape, kind, name, seed):
         "dense_weak": lambda: x * np.float32(0.3 / np.sqrt(fan_in)),
         "dense_sharp": lambda: x * np.float32(3 / np.sqrt(fan_in)),
         "dense": lambda: x * np.float32(1 / np.sqrt(fan_in)),
+        "anchor": lambda: x * np.array([3, 3, 1, 1], np.float32),
+        "prelu": lambda: np.float32(0.25) + np.float32(0.1) * x,
+        "scale_bias": lambda: 1 + np.float32(0.1) * x,
+        "class_bias": lambda: np.float32(-3) + np.float32(0.1) * x,
+        "tau": lambda: 2 * np.abs(x),
+        "offset_3d": lambda: x.reshape(shape),
+        "proposal_box": lambda: x,
         "dense_centred": lambda: x * np.float32(1 / np.sqrt(fan_in)),
     }
     return torch.from_numpy(scaled[kind]())
@@ -87,7 +115,9 @@ def fill(shape, kind, name, seed):
 
 def options_of(args, extra):
     """Our options for those of a case."""
-    return {**{OUR_OPTION.get(k, k): v for k, v in args.items() if k not in ("epochs", "multiscale")}, **extra}
+    ours = {OUR_OPTION.get(name, name): value for name, value in args.items()
+            if name not in ("epochs", "multiscale", "train_batch_norm")}
+    return {**{name: OUR_VALUE.get(value, value) for name, value in ours.items()}, **extra}
 
 
 def our_name(module, name):
@@ -101,7 +131,9 @@ def assert_close(what, ours, stored, field):
     absolute, relative = TOLERANCES[field]
     ours = torch.as_tensor(ours, dtype=torch.float64)
     stored = torch.as_tensor(stored, dtype=torch.float64)
-    assert ours.shape == stored.shape, f"{what}: shape {list(ours.shape)}, the official code has {list(stored.shape)}"
+    shapes = list(ours.shape), list(stored.shape)
+    assert shapes[0] == shapes[1], f"{what}: shape {shapes[0]}, the official code has {shapes[1]}"
     error = (ours - stored).abs()
     worst = (error - relative * stored.abs()).max().item() if error.numel() else 0
-    assert worst <= absolute, f"{what}: off by {error.max().item():.2e}, allowed is {absolute} + {relative} * value"
+    allowed = f"allowed is {absolute} + {relative} * value"
+    assert worst <= absolute, f"{what}: off by {error.max().item():.2e}, {allowed}"

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import train
-from golden import CASES, FOLDER, Case, assert_close, options_of, our_name
+from golden import CASES, FOLDER, RELATIVES, Case, assert_close, options_of, our_name
 from tiny_models import module_named
 
 LOSS = {"class": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou"}
@@ -247,8 +247,10 @@ def test_deformable_attention_alone():
 
 
 def test_the_golden_files_are_complete():
-    """sqr and dqr are tested in test_sqr.py, initialisation in test_initialisation.py, postprocess_* in test_data.py."""
+    """Others are in test_sqr.py, test_relatives_golden.py, test_initialisation.py and test_evaluation.py."""
     stored = {p.stem for p in FOLDER.glob("*.json")} - {"tolerances", "initialisation"}
-    tested = {*CASES, *COUNTS, "sqr", "dqr", "ms_deform_attn", "matcher_softmax", "matcher_focal", "postprocess_softmax", "postprocess_focal",
+    tested = {*CASES, *COUNTS, *RELATIVES, *(f"params_{file}" for file, _ in RELATIVES.values()),
+              "sqr", "dqr", "ms_deform_attn", "matcher_softmax", "matcher_focal", "postprocess_softmax",
+              "postprocess_focal",
               "criterion_detr", "criterion_conditional", "criterion_deformable", "criterion_sam"}
     assert stored == tested, "a golden file is committed but not tested, or the other way round"
