@@ -145,7 +145,7 @@ def main():
 
     from tests.grading import judge, marks
 
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    torch.set_num_threads(min(job["threads"], torch.get_num_threads()))
     like = job["like"]
     ours = ours_named(like)
     if "official" in job["names"]:
