@@ -1,8 +1,8 @@
 """Where do my numbers leave yours?  python -m tests.grading.first_difference my_detr.py --like conditional_detr
 
 Both models get the same weights (through load_official) and the same images. If their parts have the same names, the
-arguments and outputs of all parts are compared in the order of execution, else the stages of the output. The first
-difference is named and described, and compared with what our file gives with each of the mistakes that people make.
+arguments and outputs of all parts are compared in the order of execution, otherwise the stages of the output. The
+first difference is named and described, and compared with what our file gives with each of the mistakes that people make.
 """
 import argparse
 import inspect
@@ -13,17 +13,19 @@ import torch
 from torchvision.ops import box_convert
 
 from tests.grading.child import load_file, sentence
-from tests.grading.files import ours_named
-from tests.grading.grader import MARKS
+from tests.grading.files import ours_named, parent_of
 from tests.grading.marks import ranked, start, training
 from tests.grading.pairs import (
     BOTH,
     PADDED,
+    TINY,
     WIDE,
     NotLoaded,
     NotWritten,
     Pair,
     batch,
+    case_name,
+    file_of,
     gradient_pattern,
     gradient_sizes,
     origin,
@@ -156,11 +158,31 @@ def transforms(x):
 
 def only_at(wrong):
     """Where in a tensor the wrong numbers are, if they are in a part of it only."""
+    parts = []
     for dim in range(wrong.dim()):
         where = wrong.movedim(dim, 0).flatten(1).any(1).nonzero().flatten().tolist()
         if len(where) < wrong.shape[dim] and len(where) <= 4:
-            return f", only at {', '.join(map(str, where))} of dimension {dim}"
-    return ""
+            parts.append(named_part(dim, wrong.shape, where))
+    return f", only for {' and '.join(parts)}" if parts else ""
+
+
+def named_part(dim, shape, where):
+    """Some indices of a dimension, in words: image 2, queries 1 and 3, width and height."""
+    count = [str(i + 1) for i in where]
+    if dim == len(shape) - 1 and shape[dim] == 4:
+        kind, count = "", [("cx", "cy", "width", "height")[i] for i in where]
+    elif dim == 0 and shape[0] == len(PADDED):
+        kind = "image"
+    elif dim == 1 and shape[dim] == TINY["num_queries"]:
+        kind = "query"
+    elif dim == len(shape) - 1:
+        kind = "channel"
+    elif dim == 1 and len(shape) == 4:
+        kind = "head"
+    else:
+        kind = "token"
+    plural = {"query": "queries"}.get(kind, f"{kind}s") if kind and len(count) > 1 else kind
+    return f"{plural} {' and '.join([', '.join(count[:-1]), count[-1]] if count[1:] else count)}".strip()
 
 
 # ---- The first difference ------------------------------------------------------------------------------------
@@ -210,24 +232,39 @@ def suspects(pair, like, train, sizes=PADDED):
     return list(dict.fromkeys(found))
 
 
+def variants_of(like):
+    """What is looked at: a relative has the variants of its parent that it can build."""
+    while like not in VARIANTS:
+        like = parent_of(like)
+    return VARIANTS[like]
+
+
 def first_difference(student, ours, seed=0, variants=None):
     """Lines that say where the student's file and ours differ first."""
-    like = ours.__name__
-    for what, options, changes, sizes in variants or VARIANTS[like]:
+    like, path = file_of(ours), getattr(student, "__file__", "")
+    for what, options, changes, sizes in variants or variants_of(like):
         try:
-            pair = Pair(student, ours, seed, **options)
+            with torch.device("meta"):
+                ours.build(3, **{**dict(pretrained_backbone=False), **case_name(options.get("variant", like))[1]})
+        except TypeError:
+            continue  # an option that this relative does not have
+        try:
+            pair = Pair(student, ours, seed, calm=False, **options)
             pair.load(*changes)
         except (NotLoaded, NotWritten, NotImplementedError, TypeError, ValueError) as error:
-            why = sentence(error.__cause__ or error, getattr(student, "__file__", ""))
-            yield f"{what}: cannot be built or filled. {why}"
+            yield f"{what}: cannot be built or filled. {sentence(error.__cause__ or error, path)}"
             if not options:
                 return
             continue
         for train in (False, True):
-            difference = first_event(pair, train, sizes)
+            mode = "training" if train else "inference"
+            try:
+                difference = first_event(pair, train, sizes)
+            except Exception as error:
+                yield f"{what}, {mode}: your file stops. {sentence(error, path)}"
+                return
             if difference:
                 place, description, last = difference
-                mode = "training" if train else "inference"
                 yield f"{what}, {mode}: the first difference is {place}: {description}."
                 yield f"What agrees up to there: {last}."
                 for mistake in suspects(pair, like, train, sizes):
@@ -237,24 +274,38 @@ def first_difference(student, ours, seed=0, variants=None):
             theirs = origin(pair)
             gradient_pattern(pair, theirs)
             gradient_sizes(pair, theirs)
-            for mark in (start, training) if not options else ():
-                mark(student, ours, seed)
         except AssertionError as error:
             yield f"{what}: predictions agree. {error}"
             return
         yield f"{what}: no difference, neither in numbers nor in gradients."
+    for what, mark in [("initial values", start), ("training", training)]:  # what does not show in given weights
+        try:
+            mark(student, ours, seed)
+        except Exception as error:
+            yield f"{what}: {sentence(error, path)}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file")
-    parser.add_argument("--like", required=True, choices=[name for name in MARKS if name != "train"])
+    parser.add_argument("--like", required=True, help="the file of ours that it is meant to equal")
     parser.add_argument("--seed", type=int, default=0, help="other weights and images")
     args = parser.parse_args()
     if not Path(args.file).is_file():
         parser.error(f"{args.file}: no such file")
-    student = load_file(str(Path(args.file).resolve()))
-    for line in first_difference(student, ours_named(args.like), args.seed):
+    if args.like == "train":
+        parser.error("--like train has no parts to follow; its marks name the loss that is off: "
+                     f"python -m pytest tests --file {args.file} --like train --points")
+    try:
+        ours = ours_named(args.like)
+    except ValueError as error:
+        parser.error(f"--like {error}")
+    path = Path(args.file).resolve()
+    try:
+        student = load_file(str(path))
+    except Exception as error:
+        parser.error(f"{args.file} cannot be imported: {sentence(error, path)}")
+    for line in first_difference(student, ours, args.seed):
         print(line)
 
 

@@ -77,20 +77,20 @@ class Grade(NamedTuple):
         return {mark: points for mark, points in marks_of(self.like).items() if mark in self.verdicts}
 
 
-def grade(file, like, seed=0, names=None, seconds=120, watch=lambda mark: None):
-    """The Grade of a file; `seconds` are for each mark, `watch` is called with every mark that is done."""
+def grade(file, like, seed=0, names=None, seconds=120, threads=2):
+    """The Grade of a file; `seconds` are for each mark, `threads` for torch."""
     started, names = time.monotonic(), list(names or marks_of(like))
     failures, verdicts, warnings = {}, None, repeated(file, like)
     with tempfile.TemporaryDirectory() as folder:
         copy = copied(Path(file).resolve(), Path(folder))
         while verdicts is None:
-            job = dict(file=str(copy), like=like, seed=seed, seconds=seconds, names=names, failures=failures)
+            job = dict(file=str(copy), like=like, seed=seed, seconds=seconds, names=names,
+                       failures=failures, threads=threads)
             child, running = Child(job, folder), None
             for message in child.messages((seconds + 30) * (len(names) + 2)):
                 running = message.get("running", running)
                 if "failure" in message:
                     failures[running], running = message["failure"], None
-                    watch(running)
                 warnings += [w for w in message.get("warnings", []) if w not in warnings]
                 verdicts = message.get("verdicts", verdicts)
             if verdicts is not None:

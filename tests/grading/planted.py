@@ -322,7 +322,7 @@ MISTAKES = planted("detr", ATTENTION + POSITIONS + [
      'F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), weight, reduction="none")',
      "-weight[wanted.flatten()] * logits.flatten(0, 2).softmax(-1).gather(1, wanted.flatten()[:, None])[:, 0]"),
     ("class_loss", "the class loss is divided by the number of objects",
-     "/ (objects + self.no_object_weight * (len(box_counts) * Q - objects))", "/ max(sum(box_counts), 1)"),
+     "/ (objects + self.no_object_weight * others)", "/ max(sum(box_counts), 1)"),
     ("class_loss", "the focal loss is averaged over queries and classes",
      "loss.flatten(1).sum(1) / max(sum(box_counts), 1)", "loss.flatten(1).mean(1)"),
     ("class_loss", "gamma of the focal loss is 1", "self.alpha, self.gamma)  # [S, B, Q, C]", "self.alpha, 1)"),
@@ -393,7 +393,12 @@ def module_of(mistake, file=None):
             assert file, f"{path.name} has {text.count(old)} times what is to be changed so that {mistake.what}: {old}"
             return None
         text = text.replace(old, new)
+    return module_from(text, name, mistake.what)
+
+
+def module_from(text, name, what="a copy"):
+    """A module that is one of our files with another text."""
     module = types.ModuleType(name)
-    module.__file__ = str(path)
-    exec(compile(text, f"{name}, {mistake.what}", "exec"), module.__dict__)
+    module.__file__ = str(path_of(name))
+    exec(compile(text, f"{name}, {what}", "exec"), module.__dict__)
     return module

@@ -11,6 +11,7 @@ from tests.grading.blank import blank
 from tests.grading.child import sentence
 from tests.grading.files import ROOT, ours_named
 from tests.grading.grader import MARKS
+from tests.grading.notebook import notebook
 from tests.grading.small import CHEAP
 
 TEXT = (ROOT / "docs" / "exercises.md").read_text()
@@ -38,6 +39,31 @@ def test_what_is_not_written_yet_loses_its_marks_and_says_so(file, blocks, named
     assert all(block.match(why) for why in lost.values()), lost
     if only:
         assert set(lost) == {named}, lost
+
+
+# ---- As a notebook ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("file", dict.fromkeys(file for file, *_ in EXERCISES))
+def test_the_notebook_runs_from_top_to_bottom(file, small_backbone):
+    book = notebook(file)
+    assert book["nbformat"] == 4 and len({cell["id"] for cell in book["cells"]}) == len(book["cells"])
+    names = {}
+    for cell in book["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+
+
+def test_without_solutions_the_notebook_s_tests_fail_and_say_what_is_missing(small_backbone):
+    names, failed = {}, []
+    for cell in notebook("conditional_detr", student=True)["cells"]:
+        source = "".join(cell["source"])
+        assert "SOLUTION" not in source
+        if cell["metadata"].get("nbgrader", {}).get("grade"):
+            with pytest.raises(AssertionError, match="not written yet"):
+                exec(source, names)
+            failed.append(cell["metadata"]["nbgrader"]["points"])
+        elif cell["cell_type"] == "code":
+            exec(source, names)
+    assert len(failed) >= 3 and all(points > 0 for points in failed)
 
 
 def test_every_file_has_exercises_and_every_question_an_answer():
