@@ -2,8 +2,9 @@
 
     python benchmarks/sampling.py            one encoder layer of Deformable DETR at 480 x 640
 
-All forms give the same numbers (checked first, with gradients). Times alternate, so that their ratios can be trusted.
-The last is the fastest forward, but not in training, and no longer shows that a feature map is read at points.
+All forms give the same numbers (checked first, with gradients). Times alternate, so that their ratios can be
+trusted. The last is the fastest forward, but not in training, and no longer shows that a map is read at
+points.
 """
 import argparse
 import statistics
@@ -38,24 +39,26 @@ def all_levels_at_once(value, spatial_shapes, locations, weights):
 
 
 def weighted_sum_of_rows(value, spatial_shapes, locations, weights):
-    """A head's answer is a weighted sum of 4 L K rows of the value matrix, the four neighbours of every point: what
-    embedding_bag computes. The samples themselves are never stored."""
+    """A head's answer is a weighted sum of 4 L K rows of the value matrix: what embedding_bag computes.
+
+    The rows are the four neighbours of every point. The samples themselves are never stored.
+    """
     batch, T = value.shape[:2]
-    sizes = torch.tensor(spatial_shapes, dtype=torch.int32)[:, None]  # [L, 1, 2] as (h, w), against [..., L, K, 2]
-    starts = F.pad(sizes.prod(-1).cumsum(0, dtype=torch.int32), (0, 0, 1, -1))  # [L, 1], first row of each level
+    sizes = torch.tensor(spatial_shapes, dtype=torch.int32)[:, None]  # [L, 1, 2] as (h, w)
+    starts = F.pad(sizes.prod(-1).cumsum(0, dtype=torch.int32), (0, 0, 1, -1))  # [L, 1], of the first row
     points = locations * sizes.flip(-1) - 0.5  # [B, Q, M, L, K, 2] as (x, y), in pixels
     corner = points.detach().floor()
     (right, below), (x, y) = (points - corner).unbind(-1), corner.int().unbind(-1)  # [B, Q, M, L, K] each
     height, width = sizes.unbind(-1)  # [L, 1]
-    left, top = (1 - right) * (x >= 0) * (x < width), (1 - below) * (y >= 0) * (y < height)  # zero outside the map
+    left, top = (1 - right) * (x >= 0) * (x < width), (1 - below) * (y >= 0) * (y < height)  # 0 outside
     right, below = right * (x >= -1) * (x + 1 < width), below * (y >= -1) * (y + 1 < height)
     shares = torch.stack([left * top, right * top, left * below, right * below], -1) * weights[..., None]
     x0, x1 = (x.clamp(min=0).minimum(width - 1), (x + 1).clamp(min=0).minimum(width - 1))
     y0, y1 = ((starts + i.clamp(min=0).minimum(height - 1) * width) for i in (y, y + 1))
     rows = torch.stack([y0 + x0, y0 + x1, y1 + x0, y1 + x1], -1)  # [B, Q, M, L, K, 4]
-    rows = (rows + torch.arange(batch, dtype=torch.int32).view(-1, 1, 1, 1, 1, 1) * T) * M  # of value as [B*T*M, D/M]
+    rows = (rows + torch.arange(batch, dtype=torch.int32).view(-1, 1, 1, 1, 1, 1) * T) * M  # of [B*T*M, D/M]
     rows = rows + torch.arange(M, dtype=torch.int32).view(-1, 1, 1, 1)
-    rows, shares = rows.flatten(3).flatten(0, 2), shares.flatten(3).flatten(0, 2)  # [B*Q*M, L*K*4], a bag in each line
+    rows, shares = rows.flatten(3).flatten(0, 2), shares.flatten(3).flatten(0, 2)  # [B*Q*M, L*K*4]
     out = F.embedding_bag(rows, value.flatten(0, 2), mode="sum", per_sample_weights=shares)
     return out.view(batch, -1, M * WIDTH)
 
@@ -80,8 +83,11 @@ def forward(form, value, locations, weights):
 
 
 def step(form, value, locations, weights):
-    """Forward and backward. Returns the output and the gradients of values and weights (that of a location jumps
-    where a point crosses from one pixel into the next, which rounding decides for a few of them)."""
+    """Forward and backward: the output, and the gradients of values and weights.
+
+    The gradient of a location jumps where a point crosses from one pixel into the next, which rounding
+    decides for a few of them.
+    """
     out = FORMS[form](value, SHAPES, locations, weights)
     return out, *torch.autograd.grad(out.sum(), (value, weights, locations))[:2]
 

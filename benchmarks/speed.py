@@ -1,15 +1,17 @@
 """What the models cost: parameters, multiply-adds, time and memory of inference and of a training step.
 
-    python benchmarks/speed.py                          the paper's size on an image of 480 x 640, laptop size on 96 x 96
+    python benchmarks/speed.py                          paper size on 480 x 640 pixels, laptop size on 96 x 96
+    python benchmarks/speed.py --only detr hdetr        some models, by name
     python benchmarks/speed.py --flops 800 1066         only multiply-adds, on the papers' image size
-    python benchmarks/speed.py --against-transformers   ratios to Hugging Face's three, if that package is installed
+    python benchmarks/speed.py --against-transformers   ratios to Hugging Face's three, if that is installed
 
-A training step is forward, matching, losses and backward of one batch; no optimiser. Memory is the peak of live tensors
-above what is there before (parameters are). Models take turns, so that noise hits all of them alike; times are medians.
-"of its limit": the time its multiply-adds would take at the speed of one large matrix product, divided by its time.
+A training step is forward, matching, losses and backward of one batch; no optimiser. Memory is the peak of
+live tensors above what is there before (parameters are). Models take turns, so that noise hits all of them
+alike; times are medians. "of its limit": the time that its multiply-adds would take at the speed of one large
+matrix product, divided by its time.
 """
 import argparse
-import importlib
+import functools
 import itertools
 import statistics
 import sys
@@ -22,29 +24,27 @@ from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import train  # noqa: E402
+from support.model_files import known_files, load_model_file  # noqa: E402
+from support.options import TRAINING, preset_values  # noqa: E402
+from train import SetCriterion  # noqa: E402
 
-MODELS = {  # name: (file, options that differ from the default)
-    "detr": ("detr", {}),
-    "conditional_detr": ("conditional_detr", {}),
-    "deformable_detr": ("deformable_detr", {}),
+VARIANTS = {  # beside the files themselves: (file, options that differ from the default)
     "deformable_detr, one level": ("deformable_detr", {"num_feature_levels": 1}),
     "deformable_detr, two-stage": ("deformable_detr", {"two_stage": True}),
-    "sam_detr": ("sam_detr", {}),
     "sqr, none": ("sqr", {"recollect": "none"}),
-    "sqr, selective": ("sqr", {"recollect": "selective"}),
     "sqr, dense": ("sqr", {"recollect": "dense"}),
 }
+MODELS = {**{name: (name, {}) for name in known_files()}, **VARIANTS}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def build(name, size):
-    """A model on DEVICE: 91 classes at the paper's size, 4 classes and the laptop preset of its file otherwise."""
+    """A model on DEVICE: 91 classes at the paper's size, 4 classes and its laptop preset otherwise."""
     file, options = MODELS[name]
-    module = importlib.import_module(file)
+    module = load_model_file(file)
     if size == "laptop":
-        preset = train.preset_values("laptop", module)
-        options = {**{k: v for k, v in preset.items() if k not in train.TRAINING}, "num_queries": 20, **options}
+        preset = {k: v for k, v in preset_values("laptop", module).items() if k not in TRAINING}
+        options = {**preset, "num_queries": 20, **options}
     torch.manual_seed(0)
     return module.build(91 if size == "paper" else 4, **{"pretrained_backbone": False, **options}).to(DEVICE)
 
@@ -54,7 +54,8 @@ def batch(B, height, width):
     torch.manual_seed(0)
     images, mask = torch.randn(B, 3, height, width), torch.zeros(B, height, width, dtype=torch.bool)
     boxes = torch.tensor([[0.3, 0.4, 0.2, 0.3], [0.6, 0.6, 0.5, 0.4], [0.2, 0.7, 0.1, 0.1]])
-    targets = [{"labels": torch.tensor([0, 2, 1], device=DEVICE), "boxes": boxes.to(DEVICE)} for _ in range(B)]
+    labels = torch.tensor([0, 2, 1], device=DEVICE)
+    targets = [{"labels": labels, "boxes": boxes.to(DEVICE)} for _ in range(B)]
     return images.to(DEVICE), mask.to(DEVICE), targets
 
 
@@ -75,8 +76,11 @@ def take_turns(calls, repeats):
 
 
 def peak_memory(call):
-    """Peak of live tensors that the call adds, in MiB. On a CPU from the profiler's record of every allocation: the
-    process's own peak depends on what malloc gives back, and varies by a factor of two from run to run."""
+    """Peak of live tensors that the call adds, in MiB.
+
+    On a CPU from the profiler's record of every allocation: the process's own peak depends on what malloc
+    gives back, and varies by a factor of two from run to run.
+    """
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -90,8 +94,10 @@ def peak_memory(call):
 
 
 def multiply_adds(call):
-    """Of one call, in units of 1e9; the papers call those of a forward pass FLOPs. Matrix products and convolutions, not
-    bilinear sampling, softmax or RoIAlign."""
+    """Those of one call, in units of 1e9; the papers call those of a forward pass FLOPs.
+
+    Matrix products and convolutions, not bilinear sampling, softmax or RoIAlign.
+    """
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops() / 2e9  # the counter sees two operations in each
@@ -108,21 +114,25 @@ def training_step(model, criterion, images, mask, targets):
     criterion(model(images, mask), targets)["total"].backward()
 
 
-def costs(size, B, height, width, repeats):
+def costs(names, size, B, height, width, repeats):
     """Markdown table, one row a model."""
     images, mask, targets = batch(B, height, width)
-    models = {name: build(name, size) for name in MODELS}
-    criteria = {name: train.SetCriterion(model) for name, model in models.items()}
+    models = {name: build(name, size) for name in names}
+    criteria = {name: SetCriterion(model) for name, model in models.items()}
     forward = {name: lambda m=model: inference(m, images, mask) for name, model in models.items()}
     step = {name: lambda m=model, c=criteria[name]: training_step(m, c, images, mask, targets)
             for name, model in models.items()}
     matrix = torch.randn(2048, 2048, device=DEVICE)
     product = {"product": lambda: matrix @ matrix}
-    infer, trained = take_turns({**forward, **product}, repeats), take_turns({**step, **product}, repeats)
-    print(f"\n{size} size, {B} x {height} x {width}, {DEVICE}, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}; large matrix product: {2.048**3 / infer['product']:.0f} G multiply-adds a second\n\n"
-          "| model | parameters | multiply-adds | inference | of its limit | training step | of its limit | its memory |\n"
-          "|---|---|---|---|---|---|---|---|")
+    infer = take_turns({**forward, **product}, repeats)
+    trained = take_turns({**step, **product}, repeats)
+    speed = 2.048**3 / infer["product"]
+    print(
+        f"\n{size} size, {B} x {height} x {width}, {DEVICE}, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}; large matrix product: {speed:.0f} G multiply-adds a second\n\n"
+        "| model | parameters | multiply-adds | inference | of its limit | training step | of its limit "
+        "| its memory |\n|---|---|---|---|---|---|---|---|"
+    )
     for name, model in models.items():
         count = sum(p.numel() for p in model.parameters()) / 1e6
         work = [multiply_adds(lambda: model.eval()(images, mask)), multiply_adds(step[name])]
@@ -131,10 +141,12 @@ def costs(size, B, height, width, repeats):
               f"{trained[name]:.3f} s | {at_best[1]:.0%} | {peak_memory(step[name]):.0f} MiB |", flush=True)
 
 
-# ---- Hugging Face transformers, the same configurations ------------------------------------------------------------
+# ---- Hugging Face transformers, the same configurations ----------------------------------------------------
 def transformers_model(name):
-    """Their model with random weights, and the paper's configuration, as in ours: dropout inside attention and FFN, a
-    loss for every layer, conv1 and layer1 frozen."""
+    """Their model with random weights and the paper's configuration, as in ours.
+
+    Dropout inside attention and FFN, a loss for every layer, conv1 and layer1 frozen.
+    """
     import transformers
     stem = {"detr": "Detr", "conditional_detr": "ConditionalDetr", "deformable_detr": "DeformableDetr"}[name]
     config = getattr(transformers, f"{stem}Config")(
@@ -150,12 +162,12 @@ def against_transformers(height, width, repeats):
     images, mask, targets = batch(1, height, width)
     theirs_mask = (~mask).long()  # theirs is 1 on the image
     labels = [{"class_labels": t["labels"], "boxes": t["boxes"]} for t in targets]
-    print(f"\nours against transformers, 1 x {height} x {width}, {DEVICE}, {torch.get_num_threads()} threads; theirs / "
-          "ours, above 1 = ours is better\n\n| model | inference | training step | its memory | trained parameters |\n"
-          "|---|---|---|---|---|")
+    print(f"\nours against transformers, 1 x {height} x {width}, {DEVICE}, "
+          f"{torch.get_num_threads()} threads; theirs / ours, above 1 = ours is better\n\n"
+          "| model | inference | training step | its memory | trained parameters |\n|---|---|---|---|---|")
     for name in ("detr", "conditional_detr", "deformable_detr"):
         ours, theirs = build(name, "paper"), transformers_model(name)
-        criterion = train.SetCriterion(ours)
+        criterion = SetCriterion(ours)
 
         def their_inference():
             with torch.inference_mode():
@@ -168,24 +180,29 @@ def against_transformers(height, width, repeats):
         def our_step():
             training_step(ours, criterion, images, mask, targets)
 
-        infer = take_turns({"ours": lambda: inference(ours, images, mask), "theirs": their_inference}, repeats)
+        our_inference = functools.partial(inference, ours, images, mask)
+        infer = take_turns({"ours": our_inference, "theirs": their_inference}, repeats)
         step = take_turns({"ours": our_step, "theirs": their_step}, repeats)
         memory = peak_memory(their_step) / peak_memory(our_step)
         counts = [sum(p.numel() for p in m.parameters() if p.requires_grad) / 1e6 for m in (ours, theirs)]
-        print(f"| {name} | {infer['theirs'] / infer['ours']:.2f} | {step['theirs'] / step['ours']:.2f} | {memory:.2f} | "
-              f"{counts[0]:.1f} M, {counts[1]:.1f} M |", flush=True)
+        print(f"| {name} | {infer['theirs'] / infer['ours']:.2f} | {step['theirs'] / step['ours']:.2f} | "
+              f"{memory:.2f} | {counts[0]:.1f} M, {counts[1]:.1f} M |", flush=True)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--repeats", type=int, default=5)
-    p.add_argument("--size", nargs=2, type=int, default=(480, 640), metavar=("H", "W"), help="of the paper's models")
-    p.add_argument("--flops", nargs=2, type=int, metavar=("H", "W"), help="only multiply-adds, for this image")
+    p.add_argument("--only", nargs="+", choices=MODELS, metavar="MODEL", default=list(MODELS),
+                   help=f"some of: {'; '.join(MODELS)}")
+    p.add_argument("--size", nargs=2, type=int, default=(480, 640), metavar=("H", "W"),
+                   help="of the paper's models")
+    p.add_argument("--flops", nargs=2, type=int, metavar=("H", "W"),
+                   help="only multiply-adds, for this image")
     p.add_argument("--against-transformers", action="store_true")
     args = p.parse_args()
     if args.flops:
         images, mask, _ = batch(1, *args.flops)
-        for name in MODELS:
+        for name in args.only:
             model = build(name, "paper")
             print(f"{name:28} {multiply_adds(lambda: model.eval()(images, mask)):6.1f} G")
     elif args.against_transformers:
@@ -195,8 +212,8 @@ def main():
             raise SystemExit("pip install transformers timm; they are not needed for anything else here")
         against_transformers(*args.size, args.repeats)
     else:
-        costs("laptop", 8, 96, 96, args.repeats)
-        costs("paper", 1, *args.size, args.repeats)
+        costs(args.only, "laptop", 8, 96, 96, args.repeats)
+        costs(args.only, "paper", 1, *args.size, args.repeats)
 
 
 if __name__ == "__main__":

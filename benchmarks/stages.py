@@ -1,11 +1,12 @@
-"""Do later decoder stages make a query better? The measurements that SQR starts from, for any of the five models.
+"""Do later decoder stages make a query better? The measurements that SQR starts from, for a run of any model.
 
     python benchmarks/stages.py runs/deformable_detr-shapes runs/sqr-shapes
-    python benchmarks/stages.py runs/sqr-shapes --loops 8            the last stage alone, again and again (DQRR)
-    python benchmarks/stages.py RUN --picture docs/stages.png                where an early stage knew better
+    python benchmarks/stages.py runs/sqr-shapes --loops 8        the last stage alone, again and again (DQRR)
+    python benchmarks/stages.py RUN --picture docs/stages.png    where an early stage knew better
 
-Per run: AP of every stage; the two rates of the paper (section 3), which compare the last stage's prediction with what
-earlier stages made of the same query; and the AP of an oracle that knows which stage to trust.
+Printed for each run: AP of every stage; the two rates of the paper (section 3), which compare the last
+stage's prediction with what earlier stages made of the same query; AP of an oracle that knows which stage to
+trust.
 
     TP fading         of the last stage's true positives: an earlier stage was a true positive for the same
                       object with both a higher IoU and a higher score
@@ -13,8 +14,8 @@ earlier stages made of the same query; and the AP of an oracle that knows which 
     oracle            every query answers from its best stage: where it is a true positive the one of largest
                       score x IoU, and where it never is, the one of lowest score. An upper bound.
 
-A prediction is a true positive if it is matched to an object as COCO does it: same class, IoU 0.5 or more, in the order
-of scores, one prediction an object.
+A prediction is a true positive if it is matched to an object as COCO does it: same class, IoU 0.5 or more, in
+the order of scores, one prediction for each object.
 """
 import argparse
 import sys
@@ -26,10 +27,13 @@ from matplotlib.figure import Figure
 from torchvision.ops import box_convert, box_iou
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import train  # noqa: E402
 from support import pictures  # noqa: E402
-from support.evaluation import coco_eval  # noqa: E402
-from support.images import DataError, one_line  # noqa: E402
+from support.checkpoints import load_checkpoint, load_weights  # noqa: E402
+from support.evaluation import coco_eval, is_softmax  # noqa: E402
+from support.model_files import build_model, load_model_file  # noqa: E402
+from support.options import load_datasets  # noqa: E402
+from support.processes import make_loader  # noqa: E402
+from support.report import one_line_errors  # noqa: E402
 
 
 @dataclass
@@ -43,7 +47,7 @@ class Stages:
     true_boxes: torch.Tensor  # [n, 4]
 
     def match(self):
-        """Per stage and query the object that it finds, -1 for none, and the IoU with it: [S, Q] int64, [S, Q]."""
+        """Per stage and query the object that it finds, or -1, and the IoU with it: [S, Q] int64, [S, Q]."""
         found, ious = torch.full_like(self.labels, -1), torch.zeros_like(self.scores)
         for s in range(len(self.scores)):
             iou = box_iou(self.boxes[s], self.true_boxes)  # [Q, n]
@@ -57,7 +61,7 @@ class Stages:
 
 
 def rates(images):
-    """(TP fading rate, FP exacerbation rate) over a list of Stages, as defined above; nan where there is none."""
+    """(TP fading rate, FP exacerbation rate) over a list of Stages, as defined above; nan if undefined."""
     fading, exacerbation = [], []
     for image in images:
         found, iou = image.match()
@@ -86,15 +90,16 @@ def at_stage(image, stage):
     return {name: getattr(image, name)[stage, queries] for name in ("scores", "labels", "boxes")}
 
 
-# ---- From a checkpoint ---------------------------------------------------------------------------------------------
+# ---- From a checkpoint -------------------------------------------------------------------------------------
 @torch.no_grad()
 def predict(model, dataset, args):
     """Every stage's best class of every query, over a data set: a list of Stages."""
-    criterion, images_seen = train.SetCriterion(model.eval()), []
-    for images, mask, targets in train.make_loader(dataset, args, batch_size=args.eval_batch_size):
+    model.eval()
+    images_seen = []
+    for images, mask, targets in make_loader(dataset, args, batch_size=args.eval_batch_size):
         out = model(images.to(args.device), mask.to(args.device))
         logits, boxes = out["logits"].cpu(), box_convert(out["boxes"].cpu(), "cxcywh", "xyxy")
-        p = logits.softmax(-1)[..., :-1] if criterion.softmax else logits.sigmoid()
+        p = logits.softmax(-1)[..., :-1] if is_softmax(model) else logits.sigmoid()
         scores, labels = p.max(-1)  # [S, B, Q]
         for b, target in enumerate(targets):
             h, w = target["size"]
@@ -106,17 +111,17 @@ def predict(model, dataset, args):
 
 
 def load(path, loops):
-    """(model, validation set, args) of a run of train.py; with `loops` the last stage of sqr.py runs so many times."""
-    checkpoint = train.load_checkpoint(path / "best.pt" if path.is_dir() else path)
+    """(model, validation set, args) of a run; with `loops` sqr.py's last stage runs so many times."""
+    checkpoint = load_checkpoint(path / "best.pt" if path.is_dir() else path)
     args = argparse.Namespace(**checkpoint["args"])
     args.device, args.workers = "cuda" if torch.cuda.is_available() else "cpu", 0
     args.eval_batch_size = args.eval_batch_size or args.batch_size
-    dataset = train.load_data(args, ("val",))["val"]
+    dataset = load_datasets(args, ("val",))["val"]
     options = {**checkpoint["model_options"], "pretrained_backbone": False}
     if loops:
         options["recurrent"] = True
-    model = train.build_model(train.load_model_file(args.model), len(dataset.class_names), options)
-    model.load_state_dict(checkpoint["model"])
+    model = build_model(load_model_file(args.model), len(dataset.class_names), options)
+    load_weights(model, checkpoint)
     if loops:
         model.num_stages = loops
     return model.to(args.device), dataset, args
@@ -126,7 +131,7 @@ def average_precision(dataset, images, choose):
     return coco_eval(dataset, {image.image_id: choose(image) for image in images})["AP"]
 
 
-# ---- Picture -------------------------------------------------------------------------------------------------------
+# ---- Picture -----------------------------------------------------------------------------------------------
 def lost_objects(images):
     """Objects that some stage found and the last stage misses: (how clearly, image, object, stage, query)."""
     for image in images:
@@ -139,7 +144,7 @@ def lost_objects(images):
 
 
 def draw(dataset, images, path, count=6):
-    """The clearest cases of an early stage that was right where the last stage is wrong, for the same query."""
+    """The clearest cases of an early stage that was right where the last one is wrong, for the same query."""
     cases = sorted(lost_objects(images), key=lambda case: -case[0])[:count]
     if not cases:
         print("no object that an early stage finds is lost by the last: no picture")
@@ -160,7 +165,8 @@ def draw(dataset, images, path, count=6):
             lines.append((image.boxes[s, query], f"{label} {score:.2f}, IoU {overlap:.2f}", colour, name))
         for k, (box, text, colour, name) in enumerate(lines):
             pictures.draw_box(axes, box, colour)
-            axes.text(0, -0.03 - 0.07 * k, f"{name}: {text}", color=colour, transform=axes.transAxes, va="top")
+            y = -0.03 - 0.07 * k
+            axes.text(0, y, f"{name}: {text}", color=colour, transform=axes.transAxes, va="top")
     figure.suptitle("One query each: right at an early stage, wrong at the last")
     figure.savefig(path, dpi=100)
 
@@ -178,14 +184,15 @@ def main():
         stages = [average_precision(dataset, images, lambda image: at_stage(image, s))
                   for s in range(len(images[0].scores))]
         fading, exacerbation = rates(images)
-        print(f"| {path.name} | {', '.join(f'{ap:.3f}' for ap in stages)} "
-              f"| {average_precision(dataset, images, oracle):.3f} | {fading:.0%} | {exacerbation:.0%} |", flush=True)
+        print(
+            f"| {path.name} | {', '.join(f'{ap:.3f}' for ap in stages)} "
+            f"| {average_precision(dataset, images, oracle):.3f} | {fading:.0%} | {exacerbation:.0%} |",
+            flush=True,
+        )
     if args.picture:
         draw(dataset, images, args.picture)
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main()
-    except DataError as error:
-        raise SystemExit(f"data: {one_line(error)}")

@@ -1,8 +1,8 @@
-"""Line numbers in docs/*.md. A link to a line is followed by a piece of that line, by which it is found again:
+"""Line numbers in docs/*.md. Behind a link to a line is a piece of that line, by which it is found again:
 
     [detr.py:285](../detr.py#L285) `torch.zeros_like(query_pos)`
 
-    python docs/relink.py            corrects all numbers; fails if a piece stands on no line of its file, or on several
+    python docs/relink.py            corrects all numbers; fails if a piece is on no line or several
     python docs/relink.py --check    changes nothing, names the links that are wrong
 """
 import re
@@ -21,12 +21,13 @@ def relink(text, folder=DOCS):
         label, path, piece = match.groups()
         file = folder / path
         if not piece or not file.is_file():
-            problems.append(f"{match[0]}: " + ("no such file" if piece else "no `piece of the line` behind the link"))
+            what = "no such file" if piece else "no `piece of the line` behind the link"
+            problems.append(f"{match[0]}: {what}")
             return match[0]
         lines = file.read_text(encoding="utf-8").splitlines()
         found = [number for number, line in enumerate(lines, 1) if piece in line]
         if len(found) != 1:
-            problems.append(f"{label}: `{piece}` stands on lines {found}, it must be exactly one: give another piece")
+            problems.append(f"{label}: `{piece}` is on lines {found}, not on one: give another piece")
             return match[0]
         return f"[{label}:{found[0]}]({path}#L{found[0]})" + match[0].partition(")")[2]
 

@@ -2,11 +2,17 @@
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+
+from support.model_files import default_options, known_files, load_model_file
+from support.options import FIXED, make_parser
+from support.run import FILES
+from visualize import make_parser as visualize_parser
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -21,7 +27,7 @@ def load(name):
 
 relink, side_by_side = load("relink"), load("side_by_side")
 TEXT = {path.name: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
-METHODS = [f"{name}.md" for name in side_by_side.MODELS]
+METHODS = [f"{name}.md" for name in known_files() if f"{name}.md" in TEXT]  # the pages with the name of a model
 HEADINGS = ["The idea", "The diff to read", "Every logged number", "Implementation details", "Published numbers",
             "Our numbers", "Questions people ask"]
 each_page = pytest.mark.parametrize("name", TEXT)
@@ -101,78 +107,125 @@ def test_parameter_counts_are_those_of_the_official_code(name):
 def test_published_numbers_and_ours_never_share_a_table():
     for name in METHODS:
         assert "Nobody measured these here" in section(name, "Published numbers")
-        assert not re.search(r"^\|.*\bAP\b", section(name, "Our numbers"), re.M)  # they are in the README, once
+        assert not re.search(r"^\|.*\bAP\b", section(name, "Our numbers"), re.M)  # they are in results.md, once
+
+
+# ---- Options, and what a run leaves --------------------------------------------------------------------------------
+def mentioned(word):
+    return re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", TEXT["options.md"])
+
+
+@pytest.mark.parametrize("parser", [make_parser(""), visualize_parser()], ids=["train", "visualize"])
+def test_every_flag_is_explained_and_no_other(parser):
+    flags = {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")} - {"--help"}
+    assert [flag for flag in flags if not mentioned(flag)] == []
+
+
+def test_options_md_names_no_flag_that_does_not_exist():
+    known = {flag for parser in (make_parser(""), visualize_parser()) for action in parser._actions
+             for flag in action.option_strings} | {"--nproc-per-node"}
+    assert set(re.findall(r"--[a-z][a-z-]*", TEXT["options.md"])) <= known
+
+
+@pytest.mark.parametrize("name", known_files())
+def test_every_option_of_a_model_is_explained(name):
+    pages = TEXT["options.md"] + TEXT.get(f"{name}.md", "")
+    options = default_options(load_model_file(name))
+    assert options and [option for option in options if f"`{option}" not in pages] == []
+
+
+def test_every_file_of_a_run_is_explained_and_what_cannot_change():
+    table = section("options.md", "What a run leaves")
+    assert [file for file in FILES if f"`{file}`" not in table] == []
+    refused = re.search(r"^\| is refused \|(.*)\|$", TEXT["options.md"], re.M)[1]
+    assert set(re.findall(r"`--([a-z-]+)`", refused)) == {name.replace("_", "-") for name in FIXED}
+
+
+def test_tables_from_before_the_official_start_say_so():
+    for heading in ("The race", "Longer runs", "Does recollection help here\\?"):
+        assert re.search(rf"^## {heading} †$", TEXT["results.md"], re.M)
+    assert "Tables marked † were measured before" in TEXT["results.md"]
 
 
 # ---- Side by side in a browser -------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def pages():
-    return side_by_side.pages()
+PAIRS = list(side_by_side.NOTES)
 
 
 class Reader(HTMLParser):
-    """What a page shows of both files: {"l": [(line number, text)], "r": ...}."""
+    """What a page shows: rows of [left number, left text, right number, right text], and all that it would load."""
 
     def __init__(self, content):
         super().__init__()
-        self.shown, self.ids, self.links, self.line = {"l": [], "r": []}, [], [], None
+        self.rows, self.loads, self.inside = [], [], False
         self.feed(content)
 
     def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.ids.append(attributes.get("id"))
-        self.links.append(attributes.get("href"))
-        if tag == "code" and "data-n" in attributes:
-            self.line = self.shown[attributes["class"].split()[0]]
-            self.line.append((int(attributes["data-n"]), ""))
-
-    def handle_data(self, data):
-        if self.line is not None:
-            self.line[-1] = (self.line[-1][0], self.line[-1][1] + data)
+        self.loads += [value for name, value in attributes if name in ("src", "href")] + [tag] * (tag == "script")
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("th", "td"):
+            self.rows[-1].append("")
+        self.inside = tag in ("th", "td", "span", "b")
 
     def handle_endtag(self, tag):
-        self.line = None if tag == "code" else self.line
+        self.inside = tag in ("span", "b")
+
+    def handle_data(self, data):
+        if self.inside and self.rows:
+            self.rows[-1][-1] += data
 
 
-def test_the_pages_are_made_from_the_files_of_today(pages):
-    stale = [path.name for path, content in pages.items()
-             if not path.exists() or path.read_text(encoding="utf-8") != content]
-    assert not stale, f"{stale[0]} and {len(stale) - 1} more are out of date; run python docs/side_by_side.py"
-    assert {*DOCS.glob("*.html"), *DOCS.glob("side_by_side/*")} == set(pages), "there is a page that nobody makes"
+@pytest.mark.parametrize("a, b", [*PAIRS, ("detr", "support/data"), ("support/data", "sqr")])
+def test_a_page_shows_every_line_of_both_files_once_and_in_order(a, b):
+    left, right = ROOT / f"{a}.py", ROOT / f"{b}.py"
+    content = side_by_side.page(left, right)
+    page = Reader(content)
+    for side, path in ((0, left), (2, right)):
+        shown = [(row[side], row[side + 1]) for row in page.rows if row[side]]
+        assert shown == [(str(n), line) for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)]
+    assert not page.loads and not re.search(r"@import|url\(|https?://[^ ]*\"", content)
 
 
-@pytest.mark.parametrize("a, b", side_by_side.PAIRS)
-def test_a_page_shows_every_line_of_both_files_once_and_in_order(a, b, pages):
-    path = DOCS / f"side_by_side/{a}--{b}.html"
-    page = Reader(pages[path])
-    for side, model in (("l", a), ("r", b)):
-        lines = (ROOT / f"{model}.py").read_text(encoding="utf-8").splitlines()
-        assert page.shown[side] == list(enumerate(lines, 1))
-    for link in filter(None, page.links):
-        file, _, anchor = link.partition("#")
-        assert not file or (path.parent / file).exists(), f"{path.name} links {file}, which does not exist"
-        assert not anchor or anchor in page.ids
+def test_the_command_writes_a_page_and_says_where(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1\n")
+    (tmp_path / "b.py").write_text("x = 2\n\n\nclass B:\n    pass\n")
+    command = [sys.executable, str(DOCS / "side_by_side.py")]
+    done = subprocess.run([*command, "a.py", "b.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "written to pictures/a--b.html; open it in a browser\n" and not done.stderr
+    assert "<title>a.py and b.py</title>" in (tmp_path / "pictures/a--b.html").read_text()
+    (tmp_path / "c.py").write_text("x = (")
+    for wrong in ("gone.py", "c.py"):
+        done = subprocess.run([*command, "a.py", wrong], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
 
 
-def test_pages_are_small_and_load_nothing(pages):
-    for path, content in pages.items():
-        assert len(content.encode()) < 300_000, f"{path.name} is too large to open on a phone"
-        assert not re.search(r"<script|<link|<img|@import|url\(|src=|https?://", content)
-
-
-@pytest.mark.parametrize("a, b", side_by_side.MAIN_PAIRS)
-def test_every_hunk_of_a_main_pair_has_a_note_and_every_note_a_hunk(a, b):
+@pytest.mark.parametrize("a, b", PAIRS)
+def test_every_hunk_of_a_pair_with_notes_has_one_and_every_note_a_hunk(a, b):
+    texts = [(ROOT / f"{name}.py").read_text(encoding="utf-8") for name in (a, b)]
     used = []
-    for hunk in side_by_side.hunks(a, b):
-        used.append(side_by_side.entry(a, b, hunk))
-        assert used[-1], f"{a} -> {b}: what is the hunk in {hunk.key}? Say it in NOTES of docs/side_by_side.py"
+    for *_, found in side_by_side.compare(*texts):
+        for hunk in (hunk for hunk in found if not hunk.equal and hunk.text.strip()):
+            used.append(side_by_side.note(a, b, hunk))
+            assert used[-1], f"{a} -> {b}: what is the hunk in {hunk.key}? Say it in docs/side_by_side_notes.py"
     unused = [note for note in side_by_side.NOTES[a, b] if note not in used]
-    assert not unused, f"{a} -> {b}: no hunk left for the note {unused[0][:2]} in docs/side_by_side.py"
+    assert not unused, f"{a} -> {b}: no hunk left for the note {unused[0][:2]} in docs/side_by_side_notes.py"
 
 
 def test_lines_that_resemble_each_other_stand_next_to_each_other():
     a = ["x = first(a, b)", "gone(1)", "y = second(a)"]
     b = ["new = 5", "x = first(a, b, c)", "y = second(a, b)"]
-    assert side_by_side.align_lines([1, 2, 3], [1, 2, 3], a, b) == [(None, 1), (1, 2), (2, None), (3, 3)]
-    marked_a, marked_b = side_by_side.different(a[0], b[1])
-    assert marked_a == ((14, 14),) and [b[1][i:j] for i, j in marked_b] == [", c"]
+    assert side_by_side.alike(a, b) == [(None, 1), (1, 2), (2, None), (3, 3)]
+    assert side_by_side.paint(b[1], [""] * len(b[1]), a[0]) == "x = first(a, b<b>, c</b>)"
+
+
+# ---- CONTRIBUTING.md and the workflow ----------------------------------------------------------------------
+def test_contributing_names_tests_that_exist():
+    named = re.findall(r"`(test_\w+)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert named and [name for name in named if not (ROOT / f"tests/{name}.py").exists()] == []
+
+
+def test_ci_runs_the_readmes_second_command():
+    command = re.search(r"^command=(.*)$", (ROOT / ".ci/run").read_text(), re.M)[1]
+    done = subprocess.run(["bash", "-c", f"command={command}; echo $command"], cwd=ROOT, capture_output=True, text=True)
+    first, second = re.search(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1].splitlines()
+    assert done.stdout.strip() == second and "pytest" in second and "train.py" in first
