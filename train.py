@@ -304,29 +304,28 @@ def train(model, criterion, optimizer, datasets, args, run):
 
 
 def main(argv=None):
-    args, module, model_options, resumed, init = parse(__doc__, argv)
+    request = parse(__doc__, argv)
+    args, resumed = request.args, request.checkpoint
     processes.join(args.device)
     torch.manual_seed(args.seed)
     datasets = load_datasets(args, ("val",) if args.eval else ("train", "val"))
     class_names = datasets["val"].class_names
-    if resumed or init:
-        model_options["pretrained_backbone"] = False  # its weights come with the checkpoint
     if resumed:
         checkpoints.check_data(resumed, datasets)
     else:
-        choose_num_queries(args, model_options, datasets["train"], init)
-    model = build_model(module, len(class_names), model_options).to(args.device)
+        choose_num_queries(request, datasets["train"])
+    model = build_model(request.module, len(class_names), request.model_options).to(args.device)
     criterion = SetCriterion(model)
     if resumed:
         checkpoints.load_weights(model, resumed)
-    if init:
-        checkpoints.initialise(model, module, init, class_names)
+    if request.init:
+        checkpoints.initialise(model, request.module, request.init, class_names)
     if args.eval:
         metrics, _ = evaluate(model, criterion, datasets["val"], args)
         print(f"{explain(metrics)}\n{report.collapse_line(metrics, len(class_names))}")
         return
     fill_in(args, datasets["train"])
-    run = Run(args, module, model_options, resumed)
+    run = Run(request)
     optimizer = make_optimizer(model, args.lr, args.lr_backbone, args.weight_decay)
     if resumed:
         checkpoints.load_optimizer(optimizer, model, resumed, args.weight_decay)

@@ -21,8 +21,8 @@ from support.attention_pictures import draw_look
 from support.checkpoints import load_checkpoint, load_weights, read_init
 from support.images import DataError, one_line
 from support.look import CannotDraw, make_scene
-from support.model_files import build_model, file_with_options, load_model_file
-from support.options import copy_in_run, parse_model_options
+from support.model_files import build_model, load_model_file, model_of_run
+from support.options import parse_model_options
 from support.pictures import DPI, draw_detections
 
 PATHS = ("train_json", "train_images", "val_json", "val_images")
@@ -78,10 +78,7 @@ def load_run(args):
     checkpoint = load_checkpoint(args.weights)
     trained, names = checkpoint["args"], checkpoint["class_names"]
     check_args(args.weights, trained)
-    file = args.model or file_with_options(trained["model"], checkpoint["model_options"])
-    module = load_model_file(file, spare=copy_in_run(checkpoint, file))
-    # An option that has become the file itself is none any more: multiscale of sam_detr_multiscale
-    options = {k: v for k, v in checkpoint["model_options"].items() if not file.endswith(f"_{k}")}
+    _, module, options = model_of_run(checkpoint, args.model)
     options.update(args.option, pretrained_backbone=False)
     model = build_model(module, len(names), options).eval()
     load_weights(model, checkpoint)

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import torch
 
-NEEDED = dict(model=dict, args=dict, model_options=dict, class_names=list, category_ids=list)  # to use the weights
+# What a checkpoint must hold to use its weights, and to go on with its run
+NEEDED = dict(model=dict, args=dict, model_options=dict, class_names=list, category_ids=list)
 NEEDED_TO_RESUME = ("optimizer", "step", "best", "seconds", "window")
-RENAMED = {"decoder.spatial_query.scale.": "decoder.query_scale.", "reference.head.": "reference."}  # since old runs
+# Parameters of old runs, by the beginning of their names
+RENAMED = {"decoder.spatial_query.scale.": "decoder.query_scale.", "reference.head.": "reference."}
 
 
 # ---- Write and read ----------------------------------------------------------------------------------------
 def save(path, content, keep=None):
-    """Atomic: a crash at any moment leaves a whole file, the old or the new one; `keep` names a copy of the old."""
+    """Atomic: a crash at any moment leaves a whole file, old or new. `keep` names a copy of the old one."""
     with open(f"{path}.tmp", "wb") as file:
         torch.save(content, file)
         os.fsync(file.fileno())
@@ -26,9 +28,9 @@ def save(path, content, keep=None):
 
 
 def read_file(path):
-    """What torch.save wrote: tensors and plain values, and the Namespace of the official checkpoints; no code.
+    """What torch.save wrote: tensors, plain values, the Namespace of official checkpoints; no code is run.
 
-    torch.load does not look at the checksums in the file, so that a flipped bit would pass. Raises SystemExit.
+    torch.load does not look at the checksums in the file: a flipped bit would pass. Raises SystemExit.
     """
     if not path.is_file():
         raise SystemExit(f"{path}: no such checkpoint.")
@@ -40,11 +42,12 @@ def read_file(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise SystemExit(f"{path}: not a readable checkpoint ({type(error).__name__}); cut off, damaged, or not ours?")
+        raise SystemExit(f"{path}: not a readable checkpoint ({type(error).__name__}); "
+                         "cut off, damaged, or not ours?")
 
 
 def load_checkpoint(path):
-    """A checkpoint of train.py, from a file or a run's folder: there the last one, or if it is damaged the one before.
+    """A checkpoint of train.py: a file, or the last of a run's folder, or if that is damaged the one before.
 
     The returned dict also has "path", the file it came from. Raises SystemExit.
     """
@@ -62,24 +65,33 @@ def load_checkpoint(path):
     if not isinstance(checkpoint, dict):
         raise SystemExit(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint.")
     missing = [name for name, kind in NEEDED.items() if not isinstance(checkpoint.get(name), kind)]
-    missing = missing or [f"args[{name!r}]" for name in ("model", "preset", "size", "data") if name not in checkpoint["args"]]
-    if missing or not all(isinstance(name, str) for name in checkpoint["class_names"]):
-        raise SystemExit(f"{path}: not a checkpoint of train.py (look at its {', '.join(missing or ['class_names'])}). "
+    if not missing:
+        needed_args = ("model", "preset", "size", "data")
+        missing = [f"args[{name!r}]" for name in needed_args if name not in checkpoint["args"]]
+    if not missing and not all(isinstance(name, str) for name in checkpoint["class_names"]):
+        missing = ["class_names"]
+    if missing:
+        raise SystemExit(f"{path}: not a checkpoint of train.py (look at its {', '.join(missing)}). "
                          "To start a new run from official weights use --init.")
     return {**checkpoint, "model": with_new_names(checkpoint["model"]), "path": str(path)}
 
 
 def with_new_names(state):
     """Weights of an old run under today's names of the parameters."""
-    for old, new in RENAMED.items():
-        state = {new + name[len(old):] if name.startswith(old) else name: value for name, value in state.items()}
-    return state
+    renamed = {}
+    for name, value in state.items():
+        old = next((old for old in RENAMED if name.startswith(old)), "")
+        renamed[RENAMED.get(old, "") + name[len(old):]] = value
+    return renamed
 
 
 def read_init(path):
-    """The file behind --init, ours or official; of a run's folder best.pt."""
+    """The file behind --init, ours or official; of a run's folder best.pt. Raises SystemExit."""
     path = Path(path)
-    checkpoint = read_file(path / "best.pt" if path.is_dir() else path)
+    path = path / "best.pt" if path.is_dir() else path
+    checkpoint = read_file(path)
+    if isinstance(checkpoint, dict) and "model_options" in checkpoint:
+        return load_checkpoint(path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model", {}), dict):
         raise SystemExit(f"{path}: holds no weights by name, so it is no checkpoint.")
     return checkpoint
@@ -89,12 +101,12 @@ def check_data(checkpoint, datasets):
     """Raises SystemExit unless the data are those of the checkpoint, wherever they lie now."""
     for dataset in datasets.values():
         if checkpoint["class_names"] != dataset.class_names:
-            raise SystemExit(f"the checkpoint knows the classes {', '.join(checkpoint['class_names'])}, but the "
-                             f"data has {', '.join(dataset.class_names)}")
+            known, given = (", ".join(names) for names in (checkpoint["class_names"], dataset.class_names))
+            raise SystemExit(f"the checkpoint knows the classes {known}, but the data has {given}")
     count = checkpoint.get("num_images")  # runs from before do not say
     if "train" in datasets and count not in (None, len(datasets["train"])):
-        raise SystemExit(f"the run was trained on {count} images, but there are {len(datasets['train'])} here; to go on "
-                         "with other images start a new run with --init")
+        raise SystemExit(f"the run was trained on {count} images, but there are {len(datasets['train'])} "
+                         "here; to go on with other images start a new run with --init")
 
 
 def load_weights(model, checkpoint):
@@ -103,12 +115,15 @@ def load_weights(model, checkpoint):
         model.load_state_dict(checkpoint["model"])
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise SystemExit(f"{checkpoint['path']}: its weights are not those of this model; has the file changed since "
-                         f"the run began? {reason}")
+        raise SystemExit(f"{checkpoint['path']}: its weights are not those of this model; "
+                         f"has the file changed since the run began? {reason}")
 
 
 def load_optimizer(optimizer, model, checkpoint, weight_decay):
-    """The optimiser's memory from a checkpoint; rates and weight decay stay those of this start. Raises SystemExit."""
+    """The optimiser's memory from a checkpoint; rates and weight decay are those of this start.
+
+    Raises SystemExit.
+    """
     wanted = [(group["peak_lr"], weight_decay) for group in optimizer.param_groups]
     try:
         saved = checkpoint["optimizer"]
@@ -132,25 +147,29 @@ def regroup(saved, optimizer, model, old_args):
     part_of = {id(p): group["part"] for group in optimizer.param_groups for p in group["params"]}
     trained = [p for p in model.parameters() if id(p) in part_of]
     rates = list(dict.fromkeys((lr, lr_backbone, lr * 0.1)))
-    old_order = sorted(trained, key=lambda p: rates.index(rate_of[part_of[id(p)]]))  # a group keeps the model's order
+    # sorted() is stable: within a group parameters keep the model's order
+    old_order = sorted(trained, key=lambda p: rates.index(rate_of[part_of[id(p)]]))
     new_order = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    state = {new_order.index(id(p)): saved["state"][i] for i, p in enumerate(old_order) if i in saved["state"]}
+    number = {p: i for i, p in enumerate(new_order)}
+    state = {number[id(p)]: saved["state"][i] for i, p in enumerate(old_order) if i in saved["state"]}
     return {**optimizer.state_dict(), "state": state}
 
 
 # ---- Weights of another run --------------------------------------------------------------------------------
 def in_our_names(module, checkpoint):
     """The tensors of a checkpoint, ours or official, under our names and of any shape: {name: tensor}."""
-    state = with_new_names(checkpoint["model"]) if "model_options" in checkpoint else \
-        module.rename_official(checkpoint.get("model", checkpoint))
+    if "model_options" in checkpoint:
+        state = with_new_names(checkpoint["model"])
+    else:
+        state = module.rename_official(checkpoint.get("model", checkpoint))
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
 
 
 def initialise(model, module, checkpoint, class_names):
-    """Copy all that fits into the model; say what does not. As many queries are copied as both have.
+    """Copy all that fits into the model and say what does not. As many queries are copied as both have.
 
-    A class head is copied only if it is known to be for the same classes. Source of the habit: the many who
-    fine-tune DETR on their own data delete the class head and keep everything else. Raises SystemExit.
+    A class head is copied only if it is known to be for the same classes. Those who fine-tune DETR on their
+    own data do the same: they delete the class head and keep everything else. Raises SystemExit.
     """
     given, left = in_our_names(module, checkpoint), []
     queries = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
@@ -169,12 +188,14 @@ def initialise(model, module, checkpoint, class_names):
             n = min(len(source), len(tensor))
             tensor[:n] = source[:n]
             copied += 1
-            left.append(f"{name}: the first {n} of the file's {len(source)} queries, the model has {len(tensor)}")
+            left.append(f"{name}: the first {n} of the file's {len(source)} queries, for {len(tensor)} here")
         else:
-            left.append(f"{name}: {list(source.shape)} in the file, {list(tensor.shape)} here, keeps its random start")
-    left += [f"{name}: only in the file, not used" for name in given if not name.endswith("num_batches_tracked")]
+            left.append(f"{name}: {list(source.shape)} in the file, {list(tensor.shape)} here; "
+                        "keeps its random start")
+    given = [name for name in given if not name.endswith("num_batches_tracked")]
+    left += [f"{name}: only in the file, not used" for name in given]
     print(f"init     {copied} of {len(state)} tensors copied" + (", except:" if left else ""))
     for line in left[:12] + [f"and {len(left) - 12} more"] * (len(left) > 12):
         print(f"         {line}")
     if copied < len(state) / 2:
-        raise SystemExit("--init: most of it does not fit. Is it the same --model, with the same --preset and options?")
+        raise SystemExit("--init: most of it does not fit. Is it the same --model, --preset and --option?")

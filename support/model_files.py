@@ -1,7 +1,7 @@
 """Model files: where they are, what build() of one takes, and whether what it builds keeps the contract.
 
-A model file is any .py file with RECIPE and build(num_classes, **options), see the README. Names are those of the
-files at the top level and in relatives/; there is no list of them.
+A model file is any .py file with RECIPE and build(num_classes, **options), see the README. Names are those of
+the files at the top level and in relatives/; there is no list of them.
 """
 import importlib.util
 import inspect
@@ -56,17 +56,23 @@ def load_model_file(name, spare=None):
 
 
 def describe(error, path):
-    """An exception as 'FILE, line N: TypeError: ...', N being the last line of this file that it came through."""
+    """An exception as "FILE, line N: TypeError: ...", N being the last line of this file that it passed."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
              if Path(frame.filename).name == Path(path).name]
     text = " ".join(str(error).split())[:400]
     return f"{Path(path).name}{f', line {lines[-1]}' if lines else ''}: {type(error).__name__}: {text}"
 
 
+def copy_in_run(checkpoint, name):
+    """Where the run of a checkpoint keeps its copy of a model file."""
+    return Path(checkpoint["path"]).with_name(f"{Path(name).stem}.py")
+
+
+# ---- Options -----------------------------------------------------------------------------------------------
 def default_options(module):
     """{option: default} of what the file's build() passes on to its model; {} if that cannot be seen."""
-    classes = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__
-               and issubclass(c, torch.nn.Module) and hasattr(c, "recipe")]
+    own = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
+    classes = [c for c in own if issubclass(c, torch.nn.Module) and hasattr(c, "recipe")]
     defaults = {}
     for base in reversed(classes[-1].__mro__ if classes else ()):
         if "__init__" in vars(base) and hasattr(base, "recipe"):
@@ -75,24 +81,38 @@ def default_options(module):
     return defaults
 
 
-def files_with_option(name):
-    """Names of our files whose model takes this option, or that are the option: multiscale of sam_detr_multiscale."""
-    return [file for file in known_files() if file.endswith(f"_{name}") or name in default_options(load_model_file(file))]
+def is_the_file(option, name):
+    """Whether a file is what an option was in old runs: multiscale of sam_detr is sam_detr_multiscale now."""
+    return name.endswith(f"_{option}")
 
 
-def file_with_options(name, options):
-    """Where the model of an old run is now: the file `name`, or another one that an option of it moved to."""
+def files_with_option(option):
+    """Names of our files whose model takes this option, or that are the option."""
+    return [name for name in known_files()
+            if is_the_file(option, name) or option in default_options(load_model_file(name))]
+
+
+def model_of_run(checkpoint, name=None):
+    """(name, module, options) of the model that made a checkpoint; `name` takes the place of its run's model.
+
+    An option of an old run may be in another file now, or be that file. Raises SystemExit.
+    """
+    name, options = name or checkpoint["args"]["model"], dict(checkpoint["model_options"])
     known = default_options(load_model_file(name)) if name in known_files() else options
-    for option in options:
-        files = files_with_option(option) if option not in known and options[option] is not False else []
-        if files and files[0].startswith(name):
+    for option in [option for option in options if option not in known]:
+        files = [file for file in files_with_option(option) if file.startswith(f"{name}_")]
+        if files and options[option] is False:
+            del options[option]  # the option that became a file was not wanted
+        elif files:
             print(f"note     --option {option} of {name} is in the file {files[0]} now; taking that")
-            return files[0]
-    return name
+            name = files[0]
+            break
+    module = load_model_file(name, spare=copy_in_run(checkpoint, name))
+    return name, module, {option: value for option, value in options.items() if not is_the_file(option, name)}
 
 
 def check_options(module, options):
-    """Raises SystemExit for an option that the model does not have, or a value of another type than the default."""
+    """Raises SystemExit for an option that the model does not have, and for a value of the wrong type."""
     defaults, name_of_model = default_options(module), Path(module.__file__).stem
     for name, value in options.items() if defaults else ():
         if name not in defaults:
@@ -105,6 +125,7 @@ def check_options(module, options):
             raise SystemExit(f"--option {name}={value}: it must be {kind.__name__}, such as {defaults[name]}")
 
 
+# ---- The model ---------------------------------------------------------------------------------------------
 def build_model(module, num_classes, options):
     """module.build(num_classes, **options); whatever goes wrong in it becomes a SystemExit of one line."""
     check_options(module, options)
@@ -118,8 +139,8 @@ def build_model(module, num_classes, options):
     except Exception as error:
         raise SystemExit(f"build() fails; {describe(error, module.__file__)}")
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "recipe"):
-        raise SystemExit(f"{Path(module.__file__).name}: build() must return an nn.Module with the attribute recipe "
-                         "(the file's RECIPE)")
+        raise SystemExit(f"{Path(module.__file__).name}: build() must return an nn.Module whose attribute "
+                         "recipe is the file's RECIPE")
     return model
 
 
@@ -132,14 +153,16 @@ def check_output(out, model, num_images, num_classes):
         refuse('forward must return a dict with "logits" and "boxes"')
     logits, boxes, softmax = out["logits"], out["boxes"], is_softmax(model)
     if logits.ndim != 4 or boxes.shape != (*logits.shape[:3], 4) or logits.shape[1] != num_images:
-        refuse(f"logits {list(logits.shape)} and boxes {list(boxes.shape)} must be [S, B, Q, C] and [S, B, Q, 4] "
-               f"with B = {num_images}")
+        refuse(f"logits {list(logits.shape)} and boxes {list(boxes.shape)} must be [S, B, Q, C] and "
+               f"[S, B, Q, 4] with B = {num_images}")
     columns = num_classes + 1 if softmax else num_classes
-    if logits.shape[3] != columns and not (model.recipe.get("extra_logit") and logits.shape[3] == columns + 1):
-        refuse(f'{logits.shape[3]} logits for {num_classes} classes; class_loss "{model.recipe["class_loss"]}" '
-               f"needs {columns}{' (the last one is no-object)' if softmax else ''}")
+    allowed = (columns, columns + 1) if model.recipe.get("extra_logit") else (columns,)
+    if logits.shape[3] not in allowed:
+        kind = model.recipe["class_loss"]
+        refuse(f'{logits.shape[3]} logits for {num_classes} classes; class_loss "{kind}" needs {columns}'
+               + (" (the last one is no-object)" if softmax else ""))
     if not (logits.is_floating_point() and boxes.is_floating_point()):
         refuse(f"logits are {logits.dtype} and boxes {boxes.dtype}, both must be floating point")
     if not model.recipe.get("free_boxes") and (boxes.min() < -1e-4 or boxes.max() > 1 + 1e-4):
-        refuse(f"boxes reach from {boxes.min():.3g} to {boxes.max():.3g}, they must be (cx, cy, w, h) in [0, 1] "
-               "of the image")
+        refuse(f"boxes reach from {boxes.min():.3g} to {boxes.max():.3g}, they must be (cx, cy, w, h) "
+               "in [0, 1] of the image")

@@ -1,18 +1,24 @@
-"""The command line of train.py: flags, presets, and what may change when a run goes on.
-
-parse() returns one Namespace `args` with everything that was typed, else said by the checkpoint, else by the preset.
-"""
+"""The command line of train.py: flags, presets, and what may change when a run goes on."""
 import argparse
 import json
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from support import data, processes
 from support.checkpoints import NEEDED_TO_RESUME, load_checkpoint, read_init
-from support.model_files import check_options, default_options, file_with_options, known_files, load_model_file
+from support.model_files import (
+    check_options,
+    copy_in_run,
+    default_options,
+    known_files,
+    load_model_file,
+    model_of_run,
+)
 
 # --preset laptop: learns from random weights on two CPU cores. LAPTOP of a model file goes on top.
 LAPTOP = dict(
@@ -34,23 +40,40 @@ LAPTOP = dict(
 )
 TRAINING = ("steps", "epochs", "lr_drop", "batch_size", "lr", "lr_backbone", "warmup", "schedule",
             "clip_norm", "weight_decay")  # the rest of a preset are options of the model
+# Options that a model is taken to have if its file does not show them, see default_options
+LAPTOP_OPTIONS = (*(name for name in LAPTOP if name not in TRAINING), "num_queries")
 PATHS = ("data", "train_json", "train_images", "val_json", "val_images")
 # What makes a run what it is. Everything else may be changed by --resume.
 FIXED = ("model", "preset", "option", "out", "size", "seed", "batch_size", "overfit", "init")
 DEFAULTS = dict(
     model="detr", preset="laptop", option=[], data=None, train_json=None, train_images=None, val_json=None,
-    val_images=None, size=None, out=None, resume=None, init=None, eval=False, weights=None, overfit=None, steps=None,
-    epochs=None, batch_size=None, accumulate=1, eval_batch_size=None, lr=None, lr_backbone=None, weight_decay=None,
-    clip_norm=None, schedule=None, lr_drop=None, warmup=None, eval_every=None, log_every=20, amp=False, compile=False,
-    device="cuda" if torch.cuda.is_available() else "cpu", workers=1 if (os.cpu_count() or 1) < 4 else 4, seed=0)
+    val_images=None, size=None, out=None, resume=None, init=None, eval=False, weights=None, overfit=None,
+    steps=None, epochs=None, batch_size=None, accumulate=1, eval_batch_size=None, lr=None, lr_backbone=None,
+    weight_decay=None, clip_norm=None, schedule=None, lr_drop=None, warmup=None, eval_every=None,
+    log_every=20, amp=False, compile=False, device="cuda" if torch.cuda.is_available() else "cpu",
+    workers=1 if (os.cpu_count() or 1) < 4 else 4, seed=0)
+
+
+@dataclass
+class Request:
+    """What a command line asks for, with everything it leaves out filled in."""
+
+    args: argparse.Namespace  # every flag: as typed, otherwise as in the checkpoint, otherwise by the preset
+    module: ModuleType  # the model file
+    model_options: dict  # of its build()
+    checkpoint: dict | None  # of --resume or --eval --weights
+    init: dict  # the checkpoint of --init, or {}
 
 
 def make_parser(description):
-    """Every flag. None has a default here, so that what was typed can be told from what was not; see DEFAULTS."""
+    """Every flag. None has a default here, so that it is known what was typed; see DEFAULTS."""
     p = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
-    p.add_argument("--model", help=f"one of {', '.join(known_files())} (default: detr), or a path to a .py file")
-    p.add_argument("--preset", choices=("laptop", "paper"), help="small and from scratch (default), or as in the paper")
+        description=description, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ", ".join(known_files())
+    p.add_argument("--model", help=f"one of {names} (default: detr), or a path to a .py file")
+    p.add_argument("--preset", choices=("laptop", "paper"),
+                   help="small and from scratch (default), or as in the paper")
     p.add_argument("--option", action="append", metavar="NAME=VALUE",
                    help="an option of the model, as in its build(); may be given several times")
     p.add_argument("--data", metavar="DIR", help="folder in COCO or VOC format; default: the embedded shapes")
@@ -60,7 +83,7 @@ def make_parser(description):
                    "paper: shortest side (800)")
     p.add_argument("--out", help="folder for results; default runs/MODEL-DATA")
     p.add_argument("--resume", metavar="RUN", help="continue a run exactly: its folder or a checkpoint")
-    p.add_argument("--init", metavar="FILE", help="start a new run from the weights of another (file or folder), or "
+    p.add_argument("--init", metavar="FILE", help="start from the weights of another run (file or folder), or "
                    "from an official checkpoint; other classes and number of queries are fine")
     p.add_argument("--eval", action="store_true", help="only evaluate --weights")
     p.add_argument("--weights", metavar="FILE", help="checkpoint or run folder for --eval")
@@ -77,54 +100,78 @@ def make_parser(description):
     p.add_argument("--schedule", choices=("step", "cosine"), help="one drop to a tenth, or cosine to zero")
     p.add_argument("--lr-drop", type=int, help="epoch of the drop (--schedule step)")
     p.add_argument("--warmup", type=int, help="steps over which the learning rate grows from zero")
-    p.add_argument("--eval-every", type=int, help="steps between evaluations and checkpoints; default a tenth "
-                   "of the run, in paper an epoch")
+    p.add_argument("--eval-every", type=int, help="steps between evaluations and checkpoints; default a "
+                   "tenth of the run, in paper an epoch")
     p.add_argument("--log-every", type=int, help="steps between lines in log.jsonl; default 20")
     p.add_argument("--amp", action="store_true", help="bfloat16 autocast; matching and losses in float32")
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     p.add_argument("--workers", type=int, help="processes that load images; 0: the main process does it")
-    p.add_argument("--seed", type=int, help="of initial weights, data order, augmentation and dropout; default 0")
+    p.add_argument("--seed", type=int,
+                   help="of initial weights, data order, augmentation and dropout; default 0")
     return p
 
 
 def parse(description, argv=None):
-    """(args, model file, options of the model, checkpoint to go on from or None, --init's checkpoint or {})."""
+    """The Request of a command line. Raises SystemExit."""
     parser = make_parser(description)
     typed = vars(parser.parse_args(argv))
     check_combination(parser, typed)
-    source = typed.get("weights" if "eval" in typed else "resume")
-    checkpoint = load_checkpoint(source) if source else None
-    missing = [name for name in NEEDED_TO_RESUME if "resume" in typed and name not in checkpoint]
-    if missing:
-        parser.error(f"--resume {source}: no {', '.join(missing)} in it; --init starts a new run from its weights")
+    if "eval" in typed or "resume" in typed:
+        return parse_old_run(parser, typed)
+    return parse_new_run(parser, typed)
+
+
+def parse_new_run(parser, typed):
+    """A run that begins, perhaps with the weights (and then the model) of another."""
     init = read_init(typed["init"]) if "init" in typed else {}
-    parent = checkpoint or (init if "model_options" in init else {})  # a run of ours says what its model was
-    name = typed.get("model") or parent.get("args", {}).get("model") or DEFAULTS["model"]
-    if checkpoint:
-        name = file_with_options(name, checkpoint["model_options"])
-    module = load_model_file(name, spare=copy_in_run(checkpoint, name))
+    name, inherited = typed.get("model", DEFAULTS["model"]), {}
+    if "model_options" in init:  # a run of ours says what its model was
+        name, _, inherited = model_of_run(init, typed.get("model"))
+        inherited.pop("num_queries", None)  # depends on the data, see choose_num_queries
+    module = load_model_file(name)
     preset = preset_values(typed.get("preset", "laptop"), module)
-    defaults = checkpoint["args"] if checkpoint else {k: preset.pop(k) for k in TRAINING if k in preset}
-    if "epochs" in typed and "steps" not in typed:
-        defaults = {**defaults, "steps": None}
-    if checkpoint and any(name in typed for name in PATHS):  # the new place replaces the old one, however it is told
-        defaults = {**defaults, **dict.fromkeys(PATHS)}
-    # What was typed wins over the checkpoint, and that over the preset
-    args = argparse.Namespace(**{**DEFAULTS, **defaults, "model": name, "eval": False, "weights": None, "resume": None,
-                                 **typed})
-    if checkpoint and "resume" in typed:
-        note_changed_file(module, copy_in_run(checkpoint, name))
-    if name not in known_files():
-        args.model = os.path.abspath(module.__file__)  # found again from any folder
-    check_values(parser, args)
-    if checkpoint:
-        options = {k: v for k, v in checkpoint["model_options"].items() if not name.endswith(f"_{k}")}  # multiscale
-        return args, module, options, checkpoint, init
-    inherited = {k: v for k, v in init.get("model_options", {}).items() if k != "num_queries"}
+    defaults = {key: preset.pop(key) for key in TRAINING if key in preset}
+    args = make_args(parser, typed, defaults, name, module)
     options = parse_model_options(args.option)
     check_options(module, options)
-    return args, module, {**preset, **inherited, **options}, None, init
+    options = {**preset, **inherited, **options}
+    return Request(args, module, without_download(module, options) if init else options, None, init)
+
+
+def parse_old_run(parser, typed):
+    """A run that goes on, or one that is evaluated."""
+    source = typed["weights"] if "eval" in typed else typed["resume"]
+    checkpoint = load_checkpoint(source)
+    missing = [name for name in NEEDED_TO_RESUME if name not in checkpoint]
+    if "resume" in typed and missing:
+        parser.error(f"--resume {source}: no {', '.join(missing)} in it; "
+                     "--init starts a new run from its weights")
+    name, module, options = model_of_run(checkpoint)
+    defaults = checkpoint["args"]
+    if any(path in typed for path in PATHS):  # the new place replaces the old one, however it is told
+        defaults = {**defaults, **dict.fromkeys(PATHS)}
+    args = make_args(parser, typed, defaults, name, module)
+    if "resume" in typed:
+        note_changed_file(module, copy_in_run(checkpoint, name))
+    return Request(args, module, without_download(module, options), checkpoint, {})
+
+
+def without_download(module, options):
+    """The options of a model whose backbone gets its weights from a checkpoint."""
+    known = default_options(module) or LAPTOP_OPTIONS
+    return {**options, "pretrained_backbone": False} if "pretrained_backbone" in known else options
+
+
+def make_args(parser, typed, defaults, name, module):
+    """All flags: what was typed wins over `defaults`, these win over DEFAULTS. Raises SystemExit."""
+    once = dict(eval=False, weights=None, resume=None)  # only typed, never inherited
+    args = argparse.Namespace(**{**DEFAULTS, **defaults, **once, **typed})
+    if "epochs" in typed and "steps" not in typed:
+        args.steps = None  # follows from the epochs
+    args.model = name if name in known_files() else os.path.abspath(module.__file__)  # found from any folder
+    check_values(parser, args)
+    return args
 
 
 def check_combination(parser, typed):
@@ -135,26 +182,23 @@ def check_combination(parser, typed):
     if "eval" in typed and "weights" not in typed:
         parser.error("--eval needs --weights FILE")
     if "weights" in typed and "eval" not in typed:
-        parser.error("--weights goes with --eval; --resume goes on with a run, --init starts a new one from weights")
+        parser.error("--weights goes with --eval; --resume goes on with a run, "
+                     "--init starts a new one from weights")
     if "init" in typed and ("resume" in typed or "eval" in typed) or {"resume", "eval"} <= set(typed):
-        parser.error("--init starts a new run from weights, --resume goes on with an old one, --eval trains nothing: "
-                     "give only one of them")
+        parser.error("--init starts a new run from weights, --resume goes on with an old one, --eval trains "
+                     "nothing: give only one of them")
     allowed = {"eval": ("size", "batch_size", "seed"), "resume": ()}
     for mode in allowed:
         wrong = [name for name in FIXED if name in typed and name not in allowed[mode]]
         if mode in typed and wrong:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
-            parser.error(f"{flags}: that is decided by the run that --{'weights' if mode == 'eval' else mode} names; "
+            source = "weights" if mode == "eval" else "resume"
+            parser.error(f"{flags}: that is decided by the run that --{source} names; "
                          "for other values start a new run (--init takes its weights along)")
 
 
-def copy_in_run(checkpoint, name):
-    """Where the run of a checkpoint keeps its copy of a model file; None without a checkpoint."""
-    if checkpoint:
-        return Path(checkpoint["path"]).with_name(f"{Path(name).stem}.py")
-
-
 def note_changed_file(module, copy):
+    """Says so if a model file is no longer what its run began with."""
     if copy.is_file() and copy.read_bytes() != Path(module.__file__).read_bytes():
         print(f"note     {module.__file__} has changed since this run began; {copy} is what it began with")
 
@@ -163,8 +207,8 @@ def preset_values(preset, module):
     """All that a preset decides: how to train (the names in TRAINING) and options of the model (the rest)."""
     recipe = {name: value for name, value in module.RECIPE.items() if name in TRAINING}
     if preset == "laptop":
-        known = default_options(module) or LAPTOP
-        small = {name: value for name, value in LAPTOP.items() if name in TRAINING or name in known}  # not all have an encoder
+        known = (*TRAINING, *(default_options(module) or LAPTOP_OPTIONS))  # not every model has an encoder
+        small = {name: value for name, value in LAPTOP.items() if name in known}
         return {**recipe, "epochs": None, **small, **getattr(module, "LAPTOP", {})}
     return {**recipe, "steps": None, "warmup": 0, "schedule": "step", **getattr(module, "PAPER", {})}
 
@@ -192,8 +236,8 @@ def check_values(parser, args):
                 parser.error(f"--{name.replace('_', '-')} {value}: it must be {what}")
 
     smallest = math.ulp(0.0)
-    check(("steps", "epochs", "batch_size", "accumulate", "overfit", "eval_every", "log_every", "eval_batch_size",
-           "lr_drop"), 1, 10**9, "a whole number greater than 0")
+    check(("steps", "epochs", "batch_size", "accumulate", "overfit", "eval_every", "log_every",
+           "eval_batch_size", "lr_drop"), 1, 10**9, "a whole number greater than 0")
     check(("lr", "clip_norm"), smallest, 1e38, "a number greater than 0")
     check(("lr_backbone", "weight_decay"), 0, 1e38, "a number, 0 or greater")
     check(("warmup",), 0, 10**9, "0 or greater")
@@ -212,7 +256,8 @@ def load_datasets(args, splits):
     """{split: data set} as the flags say; with --overfit both are the same few images."""
     paths = {name: getattr(args, name) for name in PATHS[1:]}
     splits = ("train",) if args.overfit else splits  # evaluated on what it is trained on
-    datasets = data.load(args.data, **paths, size=args.size, augment=args.preset, seed=args.seed, splits=splits)
+    how = dict(size=args.size, augment=args.preset, seed=args.seed, splits=splits)
+    datasets = data.load(args.data, **paths, **how)
     if args.overfit:
         datasets["train"] = datasets["val"] = data.first_with_boxes(datasets["train"], args.overfit)
     return datasets
@@ -231,13 +276,16 @@ def fill_in(args, train_set):
     args.eval_batch_size = args.eval_batch_size or (1 if args.preset == "paper" else args.batch_size)
 
 
-def choose_num_queries(args, model_options, train_set, init):
+def choose_num_queries(request, train_set):
     """Laptop preset: room for every object and some more. Too few lose boxes, many make learning slow."""
-    if args.preset != "laptop" or "num_queries" in model_options:
+    known = default_options(request.module) or LAPTOP_OPTIONS
+    chosen = "num_queries" in request.model_options
+    if request.args.preset != "laptop" or chosen or "num_queries" not in known:
         return
-    room = max(20, 2 * train_set.max_boxes, init.get("model_options", {}).get("num_queries", 0))
+    room = max(20, 2 * train_set.max_boxes, request.init.get("model_options", {}).get("num_queries", 0))
     if room > 2000:
         fullest = max(range(len(train_set)), key=train_set.count_boxes)
-        raise SystemExit(f"{train_set.path_of(fullest)} has {train_set.max_boxes} boxes, which asks for {room} queries: "
-                         "more than memory holds. Is this image right? If so, choose --option num_queries=N yourself.")
-    model_options["num_queries"] = room
+        raise SystemExit(f"{train_set.path_of(fullest)} has {train_set.max_boxes} boxes, which asks for "
+                         f"{room} queries: more than memory holds. Is this image right? If so, choose "
+                         "--option num_queries=N yourself.")
+    request.model_options["num_queries"] = room

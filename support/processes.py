@@ -8,7 +8,6 @@ import torch
 from support import data
 
 
-
 def from_environment(name, default):
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else default
@@ -24,7 +23,8 @@ def join(device):
     """
     if WORLD == 1:
         return
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
     if missing:
         raise SystemExit(f"WORLD_SIZE is set in the environment, but {', '.join(missing)} is not: "
                          "start with torchrun, or unset WORLD_SIZE.")
@@ -45,8 +45,8 @@ def gather(value):
 
 def make_loader(dataset, args, **how):
     """Loads batches in args.workers processes, or in this one if there are none."""
-    # A generator of its own: otherwise every loader draws a number from the global one, which dropout uses, and
-    # a resumed run, having made one loader more, would not repeat the straight one.
+    # A generator of its own: otherwise every loader draws a number from the global one, which dropout uses,
+    # and a resumed run, having made one loader more, would not repeat the straight one.
     return torch.utils.data.DataLoader(
         dataset, num_workers=args.workers, collate_fn=data.collate, pin_memory=args.device == "cuda",
         worker_init_fn=leave_signals_to_the_main_process, generator=torch.Generator(), **how)

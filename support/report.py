@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import math
+import shlex
 import sys
 import time
 
@@ -14,7 +15,7 @@ from support.model_files import check_output
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Whatever goes wrong for the person who runs a program ends in a line that says what to do, not in a traceback."""
+    """What goes wrong ends in a line that says what to do, not in a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a class or file name may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
@@ -27,15 +28,16 @@ def one_line_errors():
     except KeyboardInterrupt:
         raise SystemExit("\nInterrupted before the first step; nothing was started.")
     except OSError as error:
-        raise SystemExit(f"{one_line(error)}. What was saved before is still there; --resume goes on from it.")
+        raise SystemExit(f"{one_line(error)}. What was saved before is still there: go on with --resume.")
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
-            raise SystemExit("A process that loads images was killed, by hand or for lack of memory. Go on with --resume, "
-                             "and perhaps --workers 0.")
+            raise SystemExit("A process that loads images was killed, by hand or for lack of memory. "
+                             "Go on with --resume, and perhaps --workers 0.")
         if processes.WORLD == 1:
             raise
-        raise SystemExit(f"Process {processes.RANK} of {processes.WORLD} lost the others ({one_line(error)}). The first "
-                         "message above says why; then go on with --resume.")
+        who = f"Process {processes.RANK} of {processes.WORLD}"
+        raise SystemExit(f"{who} lost the others ({one_line(error)}). The first message above says why; "
+                         "then go on with --resume.")
 
 
 def announce(model, datasets, args, run, train_step):
@@ -82,8 +84,8 @@ def warnings(model, train_set, args, queries):
 def try_out(model, train_set, args, train_step):
     """(seconds, queries) of one training step, made on a copy of the model so that nothing of it remains.
 
-    Before it one step on the largest batch there can be: if memory runs out, then now and not in an hour. Raises
-    SystemExit for that, and for a model whose output breaks the contract.
+    Before it one step on the largest batch there can be: if memory runs out, then now and not in an hour.
+    Raises SystemExit for that, and for a model whose output breaks the contract.
     """
     part = args.batch_size // (args.accumulate * processes.WORLD)
     images, mask, targets = data.collate([train_set[i] for i in range(part)])
@@ -101,8 +103,9 @@ def try_out(model, train_set, args, train_step):
             train_step(model, [(images, mask, targets)] * args.accumulate)
             synchronize(args)
     except torch.OutOfMemoryError:
-        raise SystemExit(f"Out of memory for parts of {part} images of up to {canvas[0]} x {canvas[1]} pixels. "
-                         f"Raise --accumulate {args.accumulate}, or lower --batch-size or --size; --amp needs less, too.")
+        raise SystemExit(
+            f"Out of memory for parts of {part} images of up to {canvas[0]} x {canvas[1]} pixels. "
+            f"Raise --accumulate {args.accumulate}, or lower --batch-size or --size; --amp needs less, too.")
     return time.time() - start, out["logits"].shape[2]
 
 
@@ -136,7 +139,7 @@ def collapse_line(metrics, num_classes):
 
 @torch.no_grad()
 def where_it_went_bad(model, images, mask):
-    """The first layer, in order of execution, that returns numbers that are not finite; else where gradients are not."""
+    """The first layer to return numbers that are not finite; if none does, where gradients are not finite."""
     bad = []
 
     def check(name):
@@ -160,5 +163,6 @@ def where_it_went_bad(model, images, mask):
 def divergence(error, model, parts, args, run, lr):
     """The message of a run that stops because numbers are no longer finite."""
     where = where_it_went_bad(model, *(x.to(args.device) for x in parts[-1][:2]))
-    return (f"\nThe model diverged at step {run.step} (lr {lr:.2g}): {error}; {where}. Lower --lr"
-            f"{' or leave out --amp' if args.amp else ''}, with --resume {run.folder} too, which goes on from before.")
+    amp = " or leave out --amp" if args.amp else ""
+    return (f"\nThe model diverged at step {run.step} (lr {lr:.2g}): {error}; {where}. Lower --lr{amp}, "
+            f"with --resume {shlex.quote(str(run.folder))} too, which goes on from before.")

@@ -1,4 +1,4 @@
-"""One run of train.py: its folder, how far it is, its log, checkpoints and pictures, and how it is stopped."""
+"""One run of train.py: its folder, how far it is, its log, checkpoints, pictures, and how it is stopped."""
 import contextlib
 import json
 import os
@@ -28,24 +28,25 @@ class Run:
     window  what was logged of each step since the last line of log.jsonl
     """
 
-    def __init__(self, args, module, model_options, resumed):
-        self.args, self.module, self.model_options = args, module, model_options
+    def __init__(self, request):
+        self.args, self.module, self.model_options = request.args, request.module, request.model_options
         self.step, self.best, self.seconds, self.window = 0, -1.0, 0.0, []
-        self.folder, self.resumed, self.signals = None, resumed, []
-        if resumed:
+        self.folder, self.resumed, self.signals = None, request.checkpoint, []
+        if self.resumed:
             self.step, self.best, self.seconds, self.window = (
-                resumed[name] for name in ("step", "best", "seconds", "window"))
-            self.folder = Path(resumed["path"]).parent
-        if self.step >= args.steps:
-            raise SystemExit(f"{self.folder}: already finished, step {self.step} of {args.steps}. "
+                self.resumed[name] for name in ("step", "best", "seconds", "window"))
+            self.folder = Path(self.resumed["path"]).parent
+        if self.step >= self.args.steps:
+            raise SystemExit(f"{self.folder}: already finished, step {self.step} of {self.args.steps}. "
                              "Give more --steps to go on.")
 
     # ---- Start and end ----
     def start(self, model, optimizer, datasets):
         """Claims the folder, opens the log, listens to Ctrl-C."""
         self.model, self.optimizer, self.val_set = model, optimizer, datasets["val"]
-        self.identity = {"class_names": datasets["train"].class_names, "category_ids": datasets["train"].category_ids,
-                         "num_images": len(datasets["train"])}
+        train_set = datasets["train"]
+        self.identity = {"class_names": train_set.class_names, "category_ids": train_set.category_ids,
+                         "num_images": len(train_set)}
         self.started = time.time() - self.seconds
         self.bar = tqdm(total=self.args.steps, initial=self.step, unit="step", dynamic_ncols=True,
                         disable=True if processes.RANK else None)
@@ -76,12 +77,13 @@ class Run:
         self.bar.close()
         if self.step < self.args.steps:
             self.save("last.pt", keep="previous.pt")
-            raise SystemExit(f"\nStopped at step {self.step} of {self.args.steps}, nothing is lost. Go on with:\n"
-                             f"    python train.py --resume {shlex.quote(str(self.folder))}"
-                             if processes.RANK == 0 else 1)
+            message = (f"\nStopped at step {self.step} of {self.args.steps}, nothing is lost. Go on with:\n"
+                       f"    python train.py --resume {shlex.quote(str(self.folder))}")
+            raise SystemExit(message if processes.RANK == 0 else 1)
         print(explain(self.metrics))
-        print(f"{(time.time() - self.started) / 60:.1f} minutes, peak memory {peak_memory(self.args)}. "
-              f"Best AP {self.best:.3f}. In {self.folder}: best.pt, last.pt, log.jsonl, curves.png, predictions.png")
+        minutes = (time.time() - self.started) / 60
+        print(f"{minutes:.1f} minutes, peak memory {peak_memory(self.args)}. Best AP {self.best:.3f}. "
+              f"In {self.folder}: best.pt, last.pt, log.jsonl, curves.png, predictions.png")
 
     # ---- What happened ----
     def is_last(self):
@@ -134,19 +136,20 @@ class Run:
         """What somebody needs to repeat the run: the source that ran, every setting, the versions."""
         source = Path(self.module.__file__)
         (self.folder / source.name).write_bytes(source.read_bytes())
-        versions = {m.__name__: m.__version__ for m in (torch, torchvision)} | {"python": sys.version.split()[0]}
+        versions = {"torch": torch.__version__, "torchvision": torchvision.__version__,
+                    "python": sys.version.split()[0]}
         content = {"train": vars(self.args), "model": self.model_options, "versions": versions}
         (self.folder / "args.json").write_text(json.dumps(content, indent=1))
 
     def set_damaged_file_aside(self):
-        """If last.pt could not be read and previous.pt was taken, the next save must not copy it over that one."""
+        """If previous.pt was read because last.pt could not be, do not let a save copy last.pt over it."""
         last = self.folder / "last.pt"
         if Path(self.resumed["path"]).name == "previous.pt" and last.exists():
             os.replace(last, self.folder / "last.damaged.pt")
 
 
 def claim_folder(args, module):
-    """A folder that holds no other run, claimed in one step even if two runs start at once. Raises SystemExit."""
+    """A folder that holds no other run. Two runs that start at once get two. Raises SystemExit."""
     source = args.data or args.train_images or "shapes"
     name = f"{Path(args.model).stem}-{Path(source).resolve().name}"
     names = [name] + [f"{name}-{i}" for i in range(2, 1000)]
@@ -160,12 +163,12 @@ def claim_folder(args, module):
             if not taken:
                 open(folder / "args.json", "x").close()  # only one process can make this file
                 return folder
-    raise SystemExit(f"--out {args.out}: holds {', '.join(taken or ['another run'])} already. Go on with --resume, "
-                     "or give another folder.")
+    raise SystemExit(f"--out {args.out}: holds {', '.join(taken or ['another run'])} already. "
+                     "Go on with --resume, or give another folder.")
 
 
 def open_log(path, step):
-    """log.jsonl, without what a killed run wrote after the checkpoint it now goes on from."""
+    """log.jsonl to write on, without what a killed run wrote after the checkpoint it now goes on from."""
     kept = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # cut off, or not ours

@@ -14,7 +14,8 @@ import train
 from support.images import DataError
 
 ROOT = Path(__file__).parents[1]
-QUICK = ["--workers", "0", "--size", "48", "--batch-size", "4", "--option", "enc_layers=1", "--option", "dec_layers=1"]
+QUICK = ["--workers", "0", "--size", "48", "--batch-size", "4",
+         "--option", "enc_layers=1", "--option", "dec_layers=1"]
 RESUMED = ["--workers", "0"]
 
 
@@ -59,9 +60,10 @@ def start(*flags, cwd):
 
 
 def check_refused(flags, message, capsys):
-    """main() ends with SystemExit or DataError whose single line says what is wrong, and no run is left behind."""
+    """main() ends with a single line that says what is wrong, and no run is left behind."""
     with pytest.raises((SystemExit, DataError)) as stopped:
         train.main(list(map(str, flags)))
-    text = capsys.readouterr().err.strip().splitlines()[-1:] if stopped.value.args == (2,) else [str(stopped.value)]
-    assert re.search(message, text[0], re.S), text
+    from_argparse = stopped.value.args == (2,)
+    text = capsys.readouterr().err.strip().splitlines()[-1] if from_argparse else str(stopped.value)
+    assert re.search(message, text, re.S), text
     assert not Path("runs").exists(), "a run folder was made for nothing"

@@ -1,4 +1,4 @@
-"""Flags and options as somebody types them, mistakes included: one clear line each, and no folder left behind."""
+"""Flags and options as somebody types them: a mistake gets one clear line and leaves no folder behind."""
 import threading
 from pathlib import Path
 
@@ -59,8 +59,8 @@ def test_wrong_flags_get_one_clear_line(what, tmp_path, monkeypatch, capsys):
 def test_bools_are_read_in_any_case():
     read = options.parse_model_options(["a=False", "b=TRUE", "c=true", "d=3", "e=0.5", "f=resnet18", "g=1e3"])
     assert read == {"a": False, "b": True, "c": True, "d": 3, "e": 0.5, "f": "resnet18", "g": 1000.0}
-    args, module, model_options, *_ = options.parse("", ["--model", "deformable_detr", "--option", "box_refine=False"])
-    assert model_options["box_refine"] is False
+    request = options.parse("", ["--model", "deformable_detr", "--option", "box_refine=False"])
+    assert request.model_options["box_refine"] is False
 
 
 def test_every_model_file_is_found_by_its_name():
@@ -70,8 +70,8 @@ def test_every_model_file_is_found_by_its_name():
 
 # ---- Folders -----------------------------------------------------------------------------------------------
 def claim(tmp_path, out=None):
-    args, module, *_ = options.parse("", ["--model", "detr"] + (["--out", str(out)] if out else []))
-    return claim_folder(args, module)
+    request = options.parse("", ["--model", "detr"] + (["--out", str(out)] if out else []))
+    return claim_folder(request.args, request.module)
 
 
 def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path, monkeypatch):

@@ -22,8 +22,8 @@ def predictions(S=2, B=3, Q=4, C=3, seed=0):
 
 def targets(counts, classes=2, seed=1):
     g = torch.Generator().manual_seed(seed)
-    return [{"labels": torch.randint(classes, (n,), generator=g), "boxes": torch.rand(n, 4, generator=g) * 0.4 + 0.2}
-            for n in counts]
+    return [{"labels": torch.randint(classes, (n,), generator=g),
+             "boxes": torch.rand(n, 4, generator=g) * 0.4 + 0.2} for n in counts]
 
 
 def other(model, **recipe):
@@ -41,7 +41,8 @@ def cost_by_hand(logits, boxes, label, box, recipe):
     corners = [box_convert(b[None], "cxcywh", "xyxy") for b in (boxes, box)]
     giou = generalized_box_iou(*corners).item()
     a, b = corners if recipe.get("corner_l1") else (boxes, box)
-    return recipe.get("cost_class", recipe["w_class"]) * cost_class + 5 * (a - b).abs().sum().item() - 2 * giou
+    l1 = (a - b).abs().sum().item()
+    return recipe.get("cost_class", recipe["w_class"]) * cost_class + 5 * l1 - 2 * giou
 
 
 @pytest.mark.parametrize("model", [SOFTMAX, FOCAL, other(FOCAL, cost_class=7), other(FOCAL, corner_l1=True)])
@@ -108,7 +109,8 @@ def test_losses_by_hand(model, counts):
         n = max(sum(counts), 1)
         expected = {"class": loss_class / (weights if softmax else n), "l1": l1 / n, "giou": giou / n}
         for name, value in expected.items():
-            assert losses[name][stage].item() == pytest.approx(value, rel=1e-4, abs=1e-5), f"{name} of stage {stage}"
+            found = losses[name][stage].item()
+            assert found == pytest.approx(value, rel=1e-4, abs=1e-5), f"{name} of stage {stage}"
             total += {"class": model.recipe["w_class"], "l1": 5, "giou": 2}[name] * value
     assert losses["total"].item() == pytest.approx(total, rel=1e-4)
 
@@ -137,7 +139,8 @@ def test_groups_count_by_their_mean():
     losses = criterion({**out, "groups": 3}, wanted)
     alone = criterion(out, wanted)
     for name in ("class", "l1", "giou"):
-        torch.testing.assert_close(losses[name], torch.stack([alone[name][:3].mean(), alone[name][3:].mean()]))
+        means = torch.stack([alone[name][:3].mean(), alone[name][3:].mean()])
+        torch.testing.assert_close(losses[name], means)
     assert losses["total"].item() == pytest.approx(alone["total"].item() / 3)
 
 

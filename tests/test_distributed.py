@@ -22,18 +22,21 @@ MODELS = {"detr": {}, "conditional_detr": {}, "deformable_detr": {"two_stage": T
 def sample(height, width, labels, seed):
     g = torch.Generator().manual_seed(seed)
     boxes = torch.rand(len(labels), 4, generator=g) * 0.3 + 0.3
-    return torch.randn(3, height, width, generator=g), {"labels": torch.tensor(labels, dtype=torch.int64), "boxes": boxes}
+    target = {"labels": torch.tensor(labels, dtype=torch.int64), "boxes": boxes}
+    return torch.randn(3, height, width, generator=g), target
 
 
 # A wide image, a tall one without objects, a small one: no two of them have one canvas
-SAMPLES = [sample(64, 128, [1], 0), sample(128, 64, [], 1), sample(64, 64, [0, 2, 1], 2), sample(96, 64, [2], 3)]
+SAMPLES = [sample(64, 128, [1], 0), sample(128, 64, [], 1),
+           sample(64, 64, [0, 2, 1], 2), sample(96, 64, [2], 3)]
 
 
 class KeepGradients:
     """Stands in for the optimiser: keeps gradients instead of making a step."""
 
     def __init__(self, model):
-        self.model, self.param_groups = model, [{"params": [p for p in model.parameters() if p.requires_grad]}]
+        self.model = model
+        self.param_groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
 
     def zero_grad(self):
         self.model.zero_grad()
@@ -81,14 +84,16 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(distributed_gradients, (port, str(tmp_path)), nprocs=2, start_method="spawn")
+    torch.multiprocessing.start_processes(
+        distributed_gradients, (port, str(tmp_path)), nprocs=2, start_method="spawn")
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for name in MODELS:
         wanted = gradients(name, [slice(0, 4)])
         for rank in (0, 1):
             assert_same(found[rank][name], wanted, f"{name} on rank {rank}")
         for key in wanted[1]:
-            assert found[0][name][1][key].equal(found[1][name][1][key]), f"{name}: {key} differs between processes"
+            same = found[0][name][1][key].equal(found[1][name][1][key])
+            assert same, f"{name}: {key} differs between processes"
 
 
 def test_torchrun_trains_evaluates_every_image_once_and_goes_on(tmp_path):

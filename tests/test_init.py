@@ -18,7 +18,8 @@ def test_init_copies_all_but_the_classes_and_the_queries_that_are_new(capsys):
     module = load_model_file("deformable_detr")
     old, new = tiny("deformable_detr"), module.build(5, **{**TINY, "num_queries": 8})
     head = new.class_head[0].weight.clone()
-    checkpoint = {"model": {k: v + 1 for k, v in old.state_dict().items()}, "model_options": {}, "class_names": ["a"]}
+    weights = {name: value + 1 for name, value in old.state_dict().items()}
+    checkpoint = {"model": weights, "model_options": {}, "class_names": ["a"]}
     checkpoints.initialise(new, module, checkpoint, list("abcde"))
     assert new.class_head[0].weight.equal(head), "the class head was for other classes"
     assert new.encoder.layers[0].norm1.weight.equal(old.encoder.layers[0].norm1.weight + 1)
@@ -28,7 +29,8 @@ def test_init_copies_all_but_the_classes_and_the_queries_that_are_new(capsys):
     assert "class_head.0.weight: for other classes" in said and "the first 5 of the file's 5 queries" in said
 
 
-@pytest.mark.parametrize("name", ["detr", "conditional_detr", "deformable_detr_two_stage", "sam_detr_multiscale"])
+@pytest.mark.parametrize("name", [
+    "detr", "conditional_detr", "deformable_detr_two_stage", "sam_detr_multiscale"])
 def test_init_takes_official_checkpoints(name, capsys):
     """As they are published, with the arguments of their training; ours has fewer classes."""
     (file, extra), case = CASES[name], Case(name)
@@ -44,7 +46,8 @@ def test_init_takes_official_checkpoints(name, capsys):
 
 
 def test_an_official_file_with_its_namespace_is_read(tmp_path):
-    torch.save({"model": {"x": torch.zeros(2)}, "args": argparse.Namespace(lr=1e-4)}, tmp_path / "official.pth")
+    content = {"model": {"x": torch.zeros(2)}, "args": argparse.Namespace(lr=1e-4)}
+    torch.save(content, tmp_path / "official.pth")
     assert checkpoints.read_init(tmp_path / "official.pth")["args"].lr == 1e-4
 
 
@@ -66,8 +69,8 @@ def test_fine_tuning_from_a_run_by_the_command_line(tmp_path):
     folder = small_coco(tmp_path / "set")
     flags = ["--model", "conditional_detr", "--steps", 1, "--overfit", 2, *QUICK]
     assert run(*flags, "--out", "first", cwd=tmp_path).returncode == 0
-    done = run("--data", folder, "--init", "first", "--steps", 2, "--workers", 0, "--size", 48, "--batch-size", 2,
-               "--out", "second", cwd=tmp_path)
+    done = run("--data", folder, "--init", "first", "--steps", 2, "--workers", 0, "--size", 48,
+               "--batch-size", 2, "--out", "second", cwd=tmp_path)
     assert done.returncode == 0 and "class_head.weight: for other classes" in done.stdout, done.stderr
     second = torch.load(tmp_path / "second/last.pt", weights_only=True)
     assert second["args"]["model"] == "conditional_detr" and second["model_options"]["enc_layers"] == 1

@@ -1,4 +1,4 @@
-"""The loop: optimiser, schedule, data order, evaluation, what a run leaves behind, and what happens when it diverges."""
+"""The loop: optimiser, schedule, data order, evaluation, what a run leaves behind, how it diverges."""
 import json
 import re
 from types import SimpleNamespace
@@ -52,7 +52,8 @@ def test_data_order_is_a_function_of_seed_and_step():
 
 # ---- Evaluation --------------------------------------------------------------------------------------------
 def loop_args(**changes):
-    return SimpleNamespace(**{**dict(device="cpu", amp=False, clip_norm=1e9, workers=0, eval_batch_size=2), **changes})
+    defaults = dict(device="cpu", amp=False, clip_norm=1e9, workers=0, eval_batch_size=2)
+    return SimpleNamespace(**{**defaults, **changes})
 
 
 def test_a_step_after_an_evaluation_still_trains():
@@ -72,7 +73,8 @@ def test_an_evaluation_neither_drops_out_nor_moves_batchnorm():
     model = tiny("detr", backbone_norm="batch", dropout=0.5).train()
     shapes = data.load(size=48)["val"].subset(range(3))
     before = model.backbone.body.bn1.running_mean.clone()
-    first, again = (train.evaluate(model, train.SetCriterion(model), shapes, loop_args())[1] for _ in range(2))
+    criterion = train.SetCriterion(model)
+    first, again = (train.evaluate(model, criterion, shapes, loop_args())[1] for _ in range(2))
     assert model.backbone.body.bn1.running_mean.equal(before)
     assert all(first[i]["scores"].equal(again[i]["scores"]) for i in first)
 
@@ -96,15 +98,15 @@ def test_the_readmes_command_leaves_what_it_promises_and_evaluates(tmp_path):
     assert again.returncode == 0 and "AP" in again.stdout, again.stderr
     assert list((tmp_path / "runs").iterdir()) == [folder], "--eval made a run of its own"
     second = run("--model", "detr", "--steps", 1, *QUICK, cwd=tmp_path)
-    assert second.returncode == 0 and (tmp_path / "runs/detr-shapes-2").exists(), "the second run has its own folder"
+    assert second.returncode == 0 and (tmp_path / "runs/detr-shapes-2").exists(), "no folder of its own"
     finished = run("--resume", folder, cwd=tmp_path)
     assert finished.returncode == 1 and "already finished" in finished.stderr
 
 
 def test_two_images_are_overfitted(tmp_path):
     """If this fails, nothing else needs to be looked at."""
-    done = run("--model", "detr", "--overfit", 2, "--steps", 300, "--size", 64, "--workers", 0, "--eval-every", 300,
-               cwd=tmp_path)
+    done = run("--model", "detr", "--overfit", 2, "--steps", 300, "--size", 64, "--workers", 0,
+               "--eval-every", 300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     last = json.loads((tmp_path / "runs/detr-shapes/log.jsonl").read_text().splitlines()[-1])
     assert last["eval"]["AP"] > 0.9, f"AP {last['eval']['AP']:.2f} on the two images it was trained on"

@@ -1,4 +1,4 @@
-"""Somebody else's model file: what goes wrong in it is said with the line, and the contract is checked once."""
+"""Somebody else's model file: its mistakes are said with the line, and the contract is checked once."""
 import subprocess
 import sys
 
@@ -45,7 +45,9 @@ def test_a_change_since_the_run_began_is_said(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("RECIPE = {}", "has no build"), ("x = (", "line 1: "), ("import nonsense_xyz", "ModuleNotFoundError.*nonsense"),
+    ("RECIPE = {}", "has no build"),
+    ("x = (", "line 1: "),
+    ("import nonsense_xyz", "ModuleNotFoundError.*nonsense"),
     ("RECIPE = {}\n\n\ndef build(n, **o):\n    return n.nothing\n", "mine.py, line 5: AttributeError"),
     ("RECIPE = {}\ndef build(n, **o):\n    return 3\n", "must return an nn.Module"),
 ])
@@ -79,5 +81,6 @@ def test_it_may_import_a_neighbour_and_be_called_torch(tmp_path):
     write(tmp_path, "from neighbour import LAPTOP, RECIPE, DETR\n\n\ndef build(num_classes, **options):\n"
                     "    return DETR(num_classes, **options)\n", "torch.py")
     flags = ["--model", "torch.py", "--steps", "1", "--overfit", "2", *QUICK, "--workers", "1"]
-    done = subprocess.run([sys.executable, ROOT / "train.py", *flags], cwd=tmp_path, capture_output=True, text=True)
+    words = [sys.executable, ROOT / "train.py", *flags]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, damaged and continued: nothing is lost, and nothing changes that must not."""
+"""Runs that are stopped, killed, damaged and continued: nothing is lost, and nothing changes unasked."""
 import json
 import os
 import random
@@ -31,9 +31,10 @@ def assert_same_weights(a, b, why):
 
 # ---- Stopped -----------------------------------------------------------------------------------------------
 def stop_while_training(flags, cwd, group=False):
-    """Starts train.py, sends it SIGINT (or SIGTERM to its whole process group) after three steps; what it said."""
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags, "--out", "stopped", "--log-every", "1"],
-                               cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    """Starts train.py and sends it SIGINT, or its whole process group SIGTERM, after three steps."""
+    words = [sys.executable, ROOT / "train.py", *flags, "--out", "stopped", "--log-every", "1"]
+    process = subprocess.Popen(words, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
     log = cwd / "stopped/log.jsonl"
     while not (log.exists() and log.read_text().count("\n") >= 3) and process.poll() is None:
         time.sleep(0.02)
@@ -47,9 +48,9 @@ def stop_while_training(flags, cwd, group=False):
 
 @pytest.mark.parametrize("group", [False, True])
 def test_a_stopped_run_saves_and_resume_gives_the_very_same_weights(group, tmp_path):
-    """Straight through, against interrupted and resumed: bit-equal (CPU). A scheduler signals the workers, too."""
-    flags = ["--model", "detr", "--steps", "12", "--eval-every", "12", "--overfit", "4", *QUICK, "--workers", "1",
-             "--option", "dropout=0.1"]
+    """As if it had never been stopped, to the last bit (CPU). A scheduler signals the workers, too."""
+    flags = ["--model", "detr", "--steps", "12", "--eval-every", "12", "--overfit", "4", *QUICK,
+             "--workers", "1", "--option", "dropout=0.1"]
     assert run(*flags, "--out", "straight", cwd=tmp_path).returncode == 0
     stop_while_training(flags, tmp_path, group)
     done = run("--resume", "stopped", "--workers", 0, cwd=tmp_path)
@@ -58,10 +59,10 @@ def test_a_stopped_run_saves_and_resume_gives_the_very_same_weights(group, tmp_p
 
 
 def test_twenty_kills_lose_nothing(tmp_path):
-    """kill -9 at random moments, loading, training and saving: at the end the same weights and the same log."""
+    """kill -9 at random moments, loading, training and saving: the same weights and log at the end."""
     small_coco(tmp_path / "set", images=6)
-    flags = ["--data", "set", *QUICK, "--batch-size", "2", "--steps", "40", "--eval-every", "1", "--log-every", "3",
-             "--option", "dropout=0.1"]
+    flags = ["--data", "set", *QUICK, "--batch-size", "2", "--steps", "40", "--eval-every", "1",
+             "--log-every", "3", "--option", "dropout=0.1"]
     straight = start(*flags, "--out", "straight", cwd=tmp_path)
     straight.join(150)
     assert straight.exitcode == 0
@@ -99,7 +100,8 @@ def finished(tmp_path_factory):
     """A folder with a run of four steps on a small data set, "run". Tests copy it."""
     folder = tmp_path_factory.mktemp("finished")
     small_coco(folder / "set", images=4)
-    done = run("--data", "set", "--steps", 4, "--eval-every", 2, *QUICK, "--batch-size", 2, "--out", "run", cwd=folder)
+    done = run("--data", "set", "--steps", 4, "--eval-every", 2, *QUICK, "--batch-size", 2, "--out", "run",
+               cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -140,15 +142,21 @@ def test_a_flipped_bit_does_not_pass(folder):
             read = checkpoints.read_file(folder / "flipped.pt")
         except SystemExit:
             continue
-        assert all(value.equal(clean["model"][name]) for name, value in read["model"].items()), f"byte {place}"
+        for name, value in read["model"].items():
+            assert value.equal(clean["model"][name]), f"byte {place}"
         assert read["step"] == clean["step"]
 
 
+EMPTY = {"model": {}, "args": {}, "model_options": {}, "class_names": [], "category_ids": []}
+
+
 @pytest.mark.parametrize("content, words", [
-    (3, "holds a int"), ([], "holds a list"), ({"weights": 1}, "not a checkpoint of train.py"),
-    ({"model": {}, "args": {}, "model_options": {}, "class_names": [], "category_ids": []}, "look at its args"),
-    ({"model": {}, "args": dict.fromkeys(("model", "preset", "size", "data")), "model_options": {}, "class_names": [],
-      "category_ids": []}, "no optimizer")])
+    (3, "holds a int"),
+    ([], "holds a list"),
+    ({"weights": 1}, "not a checkpoint of train.py"),
+    (EMPTY, "look at its args"),
+    ({**EMPTY, "args": dict.fromkeys(("model", "preset", "size", "data"))}, "no optimizer"),
+])
 def test_what_is_no_checkpoint_is_refused(content, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.save(content, "other.pt")
@@ -185,7 +193,8 @@ def test_rates_given_on_resume_take_effect(folder):
     ["--preset", "paper"], ["--batch-size", "1"], ["--overfit", "1"]])
 def test_what_makes_the_run_what_it_is_cannot_change(flags, folder, capsys):
     before = (folder / "run/last.pt").read_bytes()
-    check_refused(["--resume", "run", "--steps", "9", *flags], f"{flags[0]}: that is decided by the run", capsys)
+    words = f"{flags[0]}: that is decided by the run"
+    check_refused(["--resume", "run", "--steps", "9", *flags], words, capsys)
     assert (folder / "run/last.pt").read_bytes() == before
 
 
@@ -233,4 +242,5 @@ def test_an_option_that_moved_to_another_file_takes_the_run_there(folder, capsys
     torch.save(content, "run/last.pt")
     with pytest.raises(SystemExit, match="not those of this model"):  # they are DETR's
         resume("--steps", 9)
-    assert "spatial_query of conditional_detr is in the file conditional_detr_ablations now" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "spatial_query of conditional_detr is in the file conditional_detr_ablations now" in said
