@@ -12,7 +12,7 @@ def pytest_addoption(parser):
     group.addoption("--points", action="store_true", help="print the points in a table")
     group.addoption("--json", help="write the points as Gradescope's results.json")
     group.addoption("--seed", type=int, default=0, help="other weights and images (default 0)")
-    group.addoption("--all-planted", action="store_true", help="judge every planted mistake by all marks: 10 minutes")
+    group.addoption("--all-planted", action="store_true", help="judge every planted mistake by all marks")
     group.addoption("--seconds", type=int, default=120, help="time for each mark (default 120)")
 
 

@@ -2,9 +2,11 @@
 
     python -m tests.grading.blank conditional_detr.py SpatialQuery > my_detr.py
 
-A function or method (CLASS.METHOD) keeps its docstring and loses the rest; of a class all methods do but __init__,
-because parameters must exist for weights to be loaded. Several blocks may be named. docs/exercises.md proposes some.
+A function or method (CLASS.METHOD) keeps its docstring and loses the rest; of a class all methods do but
+__init__, because parameters must exist for weights to be loaded. Several blocks may be named.
+docs/exercises.md proposes some.
 """
+
 import argparse
 import ast
 from pathlib import Path
@@ -35,12 +37,14 @@ def blank(text, *names):
         if ast.get_docstring(node) is not None:
             begin = node.body[0].end_lineno
         indent = " " * node.body[0].col_offset
-        lines[begin:node.end_lineno] = [f'{indent}raise NotImplementedError("not written yet")\n']
+        lines[begin : node.end_lineno] = [f'{indent}raise NotImplementedError("not written yet")\n']
     return "".join(lines)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file")
     parser.add_argument("block", nargs="+", help="function, class, or CLASS.METHOD")
     args = parser.parse_args()

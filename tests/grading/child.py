@@ -1,9 +1,10 @@
 """The process in which a submitted file meets the marks: started by tests/grading/grader.py, not by hand.
 
-The job comes through stdin, together with a key by which every message is signed; the file never sees either. Before it
-is loaded, our modules leave sys.modules and sys.path, the working folder becomes the file's own, and an audit hook
-notes whatever it imports or opens of ours.
+The job comes through stdin, together with a key by which every message is signed; the file never sees
+either. Before it is loaded, our modules leave sys.modules and sys.path, the working folder becomes the
+file's own, and an audit hook notes whatever it imports or opens of ours.
 """
+
 import json
 import os
 import re
@@ -32,7 +33,7 @@ def limit_memory():
         import resource
 
         size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (size + GIGABYTES * 2 ** 30,) * 2)
+        resource.setrlimit(resource.RLIMIT_AS, (size + GIGABYTES * 2**30,) * 2)
     except (ImportError, OSError, ValueError):
         pass  # not on this system: only Linux counts address space like this
 
@@ -70,7 +71,8 @@ class Hidden:
     """Our modules and folders, out of sight while the student's code runs."""
 
     def __init__(self, like):
-        # What our file imports itself, a file like it may import as well: support/, or the parent of a relative
+        # What our file imports itself, a file like it may import as well: support/, or the parent of a
+        # relative
         text = path_of(like).read_text(encoding="utf-8")
         self.allowed = {"support", *re.findall(r"^(?:import|from) (\w+)", text, re.M)} - {like}
         ours = {name: module for name, module in sys.modules.items() if self.is_ours(module)}
@@ -179,7 +181,9 @@ def main():
             sys.exit(f"leaves Python when it is imported: {error}")
         say(warnings=hidden.warnings)
         sys.exit(f"cannot be imported: {sentence(error, path)}")
-    failures = {name: judge.Failure(*failure) if failure else None for name, failure in job["failures"].items()}
+    failures = {
+        name: judge.Failure(*failure) if failure else None for name, failure in job["failures"].items()
+    }
     for name in job["names"]:
         if name in failures:
             continue
@@ -189,8 +193,9 @@ def main():
             getattr(marks, name)(student, ours, seed)
             failures[name] = None
         except BaseException as error:
-            failures[name] = judge.failure_of(error, sentence(error.__cause__ if name == "loading" and
-                                                              error.__cause__ else error, path))
+            failures[name] = judge.failure_of(
+                error, sentence(error.__cause__ if name == "loading" and error.__cause__ else error, path)
+            )
         say(failure=failures[name])
     failures = {name: failures[name] for name in job["names"]}
     alarm(int(seconds) + 60)

@@ -1,10 +1,12 @@
 """Grade a folder of submissions:  python -m tests.grading.class_of FOLDER --like conditional_detr
 
-Every .py file in FOLDER is one submission, and so is every folder in it that holds one (or one called --name). Results
-go to FOLDER/grades.csv and FOLDER/grades/STUDENT.json, the latter as Gradescope's results.json. A file that is broken,
-hangs or crashes costs its own marks; the others go on. Every student has other weights and images, drawn from the name
-and --seed, so that the same student gets the same ones again.
+Every .py file in FOLDER is one submission, and so is every folder in it that holds one (or one called
+--name). Results go to FOLDER/grades.csv and FOLDER/grades/STUDENT.json, the latter as Gradescope's
+results.json. A file that is broken, hangs or crashes costs its own marks; the others go on. Every student
+has other weights and images, drawn from the name and --seed, so that the same student gets the same ones
+again.
 """
+
 import argparse
 import csv
 import json
@@ -43,7 +45,9 @@ def seed_of(student, seed):
 
 def graded(student, file, args):
     try:
-        found = grade(file, args.like, seed_of(student, args.seed), args.marks, args.seconds, threads=args.threads)
+        found = grade(
+            file, args.like, seed_of(student, args.seed), args.marks, args.seconds, threads=args.threads
+        )
         warnings = repeated(file, args.like, args.exercise) if args.exercise else []
         return found._replace(warnings=found.warnings + warnings)
     except Exception as error:  # whatever a file can do to us, the others are graded
@@ -58,24 +62,45 @@ def failed(file, args, why):
 def row(student, found):
     """A line of the table."""
     same = identical(found.file, found.like) if os.path.isfile(found.file) else {}
-    marks = {mark: points if found.verdicts[mark].status == "met" else
-             (0 if found.verdicts[mark].status == "lost" else "not judged") for mark, points in found.marks().items()}
-    return {"student": student, "earned": found.points("met"), "lost": found.points("lost"),
-            "not judged": found.points("unjudged"), **marks, "seed": found.seed, "seconds": round(found.seconds),
-            "blocks like ours": f"{sum(same.values())} of {len(same)}", "please look": "; ".join(found.warnings)}
+    marks = {
+        mark: points
+        if found.verdicts[mark].status == "met"
+        else (0 if found.verdicts[mark].status == "lost" else "not judged")
+        for mark, points in found.marks().items()
+    }
+    return {
+        "student": student,
+        "earned": found.points("met"),
+        "lost": found.points("lost"),
+        "not judged": found.points("unjudged"),
+        **marks,
+        "seed": found.seed,
+        "seconds": round(found.seconds),
+        "blocks like ours": f"{sum(same.values())} of {len(same)}",
+        "please look": "; ".join(found.warnings),
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--like", required=True, help="the file of ours that they are meant to equal")
     parser.add_argument("--name", help="what the file is called, where submissions are folders")
     parser.add_argument("--marks", nargs="+", help="only these marks (default: all)")
-    parser.add_argument("--exercise", nargs="+", default=[], metavar="BLOCK",
-                        help="what was to be written: warn where it is our code, word for word")
+    parser.add_argument(
+        "--exercise",
+        nargs="+",
+        default=[],
+        metavar="BLOCK",
+        help="what was to be written: warn where it is our code, word for word",
+    )
     parser.add_argument("--seed", type=int, default=0, help="other weights and images for everybody")
     parser.add_argument("--seconds", type=int, default=120, help="time for each mark (default 120)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="files at a time (default: a core each)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="files at a time (default: a core each)"
+    )
     args = parser.parse_args()
     args.threads = max(1, (os.cpu_count() or 1) // max(1, args.jobs))
     try:

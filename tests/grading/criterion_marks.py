@@ -1,11 +1,12 @@
 """Marks of train.py: matching and losses, seen through SetCriterion alone."""
+
 import torch
 
 from tests.golden import assert_close
 from tests.grading.pairs import NotWritten, case_of, few, same
 
 
-# ---- train.py: matching and losses -----------------------------------------------------------------------------------
+# ---- train.py: matching and losses -------------------------------------------------------------------------
 class Softmax:
     recipe = dict(class_loss="softmax", w_class=1, w_l1=5, w_giou=2)
 
@@ -28,8 +29,10 @@ def some_boxes(generator, *shape):
 
 
 def some_targets(generator, *counts):
-    return [{"labels": torch.randint(0, 3, (n,), generator=generator), "boxes": some_boxes(generator, n)}
-            for n in counts]
+    return [
+        {"labels": torch.randint(0, 3, (n,), generator=generator), "boxes": some_boxes(generator, n)}
+        for n in counts
+    ]
 
 
 def plain_predictions(generator, targets, S=3, Q=6, off=0.02):
@@ -56,17 +59,23 @@ def far_targets(generator, *counts):
 
 
 def matcher(student, ours, seed):
-    """Matching: the assignment of least cost, with a probability in the cost; also for more objects than queries."""
+    """Matching: the assignment of least cost, with a probability in the cost; also for more objects than
+    queries.
+    """
     generator = torch.Generator().manual_seed(seed)
     logits, boxes = torch.randn(40, 6, 3, generator=generator) * 2, some_boxes(generator, 40, 6)
     targets = some_targets(generator, *[n % 9 for n in range(40)])
     for name, theirs, mine in criteria(student, ours):
         stored = case_of(f"matcher_{name}")
-        cases = [("of the official code", stored.arrays["logits"], stored.arrays["boxes"], stored.targets()),
-                 ("drawn at random", logits, boxes, targets)]
+        cases = [
+            ("of the official code", stored.arrays["logits"], stored.arrays["boxes"], stored.targets()),
+            ("drawn at random", logits, boxes, targets),
+        ]
         for what, *inputs in cases:
-            found, expected = ([{g: q for q, g in zip(*(i.tolist() for i in pair))} for pair in c.match(*inputs)]
-                               for c in (theirs, mine))
+            found, expected = (
+                [{g: q for q, g in zip(*(i.tolist() for i in pair))} for pair in c.match(*inputs)]
+                for c in (theirs, mine)
+            )
             wrong = sum(a != b for a, b in zip(found, expected))
             assert not wrong, f"{name}: {wrong} of {len(expected)} images {what} are matched differently"
 
@@ -103,7 +112,9 @@ def giou_loss(student, ours, seed):
 def stages(student, ours, seed):
     """Every stage is matched by itself, and has a loss of its own."""
     for name, theirs, _ in losses_of(student, ours, seed, S=3, off=0):
-        assert theirs["l1"].shape == (3,), f"loss 'l1' has shape {list(theirs['l1'].shape)}, not [3] for three stages"
+        assert theirs["l1"].shape == (3,), (
+            f"loss 'l1' has shape {list(theirs['l1'].shape)}, not [3] for three stages"
+        )
         assert (theirs["l1"] < 1e-4).all(), f"{name}: perfect boxes have L1 losses {few(theirs['l1'])}"
 
 
@@ -112,7 +123,12 @@ def total(student, ours, seed):
     for name, theirs, _ in losses_of(student, ours, seed, S=3):
         weights = (Softmax if name == "softmax" else Focal).recipe
         expected = sum(weights[f"w_{loss}"] * theirs[loss].sum() for loss in ("class", "l1", "giou"))
-        same(f"{name}: total of the losses it returns", theirs["total"].reshape(1, 1), expected.reshape(1, 1), 1e-4)
+        same(
+            f"{name}: total of the losses it returns",
+            theirs["total"].reshape(1, 1),
+            expected.reshape(1, 1),
+            1e-4,
+        )
 
 
 def empty(student, ours, seed):
@@ -154,19 +170,28 @@ def criterion(student, ours, seed):
                 assert_close(f"{name}: {loss} of stage {s + 1}", losses[loss][s].detach(), expected, "loss")
         losses["total"].backward()
         for key, x in out.items():
-            assert_close(f"{name}: gradient of {key}", x.grad, case.arrays[f"given_grad_{key}"], "criterion_grad")
+            assert_close(
+                f"{name}: gradient of {key}", x.grad, case.arrays[f"given_grad_{key}"], "criterion_grad"
+            )
 
 
 def box_counts(student, ours, seed):
-    """Parts of a batch (accumulation, several GPUs) are divided by the number of objects in the whole of it."""
+    """Parts of a batch (accumulation, several GPUs) are divided by the number of objects in the whole of it.
+    """
     generator = torch.Generator().manual_seed(seed)
     targets = far_targets(generator, 1, 3, 0, 2)
     counts = [len(target["labels"]) for target in targets]
     for name, theirs, mine in criteria(student, ours):
         out = plain_predictions(generator, targets)
-        images = [({key: x[:, b:b + 1] for key, x in out.items()}, targets[b:b + 1], counts) for b in range(4)]
+        images = [
+            ({key: x[:, b : b + 1] for key, x in out.items()}, targets[b : b + 1], counts) for b in range(4)
+        ]
         whole, expected = theirs(out, targets), [mine(*image) for image in images]
         for loss in ("class", "l1", "giou"):
             parts = torch.stack([theirs(*image)[loss] for image in images])
             if (parts.sum(0) - whole[loss]).abs().max() > 1e-4:
-                same(f"{name}: {loss!r} of four images one by one", parts, torch.stack([e[loss] for e in expected]))
+                same(
+                    f"{name}: {loss!r} of four images one by one",
+                    parts,
+                    torch.stack([e[loss] for e in expected]),
+                )

@@ -1,17 +1,24 @@
 """Our files, by name: train.py and every model file, in the project's folder or in relatives/."""
+
 import importlib
 import re
 from functools import lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = re.compile(r"^(?:from .*\b|def )?(RECIPE|build)\b", re.M)  # written here or imported from another file
+NAMES = re.compile(
+    r"^(?:from .*\b|def )?(RECIPE|build)\b", re.M
+)  # written here or imported from another file
 
 
 def model_files():
     """{name: path} of all files that keep the contract: they have a RECIPE and a build."""
     paths = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "relatives").glob("*.py"))]
-    return {path.stem: path for path in paths if {"RECIPE", "build"} <= set(NAMES.findall(path.read_text("utf-8")))}
+    return {
+        path.stem: path
+        for path in paths
+        if {"RECIPE", "build"} <= set(NAMES.findall(path.read_text("utf-8")))
+    }
 
 
 def path_of(name):
@@ -29,6 +36,7 @@ def ours_named(name):
 
 
 def parent_of(name):
-    """The file that a file is to be compared with, as its docstring says, or None."""
-    found = re.search(r"Diff me against:? (?:\w+/)*(\w+)\.py", path_of(name).read_text(encoding="utf-8"))
+    """The file that a file is to be compared with or imports, as its docstring says, or None."""
+    text = path_of(name).read_text(encoding="utf-8")
+    found = re.search(r"(?:Diff me against:?|imports its parents?,) (?:\w+/)*(\w+)\.py", text)
     return found[1] if found else None

@@ -1,9 +1,12 @@
-"""Where do my numbers leave yours?  python -m tests.grading.first_difference my_detr.py --like conditional_detr
+"""Where do my numbers leave yours? python -m tests.grading.first_difference my_detr.py --like
+conditional_detr
 
-Both models get the same weights (through load_official) and the same images. If their parts have the same names, the
-arguments and outputs of all parts are compared in the order of execution, otherwise the stages of the output. The
-first difference is named and described, and compared with what our file gives with each of the mistakes that people make.
+Both models get the same weights (through load_official) and the same images. If their parts have the same
+names, the arguments and outputs of all parts are compared in the order of execution, otherwise the stages
+of the output. The first difference is named and described, and compared with what our file gives with each
+of the mistakes that people make.
 """
+
 import argparse
 import inspect
 import itertools
@@ -13,7 +16,7 @@ import torch
 from torchvision.ops import box_convert
 
 from tests.grading.child import load_file, sentence
-from tests.grading.files import ours_named, parent_of
+from tests.grading.files import ours_named
 from tests.grading.marks import ranked, start, training
 from tests.grading.pairs import (
     BOTH,
@@ -32,26 +35,31 @@ from tests.grading.pairs import (
 )
 from tests.grading.planted import MISTAKES, module_of
 
-# What is looked at one after the other: (what it is called, options of the pair, changes of the weights, image sizes)
+# What is looked at one after the other: (what it is called, options of the pair, changes of the weights,
+# image sizes)
 PLAIN = ("with the default options", {}, (), PADDED)
 REFINED = ("with box_refine", {"variant": "refinement"}, (), PADDED)
-TWO_STAGE = [("with two_stage", {"variant": "two_stage"}, (ranked,), PADDED),
-             ("with two_stage, a wide image", {"variant": "two_stage"}, (ranked,), WIDE)]
+TWO_STAGE = [
+    ("with two_stage", {"variant": "two_stage"}, (ranked,), PADDED),
+    ("with two_stage, a wide image", {"variant": "two_stage"}, (ranked,), WIDE),
+]
 VARIANTS = {
     "detr": [PLAIN],
     "conditional_detr": [PLAIN],
     "deformable_detr": [PLAIN, REFINED, *TWO_STAGE],
-    "sam_detr": [PLAIN, ("with smca", {"variant": "smca"}, (), PADDED),
-                 ("with multiscale", {"variant": "multiscale"}, (), PADDED)],
-    "sqr": [("with recollect=none", {}, (), PADDED),
-            ("with recollection", {"recollect": "selective"}, (), PADDED),
-            ("with dense recollection", {"recollect": "dense"}, (), PADDED),
-            ("with box_refine", {"variant": "refinement", "recollect": "selective"}, (), PADDED), *TWO_STAGE,
-            ("with recurrent", {"recurrent": True}, (), PADDED)],
+    "sam_detr": [PLAIN, ("with smca", {"variant": "smca"}, (), PADDED)],
+    "sqr": [
+        ("with recollect=none", {}, (), PADDED),
+        ("with recollection", {"recollect": "selective"}, (), PADDED),
+        ("with dense recollection", {"recollect": "dense"}, (), PADDED),
+        ("with box_refine", {"variant": "refinement", "recollect": "selective"}, (), PADDED),
+        *TWO_STAGE,
+        ("with recurrent", {"recurrent": True}, (), PADDED),
+    ],
 }
 
 
-# ---- What is executed ----------------------------------------------------------------------------------------
+# ---- What is executed --------------------------------------------------------------------------------------
 def tensors(x, name):
     """All tensors in a value, each with a name: pos, levels[0][1], output["boxes"]."""
     if isinstance(x, torch.Tensor):
@@ -65,7 +73,9 @@ def tensors(x, name):
 
 
 def events(model, inputs, train):
-    """({(part, which call, what): tensor} of all arguments and outputs in order of execution, the model's output)."""
+    """({(part, which call, what): tensor} of all arguments and outputs in order of execution, the model's
+    output).
+    """
     found, calls, hooks = {}, {}, []
 
     def before(name, signature):
@@ -74,12 +84,14 @@ def events(model, inputs, train):
             for argument, value in signature.bind(*args, **kwargs).arguments.items():
                 for what, x in tensors(value, argument):
                     found[name, calls[name], f"argument `{what}`"] = x
+
         return hook
 
     def after(name):
         def hook(module, args, output):
             for what, x in tensors(output, "output"):
                 found[name, calls[name], what] = x
+
         return hook
 
     for name, module in model.named_modules():
@@ -105,16 +117,22 @@ def size(x):
     return max(1e-6, x.abs().max().item()) if x.numel() else 1
 
 
-# ---- How two tensors differ ----------------------------------------------------------------------------------
+# ---- How two tensors differ --------------------------------------------------------------------------------
 def how(theirs, ours, padding=None):
-    """What was done to `ours` to get `theirs`, in words, as far as that can be told. padding: [B, T] of tokens."""
+    """What was done to `ours` to get `theirs`, in words, as far as that can be told. padding: [B, T] of
+    tokens.
+    """
     for order in itertools.permutations(range(ours.dim())):
         if list(order) != sorted(order) and close(theirs, ours.permute(order)):
             return f"transposed, its dimensions are ours in the order {list(order)}"
     if theirs.shape != ours.shape:
         return f"shape {list(theirs.shape)}, not {list(ours.shape)}"
     if ours.dtype == torch.bool:
-        return "inverted" if theirs.equal(~ours) else f"another mask, {(theirs != ours).sum()} of {ours.numel()} differ"
+        return (
+            "inverted"
+            if theirs.equal(~ours)
+            else f"another mask, {(theirs != ours).sum()} of {ours.numel()} differ"
+        )
     theirs, ours = theirs.double(), ours.double()
     if not theirs.isfinite().all() and ours.isfinite().all():
         return "not finite" + only_at(~theirs.isfinite())
@@ -146,7 +164,10 @@ def transforms(x):
         yield "x and y are swapped", x[..., [1, 0, 3, 2]]
     if x.shape[-1] % 2 == 0:
         yield "its two halves are swapped", x.roll(x.shape[-1] // 2, -1)
-        yield "even channels first, then odd ones, instead of in turn", torch.cat([x[..., ::2], x[..., 1::2]], -1)
+        yield (
+            "even channels first, then odd ones, instead of in turn",
+            torch.cat([x[..., ::2], x[..., 1::2]], -1),
+        )
     if x.isfinite().all():
         yield "a sigmoid too much", x.sigmoid()
         yield "the sigmoid is missing", x.logit()
@@ -185,7 +206,7 @@ def named_part(dim, shape, where):
     return f"{plural} {' and '.join([', '.join(count[:-1]), count[-1]] if count[1:] else count)}".strip()
 
 
-# ---- The first difference ------------------------------------------------------------------------------------
+# ---- The first difference ----------------------------------------------------------------------------------
 def first_event(pair, train, sizes=PADDED):
     """(place, description, last place that agrees) of the first difference, or None."""
     inputs = batch(pair.seed, sizes)
@@ -233,10 +254,8 @@ def suspects(pair, like, train, sizes=PADDED):
 
 
 def variants_of(like):
-    """What is looked at: a relative has the variants of its parent that it can build."""
-    while like not in VARIANTS:
-        like = parent_of(like)
-    return VARIANTS[like]
+    """What is looked at: of relatives the default options."""
+    return VARIANTS.get(like, [PLAIN])
 
 
 def first_difference(student, ours, seed=0, variants=None):
@@ -245,7 +264,9 @@ def first_difference(student, ours, seed=0, variants=None):
     for what, options, changes, sizes in variants or variants_of(like):
         try:
             with torch.device("meta"):
-                ours.build(3, **{**dict(pretrained_backbone=False), **case_name(options.get("variant", like))[1]})
+                ours.build(
+                    3, **{**dict(pretrained_backbone=False), **case_name(options.get("variant", like))[1]}
+                )
         except TypeError:
             continue  # an option that this relative does not have
         try:
@@ -278,7 +299,10 @@ def first_difference(student, ours, seed=0, variants=None):
             yield f"{what}: predictions agree. {error}"
             return
         yield f"{what}: no difference, neither in numbers nor in gradients."
-    for what, mark in [("initial values", start), ("training", training)]:  # what does not show in given weights
+    for what, mark in [
+        ("initial values", start),
+        ("training", training),
+    ]:  # what does not show in given weights
         try:
             mark(student, ours, seed)
         except Exception as error:
@@ -286,7 +310,9 @@ def first_difference(student, ours, seed=0, variants=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file")
     parser.add_argument("--like", required=True, help="the file of ours that it is meant to equal")
     parser.add_argument("--seed", type=int, default=0, help="other weights and images")
@@ -294,8 +320,10 @@ def main():
     if not Path(args.file).is_file():
         parser.error(f"{args.file}: no such file")
     if args.like == "train":
-        parser.error("--like train has no parts to follow; its marks name the loss that is off: "
-                     f"python -m pytest tests --file {args.file} --like train --points")
+        parser.error(
+            "--like train has no parts to follow; its marks name the loss that is off: "
+            f"python -m pytest tests --file {args.file} --like train --points"
+        )
     try:
         ours = ours_named(args.like)
     except ValueError as error:

@@ -1,12 +1,15 @@
 """From marks that fail to points: one slip costs one mark.
 
-Most marks run the whole model, so a slip in one place can make several of them fail. Three things keep that fair:
+Most marks run the whole model, so a slip in one place can make several of them fail. Three things keep
+that fair:
 
 * Weights are chosen so that little but the mark's own concept matters (pairs.py, marks.py).
-* If a mark fails, and is met as soon as our file has a known slip in it that belongs to another mark which is lost
-  anyway, then that slip was all that was wrong: the mark is met.
-* If a part that a mark stands on is lost for a reason we do not know, nobody can tell: the mark is not judged.
+* If a mark fails, and is met as soon as our file has a known slip in it that belongs to another mark which
+  is lost anyway, then that slip was all that was wrong: the mark is met.
+* If a part that a mark stands on is lost for a reason we do not know, nobody can tell: the mark is not
+  judged.
 """
+
 import time
 from typing import NamedTuple
 
@@ -31,7 +34,6 @@ BUILDS_ON = {
     "spatial_query": ["heads", "attention", "positions"],
     "aligner": ["heads", "attention"],
     "smca": ["aligner"],
-    "multiscale": ["aligner"],
     "refinement": ["references", "sampling"],
     "two_stage": ["references", "refinement"],
     "recurrent": ["recollection"],
@@ -79,7 +81,11 @@ def slips(like, lost):
     """Our file with every known mistake in it that belongs to one of these marks: (mistake, module)."""
     texts = set()
     for mistake in MISTAKES:
-        if mistake.mark in lost and (mistake.file == "train") == (like == "train") and (mistake.old, mistake.new) not in texts:
+        if (
+            mistake.mark in lost
+            and (mistake.file == "train") == (like == "train")
+            and (mistake.old, mistake.new) not in texts
+        ):
             module = module_of(mistake, like)
             if module:
                 texts.add((mistake.old, mistake.new))
@@ -88,11 +94,17 @@ def slips(like, lost):
 
 def worth_explaining(failures):
     """The lost marks that a slip somewhere else could be the reason of: NaN has a reason of its own."""
-    return [name for name, failure in failures.items() if failure and failure.kind not in ("not finite", "loading")]
+    return [
+        name
+        for name, failure in failures.items()
+        if failure and failure.kind not in ("not finite", "loading")
+    ]
 
 
 def explained(student, like, seed, lost, candidates, seconds=60):
-    """[(mark, what was done, marks that fail for this alone)], as few slips as explain most of the lost marks."""
+    """[(mark, what was done, marks that fail for this alone)], as few slips as explain most of the lost
+    marks.
+    """
     found, left = [], [mark for mark in lost if mark not in TOGETHER]
     until = time.monotonic() + seconds
     if like != "train":  # those whose numbers are the student's, if there are any
@@ -140,7 +152,9 @@ def settle(failures, explanations=()):
         bases = [base for base in BUILDS_ON.get(mark, ()) if base in lost]
         if failure.kind == "apart":  # judged without what it usually stands on
             return [base for base in bases if base in ("heads", "queries")]
-        return [base for base in bases if (mark, base) != ("backbone", "attention") or lost[base].kind == "apart"]
+        return [
+            base for base in bases if (mark, base) != ("backbone", "attention") or lost[base].kind == "apart"
+        ]
 
     verdicts = {}
     for mark in failures:
@@ -153,14 +167,18 @@ def settle(failures, explanations=()):
             while any(before(base) for base in first):  # down to those that are lost themselves
                 first = list(dict.fromkeys(root for base in first for root in before(base) or [base]))
             names = ", ".join(f"`{base}`" for base in first[:3])
-            verdicts[mark] = Verdict("unjudged", f"not judged before {names} {'is' if len(first) == 1 else 'are'} met")
+            verdicts[mark] = Verdict(
+                "unjudged", f"not judged before {names} {'is' if len(first) == 1 else 'are'} met"
+            )
         else:
             verdicts[mark] = Verdict("lost", lost[mark].sentence)
     return verdicts
 
 
 def judged(student, like, seed, names):
-    """{mark: Verdict} of a module in this process: for tests, the grader gives the file a process of its own."""
+    """{mark: Verdict} of a module in this process: for tests, the grader gives the file a process of its
+    own.
+    """
     ours, failures = ours_named(like), {}
     for name in names:
         failures[name] = None

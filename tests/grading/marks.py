@@ -1,7 +1,10 @@
-"""What a file can earn points for: every mark is a function (student, ours, seed) that raises where it is not met.
+"""What a file can earn points for: every mark is a function (student, ours, seed) that raises where it is not
+met.
 
-tests/grading/grader.py runs the marks, tests/grading/test_planted.py shows that each finds the mistakes it is for.
+tests/grading/grader.py runs the marks, tests/grading/test_planted.py shows that each finds the mistakes it
+is for.
 """
+
 import math
 from collections import Counter
 
@@ -22,7 +25,7 @@ from tests.grading.criterion_marks import (  # noqa: F401, found by name
     stages,
     total,
 )
-from tests.grading.files import ours_named
+from tests.grading.files import ours_named, path_of
 from tests.grading.pairs import (
     BOTH,
     FULL,
@@ -64,26 +67,36 @@ class Apart(AssertionError):
     """Not met, and that does not depend on the parts a mark usually stands on."""
 
 
-# ---- The contract --------------------------------------------------------------------------------------------
+# ---- The contract ------------------------------------------------------------------------------------------
 def shapes(student, ours, seed):
-    """Output shapes and ranges, for any image size, batch, number of queries and heads; number of parameters."""
+    """Output shapes and ranges, for any image size, batch, number of queries and heads; number of
+    parameters.
+    """
     for options, sizes in [({}, PADDED), ({"num_queries": 9, "nheads": 2}, [(75, 101)])]:
         pair = Pair(student, ours, seed, calm=False, **options)
         theirs, expected = pair.run(sizes)
         for key in ("logits", "boxes"):
             assert theirs[key].shape == expected[key].shape, (
-                f"{key} of {len(sizes)} images: {list(theirs[key].shape)}, not {list(expected[key].shape)}")
+                f"{key} of {len(sizes)} images: {list(theirs[key].shape)}, not {list(expected[key].shape)}"
+            )
         low, high = theirs["boxes"].min().item(), theirs["boxes"].max().item()
         inside = ((expected["boxes"] >= 0) & (expected["boxes"] <= 1)).all()
-        assert 0 <= low and high <= 1 or not inside, f"boxes reach from {low:.2g} to {high:.2g}, not in [0, 1]"
+        assert 0 <= low and high <= 1 or not inside, (
+            f"boxes reach from {low:.2g} to {high:.2g}, not in [0, 1]"
+        )
     count = [sum(p.numel() for p in counted(model)) for model in (pair.student, pair.ours)]
     assert count[0] == count[1], f"the model has {count[0]:,} parameters, not {count[1]:,}"
 
 
 def counted(model):
     """All parameters but those of a frozen batch norm, which may be buffers as well."""
-    frozen = {id(p) for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
-              for p in module.parameters() if not p.requires_grad}
+    frozen = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for p in module.parameters()
+        if not p.requires_grad
+    }
     return [p for p in model.parameters() if id(p) not in frozen]
 
 
@@ -101,7 +114,9 @@ def independence(student, ours, seed):
 
 
 def loading(student, ours, seed):
-    """load_official takes every entry of a checkpoint, with or without {"model": ...}, and refuses a wrong one."""
+    """load_official takes every entry of a checkpoint, with or without {"model": ...}, and refuses a wrong
+    one.
+    """
     pair = Pair(student, ours, seed, calm=False)
     try:
         pair.load()
@@ -127,8 +142,14 @@ def start(student, ours, seed):
     pair.load()
     places = origin(pair)
     for i, (name, p) in enumerate(named(pair.ours)):
-        values = torch.cat([pair.student_start[k].flatten()[where] for k, numbers in places
-                            for where in [numbers == i] if where.any()])
+        values = torch.cat(
+            [
+                pair.student_start[k].flatten()[where]
+                for k, numbers in places
+                for where in [numbers == i]
+                if where.any()
+            ]
+        )
         expected, again = first[index(pair.ours, p)], second[index(pair.ours, p)]
         if expected.equal(again):
             off = (values.sort().values - expected.flatten().sort().values).abs().max()
@@ -137,13 +158,17 @@ def start(student, ours, seed):
             ratio = (values.std() / expected.std()).item()
             allowed = 1.05 + 6 / math.sqrt(len(values))
             assert 1 / allowed < ratio < allowed, (
-                f"{name} starts with standard deviation {values.std():.3f}, not {expected.std():.3f}")
+                f"{name} starts with standard deviation {values.std():.3f}, not {expected.std():.3f}"
+            )
             theirs_reach, reach = (x.abs().max() / x.std() for x in (values, expected))
-            assert (theirs_reach > 2.2) == (reach > 2.2), (  # uniform: 1.7, normal: 2.5 of 100 numbers, more of more
-                f"{name} starts from a {'normal' if theirs_reach > 2.2 else 'uniform'} distribution")
+            assert (theirs_reach > 2.2) == (
+                reach > 2.2
+            ), (  # uniform: 1.7, normal: 2.5 of 100 numbers, more of more
+                f"{name} starts from a {'normal' if theirs_reach > 2.2 else 'uniform'} distribution"
+            )
 
 
-# ---- One concept after the other -------------------------------------------------------------------------------------
+# ---- One concept after the other ---------------------------------------------------------------------------
 def backbone(student, ours, seed):
     """Features, projection and levels: attention that averages everything gives the same answer."""
     pair = Pair(student, ours, seed, nheads=1)
@@ -154,24 +179,37 @@ def padding(student, ours, seed):
     """Padding: nobody looks at it, and positions and references do not count it."""
     pair = Pair(student, ours, seed, nheads=1)
     deformable = file_of(ours) in ("deformable_detr", "sqr")  # whose encoder cannot look everywhere
-    pair.compare("attention looks everywhere but at padding", PADDED, loud, flat, alike, still,
-                 *[mute_encoder] * deformable)
+    pair.compare(
+        "attention looks everywhere but at padding",
+        PADDED,
+        loud,
+        flat,
+        alike,
+        still,
+        *[mute_encoder] * deformable,
+    )
     pair = Pair(student, ours, seed)
     if pair.agree(FULL, keys=BOTH):  # then padding is all that is left to be wrong
         pair.compare("right for images of one size, wrong for images of different size", PADDED, keys=BOTH)
 
 
 FAINT = 0.05
-FIXED_POINTS = [zero(r"(sampling_offsets|attention_weights)\.weight", "reference_points"),
-                scaled(10, r"attention_weights\.bias")]
+FIXED_POINTS = [
+    zero(r"(sampling_offsets|attention_weights)\.weight", "reference_points"),
+    scaled(10, r"attention_weights\.bias"),
+]
 
 
 def positions(student, ours, seed):
     """Positions: what faint attention sees of them, up to its strength; they are not in the values."""
     pair = Pair(student, ours, seed, nheads=1)
-    by_points = any(name.endswith("sampling_offsets.weight") for name, _ in pair.ours.decoder.named_parameters())
-    one_query = [zero(r"ca_q_content|ca_q_pos|ca_q_sine\.(weight|layers\.1\.weight)"),
-                 scaled(10 / FAINT, r"ca_q_sine\.bias|ca_q_sine\.layers\.1\.bias")]
+    by_points = any(
+        name.endswith("sampling_offsets.weight") for name, _ in pair.ours.decoder.named_parameters()
+    )
+    one_query = [
+        zero(r"ca_q_content|ca_q_pos|ca_q_sine\.(weight|layers\.1\.weight)"),
+        scaled(10 / FAINT, r"ca_q_sine\.bias|ca_q_sine\.layers\.1\.bias"),
+    ]
     base = [louder(0.1), alike, still, zero("sampling_offsets"), *one_query]
     pair.load(*base, faint(0))
     without = pair.run(FULL)
@@ -185,9 +223,13 @@ def positions(student, ours, seed):
     if pair.agree(FULL, loud, flat, alike, still):
         pair.compare("positions seem to be part of the values", FULL, flat, alike, still)
         if pair.agree(FULL, flat, still, mute):
-            pair.compare("positions of queries seem to be part of the values", FULL, flat, still, mute_encoder)
+            pair.compare(
+                "positions of queries seem to be part of the values", FULL, flat, still, mute_encoder
+            )
     if by_points and pair.agree(FULL, *FIXED_POINTS, mute_encoder):
-        pair.compare("the decoder's points do not depend on positions as they should", FULL, mute_encoder, still)
+        pair.compare(
+            "the decoder's points do not depend on positions as they should", FULL, mute_encoder, still
+        )
 
 
 BY_CONTENT = [loud, still, zero(r"ca_k_pos|ca_q_sine|sa_[qk]_pos")]
@@ -197,17 +239,25 @@ def attention(student, ours, seed):
     """Attention: the scores' scale, the softmax and the heads, on contents alone."""
     pair = Pair(student, ours, seed)
     # SAM-DETR's cross-attention has a mark of its own, the aligner, and deformable attention another one
-    only = {"sam_detr": [zero("ca_q_content")], "deformable_detr": [mute_deformable], "sqr": [mute_deformable]}
+    only = {
+        "sam_detr": [zero("ca_q_content")],
+        "deformable_detr": [mute_deformable],
+        "sqr": [mute_deformable],
+    }
     only = only.get(file_of(ours), [])
     try:
-        pair.compare("attention over tokens that are all the same", FULL, zero("^backbone"), *BY_CONTENT, *only)
+        pair.compare(
+            "attention over tokens that are all the same", FULL, zero("^backbone"), *BY_CONTENT, *only
+        )
     except AssertionError as error:
         raise Apart(*error.args) from None
     pair.compare("attention by content", FULL, *BY_CONTENT, *only)
 
 
 def spatial_query(student, ours, seed):
-    """Conditional cross-attention: p_q = lambda p_s, beside the content inside every head, the first layer as it is."""
+    """Conditional cross-attention: p_q = lambda p_s, beside the content inside every head, the first layer
+    as it is.
+    """
     pair = Pair(student, ours, seed)
     pair.compare("attention by position", FULL, mute_encoder, zero(r"ca_[qk]_content"))
     if pair.agree(FULL, *BY_CONTENT):
@@ -226,22 +276,18 @@ def sampling(student, ours, seed):
 
 
 def aligner(student, ours, seed):
-    """Semantics Aligner: what every head takes, from where inside the box, and how the old query weighs it."""
+    """Semantics Aligner: what every head takes, from where inside the box, and how the old query weighs it.
+    """
     by_content = zero(r"ca_k_sine\.layers\.1")
-    Pair(student, ours, seed).compare("attention of the aligned queries", FULL, mute_encoder, still, by_content)
+    Pair(student, ours, seed).compare(
+        "attention of the aligned queries", FULL, mute_encoder, still, by_content
+    )
 
 
 def smca(student, ours, seed):
     """SMCA: a Gaussian around every head's point."""
     pair = Pair(student, ours, seed, "smca")
     pair.compare("attention looks nowhere but near the point", FULL, mute_encoder, still, faint(0))
-
-
-def multiscale(student, ours, seed):
-    """Three levels: the deformable encoder, and which decoder layer looks at which level."""
-    pair = Pair(student, ours, seed, "multiscale")
-    pair.compare("decoder layers, each with its level", FULL, mute_encoder, still)
-    pair.compare("all weights", PADDED)
 
 
 def references(student, ours, seed):
@@ -264,7 +310,8 @@ def heads(student, ours, seed):
 
 
 def own_heads(pair):
-    """The boxes of one layer at a time: with the other heads at zero its reference is (0.5, 0.5, 0.5, 0.5)."""
+    """The boxes of one layer at a time: with the other heads at zero its reference is (0.5, 0.5, 0.5, 0.5).
+    """
     heads = pair.ours.box_head
     own = hasattr(heads, "__len__") and len(heads) > 1 and heads[0] is not heads[1]
     for stage in range(len(pair.ours.decoder.layers)) if own else [None]:
@@ -278,7 +325,9 @@ def own_heads(pair):
 
 
 def refinement(student, ours, seed):
-    """box_refine: own heads, each layer starts at the box before it, without gradient, and samples relative to it."""
+    """box_refine: own heads, each layer starts at the box before it, without gradient, and samples relative
+    to it.
+    """
     pair = Pair(student, ours, seed, "refinement")
     own_heads(pair)
     pair.compare("without attention", FULL, mute, keys=BOTH)
@@ -294,13 +343,17 @@ def refinement(student, ours, seed):
 
 
 def ranked(model):
-    """Two-stage: tokens that count as zero are not among the best, and class 0 is not the best of all classes."""
+    """Two-stage: tokens that count as zero are not among the best, and class 0 is not the best of all
+    classes.
+    """
     zero(r"enc_output(_norm)?\.bias")(model)
     model.class_head[-1].weight.data[0] *= 0.3
 
 
 def two_stage(student, ours, seed):
-    """two_stage: anchors and proposals of all tokens, which of them become queries, and what is learned from them."""
+    """two_stage: anchors and proposals of all tokens, which of them become queries, and what is learned from
+    them.
+    """
     pair = Pair(student, ours, seed, "two_stage")
     pair.load(mute, ranked)
     for sizes in (PADDED, WIDE):
@@ -311,6 +364,28 @@ def two_stage(student, ours, seed):
         for key in BOTH:
             same(f"the decoder, without attention: {key}", theirs[key], expected[key])
     gradient_pattern(pair, origin(pair))
+
+
+def groups(student, ours, seed):
+    """Who may attend to whom: in training queries of one group see their own alone, in inference one group
+    is left.
+    """
+    option = next(
+        name for name in ("num_groups", "num_one2many") if name in path_of(file_of(ours)).read_text("utf-8")
+    )
+    pair = Pair(student, ours, seed, calm=False, **{option: 3 if option == "num_groups" else 5})
+    pair.load()
+    for train in (True, False):
+        theirs, expected = pair.run(PADDED, train)
+        for key in BOTH:
+            what = f"{key} in {'training' if train else 'inference'}"
+            found, wanted = len(theirs[key]), len(expected[key])
+            assert found == wanted, f"{what}: {found} stages and groups, not {wanted}"
+            same(what, theirs[key], expected[key])
+        if "one2many" in expected:
+            assert "one2many" in theirs, "forward returns no 'one2many' in training"
+            for key in BOTH:
+                same(f"one2many: {key}", theirs["one2many"][key], expected["one2many"][key])
 
 
 def recollection(student, ours, seed):
@@ -347,12 +422,16 @@ def gradients(student, ours, seed):
 def reaches_backbone(model, images):
     """Whether the convolutions of the backbone get a gradient, not just a projection."""
     out, parameters = checked(model(*images)), [p for p in model.parameters() if p.requires_grad]
-    found = torch.autograd.grad(upstream(out["logits"]) + upstream(out["boxes"]), parameters, allow_unused=True)
+    found = torch.autograd.grad(
+        upstream(out["logits"]) + upstream(out["boxes"]), parameters, allow_unused=True
+    )
     return sum(g is not None and g.dim() == 4 and bool(g.any()) for g in found) > 3
 
 
 class Dropped(TorchDispatchMode):
-    """Counts how many numbers dropout looks at, by the number of elements of every tensor that it is applied to."""
+    """Counts how many numbers dropout looks at, by the number of elements of every tensor that it is applied
+    to.
+    """
 
     def __init__(self):
         super().__init__()
@@ -360,7 +439,13 @@ class Dropped(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func.__name__.partition(".")[0] in ("native_dropout", "bernoulli_", "bernoulli", "rand", "rand_like"):
+        if func.__name__.partition(".")[0] in (
+            "native_dropout",
+            "bernoulli_",
+            "bernoulli",
+            "rand",
+            "rand_like",
+        ):
             size = (out[0] if isinstance(out, tuple) else out).numel()
             self.sizes[size] += 1
         return out
@@ -378,7 +463,9 @@ def training(student, ours, seed):
         with torch.no_grad():
             first, second = (finite(model.train(mode), *images)["logits"] for _ in range(2))
         varies = (first - second).abs().max().item() > 1e-5
-        assert varies == mode, "dropout=0.5 changes nothing in training" if mode else "dropout is not off in eval mode"
+        assert varies == mode, (
+            "dropout=0.5 changes nothing in training" if mode else "dropout is not off in eval mode"
+        )
     theirs, expected = (reaches_backbone(m.train(), images) for m in (model, pair.ours))
     assert theirs or not expected, "no gradient reaches the backbone"
     dropped = []
@@ -389,8 +476,10 @@ def training(student, ours, seed):
     theirs, expected = dropped
     for size, count in expected.items():
         assert theirs[size] >= count, (
-            f"dropout on tensors of {size:,} numbers, {place_of(size, images, pair.options)}: {theirs[size]} times "
-            f"in a forward pass, not {count}")
+            f"dropout on tensors of {size:,} numbers, {place_of(size, images, pair.options)}: "
+            f"{theirs[size]} times "
+            f"in a forward pass, not {count}"
+        )
     sums = [sum(size * count for size, count in sizes.items()) for sizes in dropped]
     assert sums[0] == sums[1], f"dropout looks at {sums[0]:,} numbers in a forward pass, not at {sums[1]:,}"
 
@@ -409,10 +498,12 @@ def place_of(size, images, options):
     return "weights of attention"
 
 
-# ---- All together ----------------------------------------------------------------------------------------------------
+# ---- All together ------------------------------------------------------------------------------------------
 def everything(student, ours, seed):
     """All weights at once, images of odd sizes: every stage in inference and in training."""
-    pair = Pair(student, ours, seed, calm=False, **{"recollect": "selective"} if file_of(ours) == "sqr" else {})
+    pair = Pair(
+        student, ours, seed, calm=False, **{"recollect": "selective"} if file_of(ours) == "sqr" else {}
+    )
     for train in (False, True):
         pair.compare("training" if train else "inference", [(100, 150), (131, 97)], keys=BOTH, train=train)
 
@@ -432,13 +523,15 @@ def official(student, ours, seed):
     for key in ("logits", "boxes"):
         assert_close(key, out[key], case.arrays[key], key)
     with torch.device("meta"):
-        criterion = ours_named("train").SetCriterion(ours.build(3, pretrained_backbone=False))  # our losses, and our recipe
+        criterion = ours_named("train").SetCriterion(
+            ours.build(3, pretrained_backbone=False)
+        )  # our losses, and our recipe
     out = checked(model.train()(*inputs))
     for key in ("logits", "boxes"):
-        assert_close(f"{key} in training", out[key].detach(), case.arrays.get(f"train_{key}", case.arrays[key]), key)
+        assert_close(
+            f"{key} in training", out[key].detach(), case.arrays.get(f"train_{key}", case.arrays[key]), key
+        )
     criterion(out, case.targets())["total"].backward()
     squares = [p.grad.double().square().sum().item() for p in model.parameters() if p.grad is not None]
     norm, expected = math.sqrt(sum(squares)), case.json["grad_l2_total"]
     assert abs(norm - expected) < 0.002 * expected, f"the gradient has norm {norm:.6g}, not {expected:.6g}"
-
-

@@ -2,6 +2,7 @@
 
 Not a sixth model, but a file to be graded: the marks must not depend on how our own files are built.
 """
+
 import math
 
 import torch
@@ -40,7 +41,9 @@ class Stack(nn.Module):
 class Detector(nn.Module):
     def __init__(self, classes, backbone, width, heads, enc, dec, hidden, dropout, queries):
         super().__init__()
-        body = torchvision.models.get_model(backbone, weights=None, norm_layer=torchvision.ops.FrozenBatchNorm2d)
+        body = torchvision.models.get_model(
+            backbone, weights=None, norm_layer=torchvision.ops.FrozenBatchNorm2d
+        )
         channels = body.fc.in_features
         del body.fc, body.avgpool
         for part in (body.conv1, body.layer1):
@@ -56,7 +59,9 @@ class Detector(nn.Module):
                 nn.init.xavier_uniform_(p)
         self.class_embed = nn.Linear(width, classes + 1)
         self.bbox_embed = nn.Module()
-        self.bbox_embed.layers = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 4)])
+        self.bbox_embed.layers = nn.ModuleList(
+            [nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 4)]
+        )
 
     def position(self, valid, width):
         halves = []
@@ -70,7 +75,16 @@ class Detector(nn.Module):
 
     def forward(self, images, mask):
         x, body = images, self.backbone[0]["body"]
-        for part in (body.conv1, body.bn1, body.relu, body.maxpool, body.layer1, body.layer2, body.layer3, body.layer4):
+        for part in (
+            body.conv1,
+            body.bn1,
+            body.relu,
+            body.maxpool,
+            body.layer1,
+            body.layer2,
+            body.layer3,
+            body.layer4,
+        ):
             x = part(x)
         rows, columns = (torch.arange(n) * whole // n for n, whole in zip(x.shape[-2:], mask.shape[-2:]))
         small = mask[:, rows][:, :, columns]
@@ -91,8 +105,18 @@ class Detector(nn.Module):
         return {"logits": torch.stack(logits), "boxes": torch.stack(boxes)}
 
 
-def build(num_classes, backbone="resnet50", pretrained_backbone=False, hidden_dim=256, nheads=8, enc_layers=6,
-          dec_layers=6, dim_feedforward=2048, dropout=0.1, num_queries=100):
+def build(
+    num_classes,
+    backbone="resnet50",
+    pretrained_backbone=False,
+    hidden_dim=256,
+    nheads=8,
+    enc_layers=6,
+    dec_layers=6,
+    dim_feedforward=2048,
+    dropout=0.1,
+    num_queries=100,
+):
     layers = enc_layers, dec_layers, dim_feedforward, dropout
     return Detector(num_classes, backbone, hidden_dim, nheads, *layers, num_queries)
 

@@ -1,9 +1,11 @@
 """Two models with the same weights, our own and somebody's: what the marks are made of.
 
-A student's file is seen through the contract alone: build, forward, load_official. We may change our own model,
-whose names we know, and hand its weights over as an official checkpoint: no private and no official name of a
-parameter is needed. To tell one concept from another, weights are chosen so that little else matters.
+A student's file is seen through the contract alone: build, forward, load_official. We may change our own
+model, whose names we know, and hand its weights over as an official checkpoint: no private and no official
+name of a parameter is needed. To tell one concept from another, weights are chosen so that little else
+matters.
 """
+
 import re
 import traceback
 from functools import lru_cache
@@ -21,10 +23,16 @@ VARIANTS = {
     "refinement": ("deformable_detr_refine", {"box_refine": True}),
     "two_stage": ("deformable_detr_two_stage", {"two_stage": True}),
     "smca": ("sam_detr_smca", {"input_norm": True, "smca": True}),
-    "multiscale": ("sam_detr_multiscale", {"multiscale": True}),
 }
-TINY = dict(backbone="resnet18", pretrained_backbone=False, hidden_dim=32, nheads=4, dim_feedforward=32,
-            dropout=0.0, num_queries=6)
+TINY = dict(
+    backbone="resnet18",
+    pretrained_backbone=False,
+    hidden_dim=32,
+    nheads=4,
+    dim_feedforward=32,
+    dropout=0.0,
+    num_queries=6,
+)
 FULL = [(96, 128), (96, 128)]  # (height, width) of the images: no padding
 PADDED = [(70, 128), (96, 90)]
 WIDE = [(64, 432)]  # so wide that two-stage anchors leave the image
@@ -59,7 +67,7 @@ def case_name(file):
     return VARIANTS.get(file, (file, {}))
 
 
-# ---- Two models with the same weights --------------------------------------------------------------------------------
+# ---- Two models with the same weights ----------------------------------------------------------------------
 @lru_cache(maxsize=12)
 def case_of(name):
     return Case(name)
@@ -75,8 +83,7 @@ def fresh(shape, kind, name, seed):
     return fill(shape, kind, name, seed)
 
 
-@lru_cache(maxsize=12)
-def built(module, start, options):
+def build_both(module, start, options):
     """(model, a copy of what its parameters start from); `options` are pairs, `start` seeds the weights."""
     if not hasattr(module, "build"):
         raise NotWritten("build")
@@ -85,10 +92,14 @@ def built(module, start, options):
     return model, [p.detach().clone() for p in model.parameters()]
 
 
+built = lru_cache(maxsize=12)(build_both)
+
+
 class Pair:
     """Our model and the student's, built alike; `variant` is a key of VARIANTS, the file itself by default.
 
-    With `calm` the weights are such that an error in norms and feed-forward blocks shows in the mark `heads` alone.
+    With `calm` the weights are such that an error in norms and feed-forward blocks shows in the mark `heads`
+    alone.
     """
 
     def __init__(self, student, ours, seed, variant=None, calm=True, **options):
@@ -164,7 +175,9 @@ def checked(out):
     assert isinstance(out, dict), f"forward returns {type(out).__name__}, not a dict of logits and boxes"
     for key in ("logits", "boxes"):
         assert key in out, f"forward returns no {key!r}"
-        assert isinstance(out[key], torch.Tensor), f"{key} is {type(out[key]).__name__}, not one tensor of all stages"
+        assert isinstance(out[key], torch.Tensor), (
+            f"{key} is {type(out[key]).__name__}, not one tensor of all stages"
+        )
     return out
 
 
@@ -201,13 +214,17 @@ class FirstNaN(TorchFunctionMode):
 
 
 def first_not_finite(model, inputs):
-    """The exception that says where in the student's file the first NaN is made, and which mark that costs."""
+    """The exception that says where in the student's file the first NaN is made, and which mark that costs.
+    """
     broken = [name for name, p in model.named_parameters() if p.isnan().any()]
     if broken:
         return NotFinite(f"load_official leaves NaN in {broken[0]}", "loading")
     images, mask = inputs
     with torch.no_grad():
-        for other, when in [(mask & False, "as soon as an image is padded"), (~mask, "where the mask is False")]:
+        for other, when in [
+            (mask & False, "as soon as an image is padded"),
+            (~mask, "where the mask is False"),
+        ]:
             if not other.equal(mask) and not model(images, other)["logits"].isnan().any():
                 return NotFinite(f"some numbers are not finite {when}", "padding")
     try:
@@ -228,12 +245,13 @@ def few(values):
     return ", ".join(f"{v:.3g}" for v in values[:4]) + (" ..." if len(values) > 4 else "")
 
 
-# ---- Changes of our model that leave one concept -------------------------------------------------------------
+# ---- Changes of our model that leave one concept -----------------------------------------------------------
 def scaled(factor, *patterns):
     def change(model):
         for name, p in model.named_parameters():
             if re.search("|".join(patterns), name):
                 p.data *= factor
+
     return change
 
 
@@ -245,7 +263,9 @@ mute = zero(r"(out|output)_proj\.weight")  # attention adds a constant, wherever
 mute_encoder = zero(r"^encoder.*(out|output)_proj\.weight")
 mute_cross = zero(r"cross_attn\.(out|output)_proj\.weight")
 mute_deformable = zero(r"output_proj\.weight")
-alike = zero(r"^reference\.|reference_points|query_embed")  # every query starts at (0.5, 0.5), without content
+alike = zero(
+    r"^reference\.|reference_points|query_embed"
+)  # every query starts at (0.5, 0.5), without content
 still = zero(r"^box_head.*layers\.2")  # reference boxes stay where they are
 
 
@@ -261,7 +281,9 @@ HIGH = 30.0  # above everything that hidden layers see with golden weights
 
 
 def lifted(layers):
-    """Hidden layers see large numbers, which ReLU, GELU and their like hand on alike; the next bias takes them off."""
+    """Hidden layers see large numbers, which ReLU, GELU and their like hand on alike; the next bias takes
+    them off.
+    """
     for first, second in zip(layers, layers[1:]):
         first.bias.data += HIGH
         second.bias.data -= second.weight.data.sum(1) * HIGH
@@ -288,11 +310,15 @@ def packed(model, part):
 
 def faint(factor):
     """Queries and keys are scaled: attention becomes faint, and with 0 looks everywhere alike."""
+
     def change(model):
         for weight, bias in packed(model, ""):
             weight[:2] *= factor
             bias[:2] *= factor
-        scaled(factor, r"[sc]a_[qk]_(content|pos)\.|ca_[qk]_sine\.(weight|bias|layers\.1)|attention_weights\.")(model)
+        scaled(
+            factor, r"[sc]a_[qk]_(content|pos)\.|ca_[qk]_sine\.(weight|bias|layers\.1)|attention_weights\."
+        )(model)
+
     return change
 
 
@@ -307,12 +333,21 @@ def louder(factor):
 
     With a large factor positions that are added to contents vanish, in the values as well.
     """
+
     def change(model):
         norm = any(re.match(r"input_proj\.\d\.1\.", name) for name, _ in model.named_parameters())
-        scaled(factor, r"^input_proj\.\d\.1\." if norm else r"^input_proj\.",
-               r"^encoder.*(norm1|ffn\.norm)\.", r"^encoder.*((out|output|value)_proj|linear[12])\.bias")(model)
-        scaled(1 / factor, r"^encoder.*(sampling_offsets|attention_weights)\.weight",
-               r"^decoder.*(ca_k_content|ca_v|value_proj|point_conv\.0)\.weight", r"enc_output\.weight")(model)
+        scaled(
+            factor,
+            r"^input_proj\.\d\.1\." if norm else r"^input_proj\.",
+            r"^encoder.*(norm1|ffn\.norm)\.",
+            r"^encoder.*((out|output|value)_proj|linear[12])\.bias",
+        )(model)
+        scaled(
+            1 / factor,
+            r"^encoder.*(sampling_offsets|attention_weights)\.weight",
+            r"^decoder.*(ca_k_content|ca_v|value_proj|point_conv\.0)\.weight",
+            r"enc_output\.weight",
+        )(model)
         for weight, bias in packed(model, "encoder"):
             weight[:2] /= factor
             bias[2] *= factor
@@ -320,13 +355,14 @@ def louder(factor):
             weight[1:] /= factor
         if any("aligner" in name for name, _ in model.named_modules()):  # SAM-DETR makes queries of contents
             scaled(1 / factor, r"ca_q_content\.weight")(model)
+
     return change
 
 
 loud = louder(1e4)
 
 
-# ---- Parameters and gradients -------------------------------------------------------------------------------------------------------
+# ---- Parameters and gradients ------------------------------------------------------------------------------
 def named(model):
     """Parameters outside of the backbone, by name."""
     return [(name, p) for name, p in model.named_parameters() if not name.startswith("backbone.")]
@@ -337,10 +373,11 @@ def index(model, parameter):
 
 
 def origin(pair):
-    """Where the student keeps our parameters: [(which of its parameters, for each number the index into named)].
+    """Where the student keeps our parameters: [(which of its parameters, for each number the index into
+    named)].
 
-    Every number of a checkpoint gets a value of its own, and load_official shows where it went. So it does not
-    matter how the student names, splits or packs parameters.
+    Every number of a checkpoint gets a value of its own, and load_official shows where it went. So it does
+    not matter how the student names, splits or packs parameters.
     """
     first, bounds = 1000, []
     checkpoint = pair.checkpoint  # goes back into both when the origins are known
@@ -352,6 +389,7 @@ def origin(pair):
             p.data.copy_(torch.arange(first, first + p.numel(), dtype=torch.float32).view_as(p))
             first += p.numel()
             bounds.append(first)
+
     calm, pair.calm = pair.calm, False
     pair.load(tag)
     pair.calm = calm
@@ -380,7 +418,9 @@ def norms(pair, theirs, gradients):
 
 def outputs(out):
     """The parts of an output whose gradients are looked at one by one."""
-    parts = [(f"{key} of stage {s + 1}", out[key][s]) for key in ("logits", "boxes") for s in range(len(out[key]))]
+    parts = [
+        (f"{key} of stage {s + 1}", out[key][s]) for key in ("logits", "boxes") for s in range(len(out[key]))
+    ]
     return parts + [(f"proposals: {key}", x) for key, x in out.get("proposals", {}).items()]
 
 
@@ -389,10 +429,14 @@ def upstream(x, generator=1):
 
 
 def gradient_pattern(pair, theirs):
-    """Which output's gradient reaches which parameter: a missing or an extra detach shows here and nowhere else."""
+    """Which output's gradient reaches which parameter: a missing or an extra detach shows here and nowhere
+    else.
+    """
     parameters, mine = list(pair.student.parameters()), [p for _, p in named(pair.ours)]
     parameters = [parameters[k] for k, _ in theirs]
-    assert all(p.requires_grad for p in parameters), "some parameters outside of the backbone have requires_grad False"
+    assert all(p.requires_grad for p in parameters), (
+        "some parameters outside of the backbone have requires_grad False"
+    )
     for (what, x), (_, y) in zip(*map(outputs, pair.run(FULL, train=True, gradients=True))):
         assert x.requires_grad, f"no gradient comes back from {what}"
         expected = lengths(torch.autograd.grad(upstream(y), mine, retain_graph=True, allow_unused=True))
@@ -407,14 +451,17 @@ def gradient_pattern(pair, theirs):
 def gradient_sizes(pair, theirs):
     """Norms of the gradient, parameter by parameter."""
     parameters = list(pair.student.parameters())
-    x, y = (upstream(out["logits"]) + upstream(out["boxes"]) for out in pair.run(PADDED, train=True, gradients=True))
+    x, y = (
+        upstream(out["logits"]) + upstream(out["boxes"])
+        for out in pair.run(PADDED, train=True, gradients=True)
+    )
     expected = lengths(torch.autograd.grad(y, [p for _, p in named(pair.ours)], allow_unused=True))
     found = norms(pair, theirs, torch.autograd.grad(x, [parameters[k] for k, _ in theirs], allow_unused=True))
     for (name, _), a, b in zip(named(pair.ours), found.tolist(), expected.tolist()):
-        assert abs(a - b) < 0.02 * b + 1e-4 * expected.norm(), f"the gradient of {name} has norm {a:.3g}, not {b:.3g}"
+        assert abs(a - b) < 0.02 * b + 1e-4 * expected.norm(), (
+            f"the gradient of {name} has norm {a:.3g}, not {b:.3g}"
+        )
 
 
 def lengths(gradients):
     return torch.tensor([0 if g is None else g.double().norm() for g in gradients], dtype=torch.float64)
-
-

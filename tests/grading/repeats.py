@@ -1,4 +1,6 @@
-"""How much of a submission is ours, word for word: for whoever grades, since an exercise hands most of a file out."""
+"""How much of a submission is ours, word for word: for whoever grades, since an exercise hands most of a file
+out."""
+
 import ast
 from pathlib import Path
 
@@ -12,7 +14,7 @@ def blocks(text):
         inside = node.body if isinstance(node, ast.ClassDef) else [node]
         for function in inside:
             if isinstance(function, ast.FunctionDef):
-                body = function.body[ast.get_docstring(function) is not None:]
+                body = function.body[ast.get_docstring(function) is not None :]
                 name = f"{node.name}.{function.name}" if function is not node else node.name
                 found[name] = "\n".join([ast.dump(function.args), *map(ast.dump, body)])
     return found
@@ -30,8 +32,12 @@ def identical(file, like):
 def repeated(file, like, exercise=()):
     """Warnings: nothing but our code, or ours where something was to be written."""
     same = identical(file, like)
-    written = [name for name in same if any(name == block or name.startswith(f"{block}.") for block in exercise)]
+    written = [
+        name for name in same if any(name == block or name.startswith(f"{block}.") for block in exercise)
+    ]
     ours = [name for name in written if same[name]] if exercise else [name for name in same if same[name]]
     if same and ours and len(ours) == len(written or same):
-        return [f"has our code, word for word, in {', '.join(ours) if exercise else f'all {len(ours)} blocks'}"]
+        return [
+            f"has our code, word for word, in {', '.join(ours) if exercise else f'all {len(ours)} blocks'}"
+        ]
     return []

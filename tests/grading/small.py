@@ -1,4 +1,5 @@
 """What the tests of the grading share: a small backbone, and the marks that a module loses."""
+
 from torch import nn
 
 from tests.grading import marks

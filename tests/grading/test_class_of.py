@@ -24,7 +24,8 @@ def test_broken_submissions_do_not_keep_the_others_from_their_points(tmp_path):
     (tmp_path / "eve").mkdir()
     (tmp_path / "eve" / "my_train.py").write_text(ours)
     (tmp_path / "fay").mkdir()
-    done = command(tmp_path, "--marks", "l1_loss", "giou_loss", "--seconds", "10", "--exercise", "SetCriterion.cost")
+    exercise = "--exercise", "SetCriterion.cost"
+    done = command(tmp_path, "--marks", "l1_loss", "giou_loss", "--seconds", "10", *exercise)
     assert done.returncode == 0, done.stderr
     with open(tmp_path / "grades.csv", newline="") as file:
         rows = {row["student"]: row for row in csv.DictReader(file)}

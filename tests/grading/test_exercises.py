@@ -1,4 +1,6 @@
-"""docs/exercises.md: every block that it takes out loses the marks it names, and nothing breaks in another way."""
+"""docs/exercises.md: every block that it takes out loses the marks it names, and nothing breaks in another
+way."""
+
 import re
 import subprocess
 import sys
@@ -15,7 +17,9 @@ from tests.grading.notebook import notebook
 from tests.grading.small import CHEAP
 
 TEXT = (ROOT / "docs" / "exercises.md").read_text()
-EXERCISES = re.findall(r"    python -m tests.grading.blank (\w+)\.py (.+) > my_\w+\.py\n\nMarks: ([\w, ]+)\.", TEXT)
+EXERCISES = re.findall(
+    r"    python -m tests.grading.blank (\w+)\.py (.+) > my_\w+\.py\n\nMarks: ([\w, ]+)\.", TEXT
+)
 
 
 def module_without(file, blocks):
@@ -29,7 +33,9 @@ def module_without(file, blocks):
 def test_what_is_not_written_yet_loses_its_marks_and_says_so(file, blocks, named, small_backbone):
     module, ours, lost = module_without(file, blocks.split()), ours_named(file), {}
     only = "Only this one" in TEXT.split(f"{file}.py {blocks} >")[1].split("**")[0]
-    for name in CHEAP[file] if only else {*named.split(", "), "shapes", "training", "everything"} & {*CHEAP[file]}:
+    for name in (
+        CHEAP[file] if only else {*named.split(", "), "shapes", "training", "everything"} & {*CHEAP[file]}
+    ):
         try:
             getattr(marks, name)(module, ours, 0)
         except Exception as error:
@@ -41,7 +47,7 @@ def test_what_is_not_written_yet_loses_its_marks_and_says_so(file, blocks, named
         assert set(lost) == {named}, lost
 
 
-# ---- As a notebook ---------------------------------------------------------------------------------------------
+# ---- As a notebook -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("file", dict.fromkeys(file for file, *_ in EXERCISES))
 def test_the_notebook_runs_from_top_to_bottom(file, small_backbone):
     book = notebook(file)
@@ -69,7 +75,10 @@ def test_without_solutions_the_notebook_s_tests_fail_and_say_what_is_missing(sma
 def test_every_file_has_exercises_and_every_question_an_answer():
     assert {file for file, *_ in EXERCISES} == set(MARKS)
     questions, answers = TEXT.split("## Answers")
-    asked, answered = re.findall(r"\((\d+[a-z])\)", questions), re.findall(r"^\* (\d+[a-z])\. ", answers, re.M)
+    asked, answered = (
+        re.findall(r"\((\d+[a-z])\)", questions),
+        re.findall(r"^\* (\d+[a-z])\. ", answers, re.M),
+    )
     assert asked == answered
     numbers = [int(n) for n in re.findall(r"^\*\*(\d+)\. ", questions, re.M)]
     assert numbers == list(range(1, len(EXERCISES) + 1)), "an exercise without a command and marks"

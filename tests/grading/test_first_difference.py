@@ -1,4 +1,5 @@
 """The first difference is named where it is, and how it differs, as far as that can be told."""
+
 import sys
 import types
 
@@ -13,14 +14,33 @@ from tests.grading.planted import MISTAKES, module_of
 SEEN = [
     ("the mask is inverted", 0, "argument `input` of encoder.layers.0.self_attn.out_proj", "off by up to"),
     ("positions encode x in the first half", 0, "argument `pos` of encoder", "its two halves are swapped"),
-    ("decoder self-attention is along the batch", 0, "argument `q` of decoder.layers.0.self_attn", "transposed"),
-    ("the decoder looks at padding", 0, "argument `input` of decoder.layers.0.cross_attn.out_proj",
-     "only for image 2"),
-    ("boxes are corners", 0, "the output boxes of stage 1", "corners (x, y, x, y) instead of centre and size"),
+    (
+        "decoder self-attention is along the batch",
+        0,
+        "argument `q` of decoder.layers.0.self_attn",
+        "transposed",
+    ),
+    (
+        "the decoder looks at padding",
+        0,
+        "argument `input` of decoder.layers.0.cross_attn.out_proj",
+        "only for image 2",
+    ),
+    (
+        "boxes are corners",
+        0,
+        "the output boxes of stage 1",
+        "corners (x, y, x, y) instead of centre and size",
+    ),
     ("boxes have no sigmoid", 0, "the output boxes of stage 1", "the sigmoid is missing"),
     ("lambda is left out", 0, "argument `p_q` of decoder.layers.1", "off by up to"),
     ("width and height are relative", 0, "the output boxes of stage 1", "only for width and height"),
-    ("offsets are divided by (H, W)", 0, "argument `input` of encoder.layers.0.self_attn.output_proj", "off by up to"),
+    (
+        "offsets are divided by (H, W)",
+        0,
+        "argument `input` of encoder.layers.0.self_attn.output_proj",
+        "off by up to",
+    ),
     ("the Gaussian lacks the 1/8", 1, "argument `bias` of decoder.layers.0.cross_attn", "scaled by 8"),
     ("a stage is fed three stages", 1, "argument `tgt` of decoder.layers.2", "off by up to"),
 ]
@@ -38,7 +58,9 @@ def test_a_mistake_that_people_make_is_recognised(small_backbone):
     """One of two_stage: its wrong choice of proposals must not be seen in every other mistake's numbers."""
     for words in ("the mask is inverted", "proposals are ranked"):
         mistake = next(m for m in MISTAKES if m.what.startswith(words))
-        variants = [v for v in VARIANTS[mistake.file] if v[0] in ("with the default options", "with two_stage")][-1:]
+        variants = [
+            v for v in VARIANTS[mistake.file] if v[0] in ("with the default options", "with two_stage")
+        ][-1:]
         _, _, *lines = first_difference(module_of(mistake), ours_named(mistake.file), variants=variants)
         assert lines == [f"The output is exactly that of our file where {mistake.what}."]
 
@@ -57,7 +79,9 @@ def test_other_names_inside_leave_the_stages_of_the_output(small_backbone, monke
     import detr
     from tests.grading import other_detr
 
-    assert list(first_difference(other_detr, detr))[0].endswith("no difference, neither in numbers nor in gradients.")
+    assert list(first_difference(other_detr, detr))[0].endswith(
+        "no difference, neither in numbers nor in gradients."
+    )
     forward = other_detr.Detector.forward
 
     def wrong(self, images, mask):
@@ -96,7 +120,8 @@ def test_the_command(monkeypatch, capsys):
     main()
     assert "cannot be built or filled. not written yet: build" in capsys.readouterr().out
     for file, like, words in [
-        ("nothing.py", "detr", "nothing.py: no such file"), (str(other), "yolo", "--like yolo, it must be one of"),
+        ("nothing.py", "detr", "nothing.py: no such file"),
+        (str(other), "yolo", "--like yolo, it must be one of"),
         (str(other), "train", "--like train has no parts to follow"),
     ]:
         monkeypatch.setattr(sys, "argv", ["first_difference.py", file, "--like", like])
@@ -107,8 +132,10 @@ def test_the_command(monkeypatch, capsys):
 
 def test_initial_values_do_not_hide_what_comes_after_them(small_backbone):
     """Two faults: other initial values, and one that shows with two_stage alone."""
-    first, second = (next(m for m in MISTAKES if m.what.startswith(words)) for words in
-                     ("points do not start as a star", "proposals are ranked"))
+    first, second = (
+        next(m for m in MISTAKES if m.what.startswith(words))
+        for words in ("points do not start as a star", "proposals are ranked")
+    )
     both = second._replace(old=(first.old, second.old), new=(first.new, second.new))
     lines = list(first_difference(module_of(both), ours_named("deformable_detr")))
     assert "with two_stage, inference: the first difference is" in lines[2], lines
@@ -119,6 +146,9 @@ def test_a_block_that_is_still_blank_is_named(small_backbone):
 
     module = types.ModuleType("detr")
     module.__file__ = "my_detr.py"
-    exec(compile(blank((ROOT / "detr.py").read_text(), "sine_positions"), "my_detr.py", "exec"), module.__dict__)
+    exec(
+        compile(blank((ROOT / "detr.py").read_text(), "sine_positions"), "my_detr.py", "exec"),
+        module.__dict__,
+    )
     lines = list(first_difference(module, ours_named("detr")))
     assert lines == ["with the default options, inference: your file stops. not written yet: sine_positions"]

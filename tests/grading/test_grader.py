@@ -1,4 +1,5 @@
 """The grader is tested through its command: our files get all points, and no file takes it down."""
+
 import json
 import subprocess
 import sys
@@ -16,21 +17,38 @@ def command(*options):
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("file, left_out", [("detr", 0), ("conditional_detr", 2)])  # official, 2 points, is slow
+@pytest.mark.parametrize(
+    "file, left_out", [("detr", 0), ("conditional_detr", 2)]
+)  # official, 2 points, is slow
 def test_the_command_gives_our_files_all_points(file, left_out, tmp_path):
     which = ["-k", "not official"] if left_out else []
-    options = ["--file", f"{file}.py", "--like", file, "--points", "--seed", "7", "--json", str(tmp_path / "r.json")]
+    options = [
+        "--file",
+        f"{file}.py",
+        "--like",
+        file,
+        "--points",
+        "--seed",
+        "7",
+        "--json",
+        str(tmp_path / "r.json"),
+    ]
     code, output = command(*options, *which)
     assert code == 0, output
     points = sum(MARKS[file].values()) - left_out
     assert f"{points} of {points} points" in output, output
     results = json.loads((tmp_path / "r.json").read_text())
     assert results["score"] == points == sum(test["score"] for test in results["tests"])
-    assert all({"name", "score", "max_score", "output", "visibility"} <= set(test) for test in results["tests"])
+    assert all(
+        {"name", "score", "max_score", "output", "visibility"} <= set(test) for test in results["tests"]
+    )
 
 
 def test_the_command_says_what_is_wrong_with_its_options():
-    assert "must be one of conditional_detr, deformable_detr, detr" in command("--file", "detr.py", "--like", "yolo")[1]
+    assert (
+        "must be one of conditional_detr, deformable_detr, detr"
+        in command("--file", "detr.py", "--like", "yolo")[1]
+    )
     assert "no such file" in command("--file", "nothing.py", "--like", "detr")[1]
 
 
@@ -97,9 +115,17 @@ def test_no_file_takes_the_grader_down(tmp_path):
     (tmp_path / "bad.py").write_text(BAD)
     names = list(MARKS["train"])[:9]
     found = grade(tmp_path / "bad.py", "train", names=names, seconds=6)
-    expected = ["SystemExit: bye", "wants more than 4 GB", "tired (print_a_lot", "maximum recursion depth",
-                "not written yet: matching", "took longer than 6 seconds", "ended Python (exit code 3)",
-                "not written yet: later", "not written yet: later"]
+    expected = [
+        "SystemExit: bye",
+        "wants more than 4 GB",
+        "tired (print_a_lot",
+        "maximum recursion depth",
+        "not written yet: matching",
+        "took longer than 6 seconds",
+        "ended Python (exit code 3)",
+        "not written yet: later",
+        "not written yet: later",
+    ]
     assert list(found.verdicts) == names
     for verdict, part in zip(found.verdicts.values(), expected):
         assert verdict.status == "lost" and part in verdict.why, found
@@ -124,7 +150,7 @@ def test_without_load_official_the_marks_that_need_no_weights_remain(small_backb
     assert all("load_official, and this mark has to give" in sentence for sentence in found.values()), found
 
 
-# ---- Correct in another way --------------------------------------------------------------------------------------
+# ---- Correct in another way --------------------------------------------------------------------------------
 def test_a_batch_norm_that_is_frozen_by_hand_is_as_good(small_backbone):
     """nn.BatchNorm2d in eval mode without gradients computes what FrozenBatchNorm2d does."""
     import torch
@@ -158,13 +184,14 @@ def test_a_batch_norm_that_is_frozen_by_hand_is_as_good(small_backbone):
     assert not lost(Module, "detr", CHEAP["detr"])
 
 
-# ---- Cheating ------------------------------------------------------------------------------------------------
+# ---- Cheating ----------------------------------------------------------------------------------------------
 IMPORTS = "from detr import build, load_official\n"
 EXECUTES = f"exec(open({str(ROOT / 'detr.py')!r}).read())\n"
 PATCHES = """
 import gc, types
 
-for module in [m for m in gc.get_objects() if isinstance(m, types.ModuleType) and m.__name__ == "tests.grading.marks"]:
+modules = [m for m in gc.get_objects() if isinstance(m, types.ModuleType)]
+for module in [m for m in modules if m.__name__ == "tests.grading.marks"]:
     module.shapes = module.heads = lambda *args: None
 """
 WRITES = """
@@ -172,17 +199,22 @@ import os
 
 for n in range(3, 20):
     try:
-        os.write(n, b'x {"running": "shapes", "failure": null}\\n{"verdicts": {"shapes": ["met"], "heads": ["met"]}}\\n')
+        os.write(n, b'x {"running": "shapes", "failure": null}\\n{"verdicts": {"shapes": ["met"]}}\\n')
     except OSError:
         pass
 os._exit(0)
 """
 
 
-@pytest.mark.parametrize("text, warning", [
-    (IMPORTS, "imports our detr"), (EXECUTES, "opens our detr.py"),
-    (PATCHES, "changes tests.grading.marks.shapes"), (WRITES, "writes into the grader's report"),
-])
+@pytest.mark.parametrize(
+    "text, warning",
+    [
+        (IMPORTS, "imports our detr"),
+        (EXECUTES, "opens our detr.py"),
+        (PATCHES, "changes tests.grading.marks.shapes"),
+        (WRITES, "writes into the grader's report"),
+    ],
+)
 def test_known_tricks_bring_nothing_or_are_reported(text, warning, tmp_path):
     (tmp_path / "my_detr.py").write_text(text)
     found = grade(tmp_path / "my_detr.py", "detr", names=["shapes", "heads"], seconds=60)

@@ -1,4 +1,6 @@
-"""The marks are tested: each planted mistake costs the mark it belongs to and no other, and our files lose none."""
+"""The marks are tested: each planted mistake costs the mark it belongs to and no other, and our files lose
+none."""
+
 import pytest
 
 from tests.grading.files import ours_named
@@ -8,15 +10,29 @@ from tests.grading.planted import MISTAKES, module_of
 from tests.grading.small import CHEAP, lost
 
 # Whoever crashes cannot be judged by much
-CRASHES = ("the cost is computed on centre and size", "positions are not numbers", "the first dimension is the batch")
+CRASHES = (
+    "the cost is computed on centre and size",
+    "positions are not numbers",
+    "the first dimension is the batch",
+)
 # These are judged by all marks every time, the others in turn with --all-planted
 ALWAYS = (
-    "the feed-forward block has a GELU", "logits go through a softmax", "the final norm is there twice",
-    "the feed-forward block has no dropout", "attention weights have no dropout", "positions are not numbers",
-    "losses are divided by the objects of this part", "values of the decoder's self-attention have the queries'",
-    "boxes are relative to the padded image", "boxes go to RoIAlign as centre and size",
-    "attention does not use the padding mask", "lambda is added", "the reference point is detached",
-    "a stage is fed three stages", "all stages use the last stage's matching", "offsets are divided by (H, W)",
+    "the feed-forward block has a GELU",
+    "logits go through a softmax",
+    "the final norm is there twice",
+    "the feed-forward block has no dropout",
+    "attention weights have no dropout",
+    "positions are not numbers",
+    "losses are divided by the objects of this part",
+    "values of the decoder's self-attention have the queries'",
+    "boxes are relative to the padded image",
+    "boxes go to RoIAlign as centre and size",
+    "attention does not use the padding mask",
+    "lambda is added",
+    "the reference point is detached",
+    "a stage is fed three stages",
+    "all stages use the last stage's matching",
+    "offsets are divided by (H, W)",
 )
 
 
@@ -29,12 +45,16 @@ def pytest_generate_tests(metafunc):
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: f"{m.file}: {m.what}")
 def test_a_planted_mistake_loses_its_mark(mistake, small_backbone):
-    assert lost(module_of(mistake), mistake.file, [mistake.mark]), f"{mistake.mark} is met, although {mistake.what}"
+    assert lost(module_of(mistake), mistake.file, [mistake.mark]), (
+        f"{mistake.mark} is met, although {mistake.what}"
+    )
 
 
 def test_one_slip_costs_one_mark(slip, small_backbone):
     verdicts = judged(module_of(slip), slip.file, 0, CHEAP[slip.file])
-    found = {status: {m for m, v in verdicts.items() if v.status == status} for status in ("lost", "unjudged")}
+    found = {
+        status: {m for m, v in verdicts.items() if v.status == status} for status in ("lost", "unjudged")
+    }
     assert found["lost"] == {slip.mark}, verdicts
     allowed = {*TOGETHER, "multiscale", "refinement", "two_stage"}  # what stands on the lost mark as a whole
     assert found["unjudged"] <= allowed or slip.what.startswith(CRASHES), verdicts
