@@ -1,4 +1,4 @@
-"""Read the numbers that the official code produced (tests/golden/README.md); redo their weights and inputs."""
+"""Read the numbers that the official code gave (tests/golden/README.md); redo their weights and inputs."""
 import json
 import zlib
 from pathlib import Path

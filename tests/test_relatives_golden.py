@@ -128,7 +128,8 @@ def test_every_loss_term_and_the_total(run):
                 ours = run["train_out"]["one2many"]["weight"] * losses[f"one2many_{part}"][s].detach()
                 assert_close(f"{part} of stage {s}, one to many", ours, stored["loss_raw"][name], "loss")
         if f"{LOSS[part]}_enc" in stored["loss_raw"]:
-            proposal, official = losses[f"proposal_{part}"][0].detach(), stored["loss_raw"][f"{LOSS[part]}_enc"]
+            official = stored["loss_raw"][f"{LOSS[part]}_enc"]
+            proposal = losses[f"proposal_{part}"][0].detach()
             assert_close(f"{part} of the proposals", proposal, official, "loss")
     assert_close("total", losses["total"].detach(), stored["loss_total"], "loss")
 
@@ -142,7 +143,8 @@ def test_gradient_norm_of_every_parameter(run):
         if norm is None:  # trained by name only: AdaMixer's first boxes
             continue
         ours = gradients.pop(our_name(run["module"], name)).double().norm().item()
-        assert abs(ours - norm) <= 1e-6 * total + 0.002 * norm, f"gradient of {name}: {ours:.6g}, not {norm:.6g}"
+        limit = 1e-6 * total + 0.002 * norm
+        assert abs(ours - norm) <= limit, f"gradient of {name}: {ours:.6g}, not {norm:.6g}"
     assert not gradients, f"trained here but not in the official code: {', '.join(gradients)}"
 
 
