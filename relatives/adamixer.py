@@ -9,7 +9,7 @@ So the decoder adapts to every object, and needs neither an encoder nor a featur
 
 Diff me against: deformable_detr.py. Little of its decoder stays, and nothing of its encoder.
 
-Departures from the official code (numbers are the same, tests/test_relatives.py holds them):
+Departures from the official code (numbers are the same, tests/test_relatives_golden.py holds them):
     losses are normalised by the number of objects, at least 1; officially a batch without any gives NaN.
     backbone_norm="frozen" keeps all of batch norm; officially its scale and shift are trained in C3 to C5.
     one drop of the learning rate after epoch 8; officially a second one after epoch 11.
@@ -60,7 +60,8 @@ class Backbone(nn.Module):
     """torchvision ResNet without pooling and classifier.
 
     In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5
-    at 16 with dilation; no C5 with last_stage=3, which is cheap). Raises ValueError for unknown values.
+    at 16 with dilation). Raises ValueError for unknown values. Not official: norm="batch", which training
+    from scratch needs; last_stage=3, no C5, cheap; dilation of ResNet-18 and -34, which torchvision refuses.
     Source: official models/backbone.py; ImageNet weights V1, from which all papers start.
     """
 
@@ -498,14 +499,10 @@ def load_official(model, checkpoint):
 
 
 # ---- python THIS_FILE.py: what the parts weigh, and what comes out for two random images -------------------
-def describe(model):
-    """Print the number of parameters of every part, and the shapes that the model returns."""
+if __name__ == "__main__":
+    model = build(num_classes=91, pretrained_backbone=False).eval()
     for name, part in [*model.named_children(), ("together", model)]:
         print(f"{name:12} {sum(p.numel() for p in part.parameters()):12,} parameters")
     with torch.no_grad():
-        out = model.eval()(torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool))
+        out = model(torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool))
     print({name: list(tensor.shape) for name, tensor in out.items()})
-
-
-if __name__ == "__main__":
-    describe(build(num_classes=91, pretrained_backbone=False))

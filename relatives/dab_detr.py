@@ -9,7 +9,7 @@ wide box looks wide, so that attention fits objects of any form.
 
 Diff me against: conditional_detr.py. PReLU and the absence of dropout came with the official code.
 
-Departures from the official code (numbers are the same, tests/test_relatives.py holds them):
+Departures from the official code (numbers are the same, tests/test_relatives_golden.py holds them):
     a decoder of one layer has no lambda, since layer 1 does not use it; the official code keeps it, unused.
     dilation (DC5) works for ResNet-18 and -34 too; torchvision refuses it there.
     backbone_norm="batch" trains everything with live BatchNorm, which training from scratch needs.
@@ -58,7 +58,8 @@ class Backbone(nn.Module):
     """torchvision ResNet without pooling and classifier.
 
     In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5
-    at 16 with dilation; no C5 with last_stage=3, which is cheap). Raises ValueError for unknown values.
+    at 16 with dilation). Raises ValueError for unknown values. Not official: norm="batch", which training
+    from scratch needs; last_stage=3, no C5, cheap; dilation of ResNet-18 and -34, which torchvision refuses.
     Source: official models/backbone.py; ImageNet weights V1, from which all papers start.
     """
 
@@ -245,7 +246,7 @@ class PReLUFeedForward(FeedForward):
         return self.norm(x + self.dropout(y))
 
 
-# ---- Encoder: global self-attention over the feature map (paper, section 3.2) ------------------------------
+# ---- Encoder: global self-attention over the feature map ---------------------------------------------------
 class EncoderLayer(nn.Module):
     """Every token looks at the others, then the feed-forward block: src, pos [B, T, D] -> [B, T, D]."""
 
@@ -270,7 +271,8 @@ class Encoder(nn.Module):
     def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout):
         super().__init__()
         self.layers = nn.ModuleList(
-            EncoderLayer(hidden_dim, nheads, dim_feedforward, dropout) for _ in range(num_layers))
+            EncoderLayer(hidden_dim, nheads, dim_feedforward, dropout)
+            for _ in range(num_layers))
         self.query_scale = MLP(hidden_dim, hidden_dim, hidden_dim, depth=2) if num_layers else None
 
     def forward(self, src, pos, mask):
@@ -504,14 +506,10 @@ def load_official(model, checkpoint):
 
 
 # ---- python THIS_FILE.py: what the parts weigh, and what comes out for two random images -------------------
-def describe(model):
-    """Print the number of parameters of every part, and the shapes that the model returns."""
+if __name__ == "__main__":
+    model = build(num_classes=91, pretrained_backbone=False).eval()
     for name, part in [*model.named_children(), ("together", model)]:
         print(f"{name:12} {sum(p.numel() for p in part.parameters()):12,} parameters")
     with torch.no_grad():
-        out = model.eval()(torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool))
+        out = model(torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool))
     print({name: list(tensor.shape) for name, tensor in out.items()})
-
-
-if __name__ == "__main__":
-    describe(build(num_classes=91, pretrained_backbone=False))

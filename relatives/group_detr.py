@@ -1,8 +1,7 @@
 """Group DETR: Fast DETR Training with Group-Wise One-to-Many Assignment.
 
 Qiang Chen, Xiaokang Chen, Jian Wang, Shan Zhang, Kun Yao, Haocheng Feng, Junyu Han, Errui Ding, Gang Zeng,
-Jingdong Wang. ICCV 2023, arXiv:2207.13085. Official code: github.com/Atten4Vis/ConditionalDETR, branch
-GroupDETR (Apache-2.0).
+Jingdong Wang. ICCV 2023, arXiv:2207.13085. Code: Atten4Vis/ConditionalDETR, branch GroupDETR (Apache-2.0).
 
 The idea: one query for each object is little to learn from. K groups of queries train one decoder; each group
 is matched by itself, so every object has K teachers. In self-attention groups do not see each other, so the
@@ -10,7 +9,7 @@ first group alone gives the same answer, and inference costs what it did without
 
 Diff me against: conditional_detr.py. The 12 epochs are a matter of training, not of the idea.
 
-Departures from the official code (numbers are the same, tests/test_relatives.py holds them):
+Departures from the official code (numbers are the same, tests/test_relatives_golden.py holds them):
     a batch without any object has the mean of the groups' losses as well; officially K times that.
     dilation (DC5) works for ResNet-18 and -34 too; torchvision refuses it there.
     backbone_norm="batch" trains everything with live BatchNorm, which training from scratch needs.
@@ -55,7 +54,8 @@ class Backbone(nn.Module):
     """torchvision ResNet without pooling and classifier.
 
     In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5
-    at 16 with dilation; no C5 with last_stage=3, which is cheap). Raises ValueError for unknown values.
+    at 16 with dilation). Raises ValueError for unknown values. Not official: norm="batch", which training
+    from scratch needs; last_stage=3, no C5, cheap; dilation of ResNet-18 and -34, which torchvision refuses.
     Source: official models/backbone.py; ImageNet weights V1, from which all papers start.
     """
 
@@ -230,7 +230,7 @@ def xavier_uniform(module):
             nn.init.xavier_uniform_(p)
 
 
-# ---- Encoder: global self-attention over the feature map (paper, section 3.2) ------------------------------
+# ---- Encoder: global self-attention over the feature map ---------------------------------------------------
 class EncoderLayer(nn.Module):
     """Every token looks at the others, then the feed-forward block: src, pos [B, T, D] -> [B, T, D]."""
 
@@ -255,7 +255,8 @@ class Encoder(nn.Module):
     def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout):
         super().__init__()
         self.layers = nn.ModuleList(
-            EncoderLayer(hidden_dim, nheads, dim_feedforward, dropout) for _ in range(num_layers))
+            EncoderLayer(hidden_dim, nheads, dim_feedforward, dropout)
+            for _ in range(num_layers))
 
     def forward(self, src, pos, mask):
         for layer in self.layers:
@@ -457,14 +458,10 @@ def load_official(model, checkpoint):
 
 
 # ---- python THIS_FILE.py: what the parts weigh, and what comes out for two random images -------------------
-def describe(model):
-    """Print the number of parameters of every part, and the shapes that the model returns."""
+if __name__ == "__main__":
+    model = build(num_classes=91, pretrained_backbone=False).eval()
     for name, part in [*model.named_children(), ("together", model)]:
         print(f"{name:12} {sum(p.numel() for p in part.parameters()):12,} parameters")
     with torch.no_grad():
-        out = model.eval()(torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool))
+        out = model(torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool))
     print({name: list(tensor.shape) for name, tensor in out.items()})
-
-
-if __name__ == "__main__":
-    describe(build(num_classes=91, pretrained_backbone=False))

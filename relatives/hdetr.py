@@ -10,7 +10,7 @@ may share it. They do not see the first Q queries; inference leaves them out and
 Diff me against: deformable_detr.py. Mixed selection and look forward twice are tricks of its baseline, which
 DINO (arXiv:2203.03605) brought; so are the FFN of 2048 and the absence of dropout.
 
-Departures from the official code (numbers are the same, tests/test_relatives.py holds them):
+Departures from the official code (numbers are the same, tests/test_relatives_golden.py holds them):
     with k_one2many=0 the T queries do not run in training; officially they do, without a loss.
     sampling is grid_sample, level by level, instead of a CUDA extension; it runs everywhere.
     dilation (DC5) works for ResNet-18 and -34 too; torchvision refuses it there.
@@ -58,7 +58,8 @@ class Backbone(nn.Module):
     """torchvision ResNet without pooling and classifier.
 
     In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5
-    at 16 with dilation; no C5 with last_stage=3, which is cheap). Raises ValueError for unknown values.
+    at 16 with dilation). Raises ValueError for unknown values. Not official: norm="batch", which training
+    from scratch needs; last_stage=3, no C5, cheap; dilation of ResNet-18 and -34, which torchvision refuses.
     Source: official models/backbone.py; ImageNet weights V1, from which all papers start.
     """
 
@@ -273,8 +274,7 @@ class MSDeformAttn(nn.Module):
         ray = torch.stack([angle.cos(), angle.sin()], dim=-1)  # [M, 2]
         ray = ray / ray.abs().max(-1, keepdim=True).values  # onto the border of a square
         star = ray[:, None, None] * torch.arange(1, K + 1)[:, None]  # [M, 1, K, 2]
-        with torch.no_grad():
-            self.sampling_offsets.bias.copy_(star.expand(M, L, K, 2).flatten())
+        self.sampling_offsets.bias.data.copy_(star.expand(M, L, K, 2).flatten())
         nn.init.zeros_(self.sampling_offsets.weight)
         nn.init.zeros_(self.attention_weights.weight)
         nn.init.zeros_(self.attention_weights.bias)  # after the softmax the paper's 1/(LK)
@@ -332,8 +332,7 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, src, pos, reference, spatial_shapes, mask):
-        attended = self.self_attn(src + pos, reference, src, spatial_shapes, mask)  # [B, T, D]
-        src = self.norm1(src + self.dropout(attended))
+        src = self.norm1(src + self.dropout(self.self_attn(src + pos, reference, src, spatial_shapes, mask)))
         return self.ffn(src)
 
 
@@ -348,8 +347,8 @@ class Encoder(nn.Module):
 
     def forward(self, src, pos, spatial_shapes, valid_ratios, mask):
         # Divided by its own level's ratio, multiplied by that of the level looked at: they round differently
-        centres = pixel_centres(spatial_shapes, valid_ratios)  # [B, T, 2]
-        reference = centres[:, :, None] * valid_ratios[:, None]  # [B, T, L, 2]
+        centres = pixel_centres(spatial_shapes, valid_ratios)[:, :, None]  # [B, T, 1, 2]
+        reference = centres * valid_ratios[:, None]  # [B, T, L, 2]
         for layer in self.layers:
             src = layer(src, pos, reference, spatial_shapes, mask)
         return src
@@ -389,11 +388,9 @@ class Proposals(nn.Module):
         """-> tgt, query_pos [B, Q, D], reference [B, Q, 4], {"proposals": ...} of all T tokens."""
         centre = pixel_centres(spatial_shapes, valid_ratios)  # [B, T, 2]
         side = [torch.full((h * w, 2), 0.05 * 2 ** level) for level, (h, w) in enumerate(spatial_shapes)]
-        side = torch.cat(side).to(centre).expand_as(centre)  # [B, T, 2]
-        anchor = torch.cat([centre, side], dim=-1)  # [B, T, 4]
+        anchor = torch.cat([centre, torch.cat(side).to(centre).expand_as(centre)], dim=-1)  # [B, T, 4]
         invalid = mask | ~((anchor > 0.01) & (anchor < 0.99)).all(-1)  # [B, T]
-        # Infinite logits make the box (1, 1, 1, 1). Such tokens stay in the loss; only their score keeps them
-        # out of the top Q.
+        # Infinite logits make the box (1, 1, 1, 1). The loss has it; its score must keep it out of the top Q.
         anchor = anchor.logit().masked_fill(invalid[..., None], math.inf)
         tokens = self.enc_output_norm(self.enc_output(memory.masked_fill(invalid[..., None], 0)))  # [B, T, D]
         logits = class_head(tokens)  # [B, T, C]
@@ -526,10 +523,9 @@ class HDETR(nn.Module):
         super().__init__()
         check_options(HDETR, locals(), may_be_zero=("enc_layers", "num_one2many", "k_one2many"))
         self.backbone = Backbone(backbone, pretrained_backbone, backbone_norm, dilation, last_stage)
-        box_refine = box_refine or two_stage
+        box_refine, levels = box_refine or two_stage, num_feature_levels
         if look_forward_twice and not box_refine:
             raise ValueError("look_forward_twice is True, it must be False without box_refine and two_stage")
-        levels = num_feature_levels
         self.make_projections(hidden_dim, levels)
         self.encoder = Encoder(enc_layers, hidden_dim, nheads, dim_feedforward, dropout, levels, enc_points)
         self.num_queries = num_queries
@@ -540,7 +536,8 @@ class HDETR(nn.Module):
         self.decoder = Decoder(
             dec_layers, hidden_dim, nheads, dim_feedforward, dropout, levels, dec_points, box_refine,
             look_forward_twice)
-        self.make_heads(hidden_dim, num_classes, dec_layers, box_refine, two_stage)
+        count = dec_layers + 1 if two_stage else dec_layers  # the proposals' heads are the last ones
+        self.make_heads(hidden_dim, num_classes, count, box_refine, two_stage)
         self.reset_parameters()
 
     def make_projections(self, hidden_dim, levels):
@@ -554,14 +551,13 @@ class HDETR(nn.Module):
         self.input_proj = nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(32, hidden_dim)) for conv in convs)
         self.level_embed = nn.Parameter(torch.randn(levels, hidden_dim))
 
-    def make_heads(self, hidden_dim, num_classes, dec_layers, box_refine, two_stage):
-        """A pair of heads for all layers, with refinement one for each; two_stage has one more at the end."""
+    def make_heads(self, hidden_dim, num_classes, count, box_refine, two_stage):
+        """The same pair of heads `count` times, or with refinement so many pairs."""
         class_head = nn.Linear(hidden_dim, num_classes)
         box_head = MLP(hidden_dim, hidden_dim, 4, depth=3)
         nn.init.constant_(class_head.bias, -math.log(99))  # every class starts at p = 0.01
         nn.init.zeros_(box_head.layers[-1].weight)
         nn.init.zeros_(box_head.layers[-1].bias)
-        count = dec_layers + 1 if two_stage else dec_layers
         self.class_head = nn.ModuleList([class_head] * count)
         self.box_head = nn.ModuleList([box_head] * count)
         if box_refine:
@@ -572,21 +568,14 @@ class HDETR(nn.Module):
             nn.init.constant_(self.box_head[0].layers[-1].bias[2:], -2.0)
 
     def reset_parameters(self):
-        for module in (self.encoder, self.decoder, self.input_proj):
-            xavier_uniform(module)
+        xavier_uniform(self.encoder)
+        xavier_uniform(self.decoder)
+        xavier_uniform(self.input_proj)
         for module in [*self.encoder.modules(), *self.decoder.modules()]:
             if isinstance(module, MSDeformAttn):
                 module.reset_parameters()
         for conv, _ in self.input_proj:
             nn.init.zeros_(conv.bias)
-
-    def feature_maps(self, images):
-        """The levels, fine to coarse: L x [B, D, h, w]."""
-        features = self.backbone(images)[-len(self.input_proj):]
-        src = [proj(feature) for proj, feature in zip(self.input_proj, features)]
-        for proj in self.input_proj[len(features):]:
-            src.append(proj(features[-1] if len(src) == len(features) else src[-1]))  # C6 comes from raw C5
-        return src
 
     def forward(self, images, mask):
         """images [B, 3, H, W], mask [B, H, W] -> {"logits": [S, B, Q, C], "boxes": [S, B, Q, 4]}.
@@ -595,15 +584,17 @@ class HDETR(nn.Module):
         training also "one2many": logits and boxes of the further queries, "repeat" K and "weight" lambda.
         """
         check_input(images, mask)
-        maps = self.feature_maps(images)
+        features = self.backbone(images)[-len(self.input_proj):]
+        maps = [proj(feature) for proj, feature in zip(self.input_proj, features)]  # L x [B, D, h, w]
+        for proj in self.input_proj[len(features):]:
+            maps.append(proj(features[-1] if len(maps) == len(features) else maps[-1]))  # C6: from raw C5
         spatial_shapes = [m.shape[-2:] for m in maps]
         masks = [resize_mask(mask, shape) for shape in spatial_shapes]  # L x [B, h, w]
-        pos = [sine_positions(m, self.level_embed.shape[1], offset=0.5) + embed
-               for m, embed in zip(masks, self.level_embed)]  # L x [B, h*w, D]
+        pos = torch.cat([sine_positions(m, self.level_embed.shape[1], offset=0.5) + embed
+                         for m, embed in zip(masks, self.level_embed)], dim=1)  # [B, T, D]
         valid_ratios = torch.stack([valid_ratio(m) for m in masks], dim=1)  # [B, L, 2]
         src = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)  # [B, T, D]
         mask = torch.cat([m.flatten(1) for m in masks], dim=1)  # [B, T]
-        pos = torch.cat(pos, dim=1)  # [B, T, D]
 
         memory = self.encoder(src, pos, spatial_shapes, valid_ratios, mask)  # [B, T, D]
         tgt, query_pos, reference, proposals = self.queries(
@@ -663,14 +654,10 @@ def load_official(model, checkpoint):
 
 
 # ---- python THIS_FILE.py: what the parts weigh, and what comes out for two random images -------------------
-def describe(model):
-    """Print the number of parameters of every part, and the shapes that the model returns."""
+if __name__ == "__main__":
+    model = build(num_classes=91, pretrained_backbone=False).eval()
     for name, part in [*model.named_children(), ("together", model)]:
         print(f"{name:12} {sum(p.numel() for p in part.parameters()):12,} parameters")
     with torch.no_grad():
-        out = model.eval()(torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool))
-    print({name: list(tensor.shape) for name, tensor in out.items()})
-
-
-if __name__ == "__main__":
-    describe(build(num_classes=91, pretrained_backbone=False, two_stage=False))
+        out = model(torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool))
+    print({name: list(out[name].shape) for name in ("logits", "boxes")})
