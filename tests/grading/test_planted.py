@@ -75,7 +75,8 @@ def test_a_group_that_sees_the_others_loses_its_mark(small_backbone):
     from tests.grading.files import path_of
     from tests.grading.planted import module_from
 
-    text, fold = path_of("group_detr").read_text(), "(x.unflatten(1, (groups, -1)).flatten(0, 1) for x in (q, k, v))"
+    text = path_of("group_detr").read_text()
+    fold = "(x.unflatten(1, (groups, -1)).flatten(0, 1) for x in (q, k, v))"
     unfold = ".unflatten(0, (-1, groups)).flatten(1, 2)"
     assert text.count(fold) == text.count(unfold) == 1
     module = module_from(text.replace(fold, "(q, k, v)").replace(unfold, ""), "group_detr")
