@@ -6,19 +6,15 @@ from functools import lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = re.compile(
-    r"^(?:from .*\b|def )?(RECIPE|build)\b", re.M
-)  # written here or imported from another file
+RECIPE = re.compile(r"^(from .*|    )?\bRECIPE\b", re.M)  # written here, or imported from another file
+BUILD = re.compile(r"^def build\(", re.M)
 
 
 def model_files():
     """{name: path} of all files that keep the contract: they have a RECIPE and a build."""
     paths = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "relatives").glob("*.py"))]
-    return {
-        path.stem: path
-        for path in paths
-        if {"RECIPE", "build"} <= set(NAMES.findall(path.read_text("utf-8")))
-    }
+    texts = {path: path.read_text(encoding="utf-8") for path in paths}
+    return {path.stem: path for path, text in texts.items() if RECIPE.search(text) and BUILD.search(text)}
 
 
 def path_of(name):

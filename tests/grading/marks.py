@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.golden import Case, assert_close
+from tests.golden import Case, assert_close, options_of
 from tests.grading.criterion_marks import (  # noqa: F401, found by name
     box_counts,
     class_loss,
@@ -512,8 +512,8 @@ def official(student, ours, seed):
     """The numbers of the official code, at width 256 with a ResNet-50: predictions, loss and gradient."""
     name, extra = case_name(file_of(ours))
     case = Case(name)
-    options = {k: v for k, v in case.json["case"]["args"].items() if k != "epochs"}
-    model = student.build(case.json["case"]["num_classes"], pretrained_backbone=False, **options, **extra)
+    options = options_of(case.json["case"]["args"], extra)
+    model = student.build(case.json["case"]["num_classes"], pretrained_backbone=False, **options)
     if not hasattr(student, "load_official"):
         raise NotWritten("load_official")
     student.load_official(model, {"model": case.state_dict()})

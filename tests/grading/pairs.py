@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from tests.golden import FOLDER, Case, fill, our_name
-from tests.grading.files import parent_of
+from tests.golden import FOLDER, Case, fill, options_of, our_name
+from tests.grading.files import parent_of, path_of
 
 # Variants of our files: a golden case with the official names of their parameters, and options
 VARIANTS = {
@@ -33,6 +33,7 @@ TINY = dict(
     dropout=0.0,
     num_queries=6,
 )
+SMALL = dict(num_groups=3, num_one2many=5, in_points=4, out_points=4)  # options of relatives
 FULL = [(96, 128), (96, 128)]  # (height, width) of the images: no padding
 PADDED = [(70, 128), (96, 90)]
 WIDE = [(64, 432)]  # so wide that two-stage anchors leave the image
@@ -105,7 +106,12 @@ class Pair:
     def __init__(self, student, ours, seed, variant=None, calm=True, **options):
         case, extra = case_name(variant or file_of(ours))
         self.case, self.file, self.seed, self.calm = case_of(case), ours, seed, calm
-        layers = {k: self.case.json["case"]["args"][k] for k in ("enc_layers", "dec_layers")}
+        args = options_of(self.case.json["case"]["args"], {})
+        layers = {name: args[name] for name in ("enc_layers", "dec_layers") if name in args}
+        text = path_of(file_of(ours)).read_text(encoding="utf-8")
+        layers.update({name: value for name, value in SMALL.items() if f"        {name}=" in text})
+        if "enc_layers=0" in text:  # AdaMixer has no encoder
+            layers["enc_layers"] = 0
         plain = {"recollect": "none"} if file_of(ours) == "sqr" else {}  # recollection has a mark of its own
         self.options = tuple(sorted({**TINY, **layers, **extra, **plain, **options}.items()))
         self.ours, _ = built(ours, 0, self.options)
@@ -428,20 +434,25 @@ def upstream(x, generator=1):
     return (x.nan_to_num(0) * torch.randn(x.shape, generator=torch.Generator().manual_seed(generator))).sum()
 
 
+def pulled(y, parameters):
+    """The gradient of y for every parameter, None where it has none or is not trained."""
+    trained = [p for p in parameters if p.requires_grad]
+    found = iter(torch.autograd.grad(y, trained, retain_graph=True, allow_unused=True))
+    return [next(found) if p.requires_grad else None for p in parameters]
+
+
 def gradient_pattern(pair, theirs):
-    """Which output's gradient reaches which parameter: a missing or an extra detach shows here and nowhere
-    else.
-    """
+    """Which output's gradient reaches which parameter: a wrong or missing detach shows nowhere else."""
     parameters, mine = list(pair.student.parameters()), [p for _, p in named(pair.ours)]
     parameters = [parameters[k] for k, _ in theirs]
-    assert all(p.requires_grad for p in parameters), (
-        "some parameters outside of the backbone have requires_grad False"
-    )
+    fixed = {i for i, p in enumerate(mine) if not p.requires_grad}
+    for p, (_, numbers) in zip(parameters, theirs):
+        trained = p.requires_grad or set(numbers.tolist()) <= fixed
+        assert trained, "some parameters outside of the backbone have requires_grad False"
     for (what, x), (_, y) in zip(*map(outputs, pair.run(FULL, train=True, gradients=True))):
         assert x.requires_grad, f"no gradient comes back from {what}"
-        expected = lengths(torch.autograd.grad(upstream(y), mine, retain_graph=True, allow_unused=True))
-        found = torch.autograd.grad(upstream(x), parameters, retain_graph=True, allow_unused=True)
-        found = norms(pair, theirs, found)
+        expected = lengths(pulled(upstream(y), mine))
+        found = norms(pair, theirs, pulled(upstream(x), parameters))
         found, expected = (found / found.max()).tolist(), (expected / expected.max()).tolist()
         for (name, _), a, b in zip(named(pair.ours), found, expected):
             assert a < 1e-6 or b > 0, f"{what}: its gradient reaches {name}, and must not (a missing detach?)"
@@ -455,8 +466,8 @@ def gradient_sizes(pair, theirs):
         upstream(out["logits"]) + upstream(out["boxes"])
         for out in pair.run(PADDED, train=True, gradients=True)
     )
-    expected = lengths(torch.autograd.grad(y, [p for _, p in named(pair.ours)], allow_unused=True))
-    found = norms(pair, theirs, torch.autograd.grad(x, [parameters[k] for k, _ in theirs], allow_unused=True))
+    expected = lengths(pulled(y, [p for _, p in named(pair.ours)]))
+    found = norms(pair, theirs, pulled(x, [parameters[k] for k, _ in theirs]))
     for (name, _), a, b in zip(named(pair.ours), found.tolist(), expected.tolist()):
         assert abs(a - b) < 0.02 * b + 1e-4 * expected.norm(), (
             f"the gradient of {name} has norm {a:.3g}, not {b:.3g}"

@@ -4,7 +4,7 @@ from torch import nn
 
 from tests.grading import marks
 from tests.grading.files import ours_named
-from tests.grading.grader import MARKS
+from tests.grading.grader import MARKS, marks_of
 
 CHEAP = {file: [m for m in names if m != "official"] for file, names in MARKS.items()}
 
@@ -40,3 +40,8 @@ def lost(student, file, names):
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"
     return found
+
+
+def cheap(file):
+    """The marks of a file but for the one that builds a ResNet-50."""
+    return [mark for mark in marks_of(file) if mark != "official"]

@@ -26,7 +26,8 @@ def test_the_command_gives_our_files_all_points(tmp_path):
     assert f"{points} of {points} points" in output, output
     results = json.loads(report.read_text())
     assert results["score"] == points == sum(test["score"] for test in results["tests"])
-    assert all({"name", "score", "max_score", "output", "visibility"} <= set(test) for test in results["tests"])
+    fields = {"name", "score", "max_score", "output", "visibility"}
+    assert all(fields <= set(test) for test in results["tests"])
 
 
 def test_the_command_says_what_is_wrong_with_its_options():

@@ -3,8 +3,8 @@ none."""
 
 import pytest
 
-from tests.grading.files import ours_named
-from tests.grading.grader import MARKS
+from tests.grading.files import model_files, ours_named
+from tests.grading.grader import MARKS, marks_of
 from tests.grading.judge import TOGETHER, judged
 from tests.grading.planted import MISTAKES, module_of
 from tests.grading.small import CHEAP, lost
@@ -63,3 +63,21 @@ def test_one_slip_costs_one_mark(slip, small_backbone):
 @pytest.mark.parametrize("file", MARKS)
 def test_our_own_files_lose_no_mark(file, small_backbone):
     assert not lost(ours_named(file), file, CHEAP[file])
+
+
+@pytest.mark.parametrize("file", [name for name in model_files() if name not in MARKS])
+def test_relatives_lose_no_mark(file, small_backbone):
+    """No list names them: whatever has a RECIPE and a build can be graded against."""
+    assert not lost(ours_named(file), file, [mark for mark in marks_of(file) if mark != "official"])
+
+
+def test_a_group_that_sees_the_others_loses_its_mark(small_backbone):
+    from tests.grading.files import path_of
+    from tests.grading.planted import module_from
+
+    text = path_of("group_detr").read_text()
+    fold = "(x.unflatten(1, (groups, -1)).flatten(0, 1) for x in (q, k, v))"
+    unfold = ".unflatten(0, (-1, groups)).flatten(1, 2)"
+    assert text.count(fold) == text.count(unfold) == 1
+    module = module_from(text.replace(fold, "(q, k, v)").replace(unfold, ""), "group_detr")
+    assert "groups" in lost(module, "group_detr", ["groups"])
