@@ -114,7 +114,6 @@ NOTES = {
         ("Decoder.forward", "",
          "Boxes are relative to the reference, in logit space (A.3). With refinement a layer's "
          "box is the next layer's reference, detached (A.4)."),
-        ("*.feature_maps", "", "C3, C4, C5, and C6 as a stride 2 convolution of C5 (A.2)."),
         ("*.forward", "", "All levels become one row of T tokens; a level embedding tells them apart."),
         ("EncoderLayer", "", "The encoder layer, with deformable attention."),
         ("Decoder", "", "What the decoder is given and returns; it makes the boxes."),
@@ -151,7 +150,6 @@ NOTES = {
          "Queries are 4 numbers, a box. Heads and initialisation are methods of their own, "
          "below."),
         ("RECIPE", "", "The same recipe. The paper also trains for 12 epochs."),
-        ("EncoderLayer", "", "The same encoder; only the reference to the paper differs."),
         ("sine_xy", "", "Another section begins here; the function is the same."),
         ("concat_heads", "", "Gone: content and position are added again."),
         ("valid_size", "", "Boxes are relative to the image, RoIAlign counts in cells of the padded map."),

@@ -27,14 +27,21 @@ def load(name):
 
 relink, side_by_side = load("relink"), load("side_by_side")
 TEXT = {path.name: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
-METHODS = [f"{name}.md" for name in known_files() if f"{name}.md" in TEXT]  # the pages with the name of a model
-HEADINGS = ["The idea", "The diff to read", "Every logged number", "Implementation details", "Published numbers",
-            "Our numbers", "Questions people ask"]
+METHODS = [f"{name}.md" for name in known_files() if f"{name}.md" in TEXT]  # pages named after models
+HEADINGS = [
+    "The idea",
+    "The diff to read",
+    "Every logged number",
+    "Implementation details",
+    "Published numbers",
+    "Our numbers",
+    "Questions people ask",
+]
 each_page = pytest.mark.parametrize("name", TEXT)
 each_method = pytest.mark.parametrize("name", METHODS)
 
 
-# ---- Pages about the methods ---------------------------------------------------------------------------------------
+# ---- Pages about the methods -------------------------------------------------------------------------------
 def section(name, heading):
     return re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", TEXT[name], re.M | re.S)[1]
 
@@ -45,13 +52,18 @@ def test_every_link_to_a_line_meets_the_code_that_it_names(name):
     assert not problems, f"docs/{name}: {problems[0]}"
     assert new == TEXT[name], f"docs/{name}: lines have moved; run python docs/relink.py"
     found = len(relink.LINK.findall(TEXT[name]))
-    assert TEXT[name].count("#L") == found, "a link to a line is written [file.py:1](../file.py#L1) `piece of it`"
+    assert TEXT[name].count("#L") == found, (
+        "a link to a line is written [file.py:1](../file.py#L1) `piece of it`"
+    )
 
 
 def test_relink_follows_a_line_and_refuses_to_guess(tmp_path):
     (tmp_path / "a.py").write_text("import x\n\ny = 1\ny += 2\n")
     text = "1. [a.py:1](a.py#L1) `y = 1`: why [a.py:9](a.py#L9)\n   `import x` it is."
-    assert relink.relink(text, tmp_path) == (text.replace("1](a.py#L1", "3](a.py#L3").replace("9](a.py#L9", "1](a.py#L1"), [])
+    assert relink.relink(text, tmp_path) == (
+        text.replace("1](a.py#L1", "3](a.py#L3").replace("9](a.py#L9", "1](a.py#L1"),
+        [],
+    )
     for wrong, words in [("`y`", "lines [3, 4]"), ("`z`", "lines []"), ("", "no `piece")]:
         text = f"[a.py:1](a.py#L1) {wrong}"
         new, problems = relink.relink(text, tmp_path)
@@ -82,12 +94,14 @@ def test_the_pages_have_the_same_headings_and_details_are_numbered_and_linked(na
     details = section(name, "Implementation details")
     numbers = [int(n) for n in re.findall(r"^(\d+)\. ", details, re.M)]
     assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) >= 10
-    assert len(relink.LINK.findall(details)) >= len(numbers) - 2  # two may be about something that has no line
+    assert len(relink.LINK.findall(details)) >= len(numbers) - 2  # two may have no line
 
 
 @each_method
 def test_the_idea_is_five_sentences_and_a_picture(name):
-    idea, picture = re.fullmatch(r"\n(.*?)\n\n!\[[^\]]+\]\((.*?)\)\n\n", section(name, "The idea"), re.S).groups()
+    idea, picture = re.fullmatch(
+        r"\n(.*?)\n\n!\[[^\]]+\]\((.*?)\)\n\n", section(name, "The idea"), re.S
+    ).groups()
     assert len(re.findall(r"\.(?=\s|$)", idea)) == 5
     assert picture == f"attention_{name.removesuffix('.md')}.png"
     if not list(DOCS.glob("attention_*.png")):
@@ -99,7 +113,7 @@ def test_the_idea_is_five_sentences_and_a_picture(name):
 def test_parameter_counts_are_those_of_the_official_code(name):
     counts = {value for path in (ROOT / "tests/golden").glob("params_*.json")
               for model in json.loads(path.read_text())["counts"].values()
-              for value in (model["n_params"], model["n_params_trainable"])}
+              for key, value in model.items() if key.startswith("n_params")}
     ours = {int(n.replace(",", "")) for n in re.findall(r"\d+(?:,\d{3})+", section(name, "Our numbers"))}
     assert ours and ours <= counts, f"docs/{name}: {ours - counts} are no official counts"
 
@@ -107,17 +121,19 @@ def test_parameter_counts_are_those_of_the_official_code(name):
 def test_published_numbers_and_ours_never_share_a_table():
     for name in METHODS:
         assert "Nobody measured these here" in section(name, "Published numbers")
-        assert not re.search(r"^\|.*\bAP\b", section(name, "Our numbers"), re.M)  # they are in results.md, once
+        assert not re.search(r"^\|.*\bAP\b", section(name, "Our numbers"), re.M)  # in results.md
 
 
-# ---- Options, and what a run leaves --------------------------------------------------------------------------------
+# ---- Options, and what a run leaves ------------------------------------------------------------------------
 def mentioned(word):
     return re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", TEXT["options.md"])
 
 
 @pytest.mark.parametrize("parser", [make_parser(""), visualize_parser()], ids=["train", "visualize"])
-def test_every_flag_is_explained_and_no_other(parser):
-    flags = {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")} - {"--help"}
+def test_every_flag_is_explained(parser):
+    flags = {
+        flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")
+    } - {"--help"}
     assert [flag for flag in flags if not mentioned(flag)] == []
 
 
@@ -147,12 +163,12 @@ def test_tables_from_before_the_official_start_say_so():
     assert "Tables marked † were measured before" in TEXT["results.md"]
 
 
-# ---- Side by side in a browser -------------------------------------------------------------------------------------
+# ---- Side by side in a browser -----------------------------------------------------------------------------
 PAIRS = list(side_by_side.NOTES)
 
 
 class Reader(HTMLParser):
-    """What a page shows: rows of [left number, left text, right number, right text], and all that it would load."""
+    """What a page shows: rows of [left number, left text, right number, right text], and what it loads."""
 
     def __init__(self, content):
         super().__init__()
@@ -160,7 +176,9 @@ class Reader(HTMLParser):
         self.feed(content)
 
     def handle_starttag(self, tag, attributes):
-        self.loads += [value for name, value in attributes if name in ("src", "href")] + [tag] * (tag == "script")
+        self.loads += [value for name, value in attributes if name in ("src", "href")] + [tag] * (
+            tag == "script"
+        )
         if tag == "tr":
             self.rows.append([])
         if tag in ("th", "td"):
@@ -182,7 +200,9 @@ def test_a_page_shows_every_line_of_both_files_once_and_in_order(a, b):
     page = Reader(content)
     for side, path in ((0, left), (2, right)):
         shown = [(row[side], row[side + 1]) for row in page.rows if row[side]]
-        assert shown == [(str(n), line) for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)]
+        assert shown == [
+            (str(n), line) for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        ]
     assert not page.loads and not re.search(r"@import|url\(|https?://[^ ]*\"", content)
 
 
@@ -206,7 +226,9 @@ def test_every_hunk_of_a_pair_with_notes_has_one_and_every_note_a_hunk(a, b):
     for *_, found in side_by_side.compare(*texts):
         for hunk in (hunk for hunk in found if not hunk.equal and hunk.text.strip()):
             used.append(side_by_side.note(a, b, hunk))
-            assert used[-1], f"{a} -> {b}: what is the hunk in {hunk.key}? Say it in docs/side_by_side_notes.py"
+            assert used[-1], (
+                f"{a} -> {b}: what is the hunk in {hunk.key}? Say it in docs/side_by_side_notes.py"
+            )
     unused = [note for note in side_by_side.NOTES[a, b] if note not in used]
     assert not unused, f"{a} -> {b}: no hunk left for the note {unused[0][:2]} in docs/side_by_side_notes.py"
 
@@ -226,6 +248,8 @@ def test_contributing_names_tests_that_exist():
 
 def test_ci_runs_the_readmes_second_command():
     command = re.search(r"^command=(.*)$", (ROOT / ".ci/run").read_text(), re.M)[1]
-    done = subprocess.run(["bash", "-c", f"command={command}; echo $command"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", f"command={command}; echo $command"], cwd=ROOT, capture_output=True, text=True
+    )
     first, second = re.search(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1].splitlines()
     assert done.stdout.strip() == second and "pytest" in second and "train.py" in first

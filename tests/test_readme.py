@@ -1,4 +1,4 @@
-"""The README: its numbers are counted again, its commands parsed, its code run, its contract followed to the letter."""
+"""The README: its numbers are counted again, its commands parsed, its code run, its contract followed."""
 import json
 import math
 import re
@@ -18,10 +18,13 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RELATIVES = (ROOT / "docs/relatives.md").read_text(encoding="utf-8")
 FILES = known_files()
-ROWS = {name: row for name, row in re.findall(r"^\| \[(\w+)\]\([\w./]+\.py\).*?\| (.*) \|$", README + RELATIVES, re.M)}
+ROWS = {
+    name: row
+    for name, row in re.findall(r"^\| \[(\w+)\]\([\w./]+\.py\).*?\| (.*) \|$", README + RELATIVES, re.M)
+}
 
 
-# ---- The tables of files -------------------------------------------------------------------------------------------
+# ---- The tables of files -----------------------------------------------------------------------------------
 def parent_of(name):
     """The name behind "Diff me against:" in the docstring of a file; None for the root."""
     found = re.search(r"Diff me against: (\w+)\.py", FILES[name].read_text())
@@ -30,7 +33,9 @@ def parent_of(name):
 
 def diff_size(a, b):
     """Lines out + in, as git counts them."""
-    out = subprocess.run(["git", "diff", "--no-index", "--shortstat", FILES[a], FILES[b]], capture_output=True, text=True)
+    out = subprocess.run(
+        ["git", "diff", "--no-index", "--shortstat", FILES[a], FILES[b]], capture_output=True, text=True
+    )
     return " + ".join(re.findall(r"(\d+) (?:deletion|insertion)", out.stdout)[::-1])
 
 
@@ -58,7 +63,7 @@ def test_the_diff_commands_are_those_of_the_parents():
                                       if FILES[name].parent == ROOT and parent_of(name))
 
 
-# ---- Text ----------------------------------------------------------------------------------------------------------
+# ---- Text --------------------------------------------------------------------------------------------------
 def test_it_fits_and_its_links_lead_somewhere():
     assert len(README.splitlines()) <= 150
     for target in re.findall(r"\]\(([^)]+)\)", README):
@@ -66,7 +71,9 @@ def test_it_fits_and_its_links_lead_somewhere():
         assert target.startswith("https://") or (ROOT / path).exists(), f"the README links {target}"
 
 
-@pytest.mark.parametrize("script, parser", [("train", make_parser("")), ("visualize", visualize.make_parser())])
+@pytest.mark.parametrize(
+    "script, parser", [("train", make_parser("")), ("visualize", visualize.make_parser())]
+)
 def test_its_commands_have_flags_that_exist(script, parser):
     commands = re.findall(rf"^(?:python|torchrun [^#\n]*?) ?{script}\.py ([^#\n]*)", README, re.M)
     assert commands
@@ -76,14 +83,20 @@ def test_its_commands_have_flags_that_exist(script, parser):
 
 def test_the_contract_names_every_key_that_we_ask_for():
     source = "\n".join(path.read_text() for path in [ROOT / "train.py", *(ROOT / "support").glob("*.py")])
-    asked = {key for found in re.findall(r'recipe(?:\["(\w+)"\]|\.get\("(\w+)")|"(\w+)" in out\b|out\.get\("(\w+)"', source)
-             for key in found if key}
+    asked = {
+        key
+        for found in re.findall(
+            r'recipe(?:\["(\w+)"\]|\.get\("(\w+)")|"(\w+)" in out\b|out\.get\("(\w+)"', source
+        )
+        for key in found
+        if key
+    }
     contract = README[README.index("## The contract"):README.index("## Your own loop")]
     assert {"class_loss", "slow_parameters", "groups", "proposals"} <= asked
     assert {key for key in asked if not re.search(rf"\b{key}\b", contract)} == set()
 
 
-# ---- Code ----------------------------------------------------------------------------------------------------------
+# ---- Code --------------------------------------------------------------------------------------------------
 def test_your_own_loop_trains(monkeypatch):
     code = re.search(r"## Your own loop\n\n```python\n(.*?)```", README, re.S)[1]
     assert len(code.splitlines()) <= 15 and "range(1000)" in code
@@ -94,12 +107,12 @@ def test_your_own_loop_trains(monkeypatch):
 
 
 OWN_FILE = '''
-"""Written from the README's contract alone: a few convolutions, and queries that look at all cells at once."""
+"""Written from the README's contract alone: a few convolutions, and queries that look at all cells."""
 import torch
 from torch import nn
 
-RECIPE = dict(epochs=50, lr_drop=40, batch_size=16, lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4, clip_norm=0.1,
-              slow_parameters=("queries",), class_loss="focal", w_class=2, w_l1=5, w_giou=2)
+RECIPE = dict(epochs=50, lr_drop=40, batch_size=16, lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4,
+              clip_norm=0.1, slow_parameters=("queries",), class_loss="focal", w_class=2, w_l1=5, w_giou=2)
 LAPTOP = dict(steps=40, batch_size=8, lr=2e-3, lr_backbone=2e-3, warmup=5)
 
 
@@ -112,7 +125,8 @@ class Mine(nn.Module):
         self.backbone = nn.Sequential(*(nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.ReLU())
                                         for a, b in zip(sizes, sizes[1:])))
         self.queries = nn.Embedding(num_queries, hidden_dim)
-        self.layers = nn.ModuleList(nn.MultiheadAttention(hidden_dim, 4, batch_first=True) for _ in range(dec_layers))
+        self.layers = nn.ModuleList(
+            nn.MultiheadAttention(hidden_dim, 4, batch_first=True) for _ in range(dec_layers))
         self.classes, self.boxes = nn.Linear(hidden_dim, num_classes), nn.Linear(hidden_dim, 4)
         nn.init.constant_(self.classes.bias, -4.0)
 
@@ -135,10 +149,10 @@ def test_a_file_written_from_the_contract_alone_trains_resumes_and_is_evaluated(
     assert len(OWN_FILE.strip().splitlines()) <= 40
     file, run = tmp_path / "mine.py", tmp_path / "run"
     file.write_text(OWN_FILE)
-    flags = ["--size", "48", "--workers", "0", "--device", "cpu"]
-    few = {"overfit": ["--overfit", "4"], "log": ["--log-every", "10", "--eval-every", "40"]}
-    train.main(["--model", str(file), "--out", str(run), *flags, *few["overfit"], *few["log"]])
-    total = [line["total"] for line in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "total" in line]
+    flags = ["--size", "48", "--workers", "0", "--device", "cpu", "--overfit", "4", "--log-every", "10"]
+    train.main(["--model", str(file), "--out", str(run), *flags, "--eval-every", "40"])
+    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    total = [line["total"] for line in lines if "total" in line]
     assert total[-1] < 0.7 * total[0], "it does not learn"
     train.main(["--resume", str(run), "--steps", "42", "--workers", "0"])
     train.main(["--eval", "--weights", str(run), "--workers", "0"])

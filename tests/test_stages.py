@@ -15,8 +15,15 @@ SHIFTED = {1.0: 0.0, 0.6: 10.0, 0.3: 20.0}  # about this IoU with TRUTH when mov
 
 def image(scores, ious, labels=None, truth=(TRUTH,), image_id=1):
     """One image from tables [S][Q] of scores, and of IoUs with the first object (0: somewhere else)."""
-    boxes = [[[10 + SHIFTED[v], 10, 50 + SHIFTED[v], 50] if v else [200, 200, 210, 210] for v in row] for row in ious]
-    labels = torch.zeros(len(scores), len(scores[0]), dtype=torch.int64) if labels is None else torch.tensor(labels)
+    boxes = [
+        [[10 + SHIFTED[v], 10, 50 + SHIFTED[v], 50] if v else [200, 200, 210, 210] for v in row]
+        for row in ious
+    ]
+    labels = (
+        torch.zeros(len(scores), len(scores[0]), dtype=torch.int64)
+        if labels is None
+        else torch.tensor(labels)
+    )
     truth = torch.tensor(truth).reshape(-1, 4)
     return stages.Stages(image_id, torch.tensor(scores), labels, torch.tensor(boxes, dtype=torch.float32),
                          torch.zeros(len(truth), dtype=torch.int64), truth)
@@ -48,7 +55,7 @@ def test_any_earlier_stage_counts_but_only_the_same_query():
 
 
 def test_rates_over_images_with_known_answers():
-    faded = image([[0.9, 0.1], [0.5, 0.4]], [[1.0, 0.0], [0.6, 0.0]])  # true positive fades, false one got worse
+    faded = image([[0.9, 0.1], [0.5, 0.4]], [[1.0, 0.0], [0.6, 0.0]])  # TP fades, FP got worse
     fine = image([[0.2, 0.6], [0.5, 0.3]], [[0.6, 0.0], [1.0, 0.0]])  # both got better
     empty = image([[0.3, 0.6], [0.4, 0.5]], [[0.0, 0.0], [0.0, 0.0]], truth=())  # one of two got worse
     fading, exacerbation = stages.rates([faded, fine, empty])
