@@ -144,7 +144,7 @@ COUNTS = {
 def test_parameter_counts_at_the_papers_size(name):
     case = Case(name)
     for variant, stored in case.json["counts"].items():
-        extra = {"input_norm": True} if stored["options"].get("epochs", 50) < 25 else {}  # SAM-DETR (quirk)
+        extra = {"input_norm": True} if stored["options"].get("epochs", 50) < 25 else {}  # SAM-DETR (as in the official code)
         options = options_of(stored["options"], extra)
         module = module_named("sam_detr_multiscale" if "multiscale" in stored["options"] else COUNTS[name])
         with torch.device("meta"):  # shapes only

@@ -229,7 +229,7 @@ def record(modules):
 
 
 def test_detrs_first_self_attention_gives_every_query_the_same_vector():
-    """Its values are the empty content (USERS.md, quirk 2.1)."""
+    """Its values are the empty content (docs/detr.md, detail 1)."""
     model, seen = tiny("detr").eval(), []
     model.decoder.layers[0].self_attn.register_forward_hook(lambda m, i, o: seen.append(o))
     with torch.no_grad():
