@@ -3,6 +3,7 @@ import sys
 import types
 
 import pytest
+
 import test_models
 import test_sam_detr
 import test_sqr
