@@ -138,7 +138,7 @@ def trained_size(trained):
 
 
 def held_out(trained, folder, count, class_names=()):
-    """The first held-out images with objects, from `folder` or else from the data that was trained on."""
+    """The first held-out images with objects, from `folder` or from the data that it was trained on."""
     paths = {} if folder else {name: trained.get(name) for name in PATHS}
     how = dict(size=trained_size(trained), augment=trained["preset"], class_names=class_names)
     sets = data.load(folder or trained["data"], **paths, **how, splits=("val",))

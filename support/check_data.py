@@ -82,7 +82,7 @@ def summarise(images, classes):
 
 
 def format_table(categories, readings):
-    """The Readings in numbers, a column for each, as text. Of many classes it shows the most common ones."""
+    """The Readings in numbers, a column for each, as text. With many classes it shows the most common."""
     counts = Counter(label for reading in readings.values() for image in reading.images
                      for label in image.labels[~image.crowd].tolist())
     classes = {label: list(categories.values())[label] for label, _ in counts.most_common(15)}

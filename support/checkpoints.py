@@ -160,8 +160,10 @@ def in_our_names(module, checkpoint):
     """The tensors of a checkpoint, ours or official, under our names and of any shape: {name: tensor}."""
     if "model_options" in checkpoint:
         state = with_new_names(checkpoint["model"])
-    else:
+    elif hasattr(module, "rename_official"):
         state = module.rename_official(checkpoint.get("model", checkpoint))
+    else:
+        raise SystemExit(f"--init: {module.__name__} has no rename_official(), which official weights need")
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
 
 

@@ -29,7 +29,7 @@ def read_coco(path, image_folder, known, reading):
 
 
 def without_repetition(pairs):
-    """A JSON object as a dict. Of a key that stands twice, json would keep the last without a word."""
+    """A JSON object as a dict. If a key stands twice, json would keep the last without a word."""
     entry = dict(pairs)
     if len(entry) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -25,8 +25,8 @@ def postprocess(logits, boxes, sizes, softmax):
 
     logits [B, Q, C] (with softmax C + 1, the last is no-object) and boxes [B, Q, 4] as the model gives them;
     sizes: B pairs (height, width) of the original images. Returns B dicts: scores [k], labels [k], boxes [k,
-    4] xyxy in original pixels. softmax: the best class of each query, k = Q. Else the best 100 of all Q * C
-    pairs, so that a query may give two answers.
+    4] xyxy in original pixels. softmax: the best class of each query, k = Q. Otherwise the best 100 of all Q
+    * C pairs, so that a query may give two answers.
     """
     logits, boxes = logits.float(), boxes.float()
     if softmax:
@@ -82,7 +82,7 @@ METRICS = {
 
 
 def coco_eval(dataset, predictions, image_ids=None):
-    """METRICS as {name: number} for {image id: dict from `postprocess`}, over `image_ids` or else all images.
+    """METRICS as {name: number} for {image id: dict from `postprocess`}, over `image_ids` (default: all).
 
     An image without an entry counts as one in which nothing was found.
     """

@@ -58,7 +58,7 @@ class AnnotatedImage:
     width: int
     labels: np.ndarray  # [n] int64, 0..C-1
     boxes_xyxy: np.ndarray  # [n, 4] float32, inside the image
-    areas: np.ndarray  # [n], square pixels: of the object's outline if the file knows it, else of its box
+    areas: np.ndarray  # [n], square pixels: of the object's outline if it is known, otherwise of its box
     crowd: np.ndarray  # [n] bool: one box around many objects; not trained on, ignored by the evaluation
 
 

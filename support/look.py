@@ -88,7 +88,7 @@ def look(model, images, mask):
                       these names there is a picture for it: those above, and samples [B, Q, M, K, 3], points
                       as (x, y) in [0, 1] of the image and log2 of the stride they are read at.
 
-    In an encoder Q is T. Of a module that runs repeatedly (SQR's recurrent stage) the last run is kept. Other
+    In an encoder Q is T. If a module runs repeatedly (SQR's recurrent stage), the last run is kept. Other
     modules are left out. Each layer of a global encoder needs 4 B M T^2 bytes.
     """
     seen, hooks = {}, []

@@ -83,7 +83,7 @@ def make_parser(description):
                    "paper: shortest side (800)")
     p.add_argument("--out", help="folder for results; default runs/MODEL-DATA")
     p.add_argument("--resume", metavar="RUN", help="continue a run exactly: its folder or a checkpoint")
-    p.add_argument("--init", metavar="FILE", help="start from the weights of another run (file or folder), or "
+    p.add_argument("--init", metavar="FILE", help="start from the weights of another run (file or folder) or "
                    "from an official checkpoint; other classes and number of queries are fine")
     p.add_argument("--eval", action="store_true", help="only evaluate --weights")
     p.add_argument("--weights", metavar="FILE", help="checkpoint or run folder for --eval")

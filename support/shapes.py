@@ -96,7 +96,7 @@ class Shapes(Dataset):
 
     @property
     def num_boxes(self):
-        """Exact for up to 250 images, else an estimate from the first 250: counting means drawing."""
+        """Exact for up to 250 images, otherwise an estimate from the first 250: counting means drawing."""
         some = range(min(250, len(self)))
         return round(len(self) / max(1, len(some)) * sum(map(self.count_boxes, some)))
 

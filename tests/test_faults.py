@@ -3,6 +3,7 @@ import sys
 import types
 
 import pytest
+
 import test_models
 import test_sam_detr
 import test_sqr
@@ -34,11 +35,12 @@ FAULTS = [
     (test_models.test_frozen_norm_keeps_imagenets_first_layers_and_batch_norm_trains_all, ("detr",), "detr",
      "body.layer1.requires_grad_(False)", "body.layer2.requires_grad_(False)"),
     (test_models.test_shapes_are_the_contracts_and_every_parameter_is_trained,
-     ("conditional_detr", {"dec_layers": 1}), "conditional_detr", "depth=2) if num_layers > 1 else None", "depth=2)"),
+     ("conditional_detr", {"dec_layers": 1}), "conditional_detr",
+     "depth=2) if num_layers > 1 else None", "depth=2)"),
     (test_models.test_detrs_first_self_attention_gives_every_query_the_same_vector, (), "detr",
      "self.sa_proj(tgt + query_pos, tgt + query_pos, tgt)", "self.sa_proj(*[tgt + query_pos] * 3)"),
-    (test_models.test_only_conditional_detrs_first_layer_adds_positions_and_has_no_lambda, (), "conditional_detr",
-     "p_q = p_s if i == 0 else self.query_scale(tgt) * p_s", "p_q = p_s"),
+    (test_models.test_only_conditional_detrs_first_layer_adds_positions_and_has_no_lambda, (),
+     "conditional_detr", "p_q = p_s if i == 0 else self.query_scale(tgt) * p_s", "p_q = p_s"),
     (test_models.test_conditional_attention_adds_a_content_and_a_spatial_score_in_every_head, (),
      "conditional_detr", "torch.cat(pair, dim=-1).flatten(-2)", "torch.cat(pair, dim=-2).flatten(-2)"),
     (test_models.test_deformable_attention_starts_as_a_uniform_star, (), "deformable_detr",

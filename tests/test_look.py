@@ -155,7 +155,7 @@ def test_a_label_without_a_name_is_shown_by_its_number():
 
 # ---- What a file of another method can show ----------------------------------------------------------------
 class Attention(torch.nn.Module):
-    """Of the name and the arguments of ours."""
+    """It has the name and the arguments of ours."""
     nheads = 2
 
     def forward(self, q, k, v, mask=None, bias=None):

@@ -13,15 +13,21 @@ from tiny_models import ROOT, TARGETS, TINY, Patches, batch, module_named, shake
 VARIANTS = {
     "detr": [{}, {"dilation": True}, {"last_stage": 3}, {"enc_layers": 0}],
     "conditional_detr": [{}, {"dec_layers": 1}],
-    "deformable_detr": [{}, {"box_refine": True}, {"two_stage": True}, {"num_feature_levels": 1},
-                        {"num_feature_levels": 1, "dilation": True}, {"num_feature_levels": 2, "last_stage": 3},
-                        {"num_feature_levels": 5, "enc_points": 2, "dec_points": 3}],
+    "deformable_detr": [
+        {},
+        {"box_refine": True},
+        {"two_stage": True},
+        {"num_feature_levels": 1},
+        {"num_feature_levels": 1, "dilation": True},
+        {"num_feature_levels": 2, "last_stage": 3},
+        {"num_feature_levels": 5, "enc_points": 2, "dec_points": 3},
+    ],
     "sam_detr": [{}, {"smca": True}, {"input_norm": True}, {"last_stage": 3}],
     "sqr": [{}, {"recollect": "dense"}, {"box_refine": True}, {"two_stage": True}],
-    "conditional_detr_ablations": [{}, {"dec_layers": 1}] + [
-        {"spatial_query": form} for form in ("csq-p", "csq-t", "csq-c", "csq-i")] + [
-        {"transform": t} for t in ("scalar", "identity", "block", "full")] + [
-        {"reference": r} for r in ("learned", "origin")],
+    "conditional_detr_ablations": [{}, {"dec_layers": 1}]
+    + [{"spatial_query": form} for form in ("csq-p", "csq-t", "csq-c", "csq-i")]
+    + [{"transform": t} for t in ("scalar", "identity", "block", "full")]
+    + [{"reference": r} for r in ("learned", "origin")],
     "sam_detr_multiscale": [{}, {"smca": True}, {"last_stage": 3}],
 }
 ALL = list(VARIANTS)
@@ -71,10 +77,11 @@ def test_order_of_queries_does_not_matter(name):
         assert (before[key] - after[key]).abs().max() > 1e-3, "all queries predict the same"
 
 
-# One image alone against the same image padded into a larger batch: the largest difference of a logit or a coordinate.
-# Behind the backbone DETR and Conditional DETR do not see padding: positions count valid cells, attention is masked.
-# Deformable DETR's sampling does not either, but its GroupNorm averages over the padded map; without it nothing is left.
-# A real backbone adds a little for all of them: its convolutions read what they wrote just outside the image's edge.
+# One image alone against the same image padded into a larger batch: the largest difference of a logit or a
+# coordinate. Behind the backbone DETR and Conditional DETR do not see padding: positions count valid cells,
+# attention is masked. Deformable DETR's sampling does not either, but its GroupNorm averages over the padded
+# map; without it nothing is left. A real backbone adds a little for all of them: its convolutions read what
+# they wrote just outside the image's edge.
 def padding_error(model):
     model.eval()
     torch.manual_seed(2)
@@ -99,7 +106,7 @@ def test_padding_changes_nothing_behind_the_backbone_except_through_groupnorm(na
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_real_backbone_sees_padding_in_the_cells_near_the_images_edge_only(name):
-    """What is left of padding: convolutions at the edge read what they wrote on it. C3 of ResNet-18 reaches 50 pixels."""
+    """What is left of padding: convolutions at the edge read what they wrote on it (C3: within 50 pixels)."""
     torch.manual_seed(2)
     backbone = shake(tiny(name)).backbone.eval()
     image = torch.randn(1, 3, 192, 160)
@@ -124,7 +131,7 @@ def test_torch_compile_gives_the_same_numbers_in_one_graph(name, options):
     ("detr", {}), ("conditional_detr", {}), ("deformable_detr", {}), ("deformable_detr", {"two_stage": True}),
     ("sam_detr", {"smca": True}), ("sam_detr_multiscale", {"smca": True}), ("sqr", {"recurrent": True})])
 def test_torch_export_takes_any_number_of_images_of_any_size(name, options):
-    """What is left: the exported maps have more than one cell, so images more pixels than the largest stride."""
+    """What is left: exported maps have more than one cell, images more pixels than the largest stride."""
     if name in ("deformable_detr", "sqr"):
         options = {"num_feature_levels": 2, **options}  # more take longer, each level has symbols of its own
     model = shake(tiny(name, **options)).eval()
@@ -174,12 +181,22 @@ def test_wrong_values_are_refused_with_a_sentence(name):
     assert tiny(name, dropout=0).training, "0 is a dropout, too"
 
 
-@pytest.mark.parametrize("name, options", [
-    ("deformable_detr", {"num_feature_levels": 0}), ("deformable_detr", {"enc_points": -1}),
-    ("deformable_detr", {"two_stage": "False"}), ("deformable_detr", {"box_refine": 1}), ("sam_detr", {"smca": 1}),
-    ("sam_detr", {"input_norm": None}), ("sqr", {"recurrent": "true"}), ("sqr", {"recollect": "all"}),
-    ("conditional_detr_ablations", {"transform": "diag"}), ("conditional_detr_ablations", {"reference": "corner"}),
-    ("conditional_detr_ablations", {"spatial_query": "csq-x"})])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("deformable_detr", {"num_feature_levels": 0}),
+        ("deformable_detr", {"enc_points": -1}),
+        ("deformable_detr", {"two_stage": "False"}),
+        ("deformable_detr", {"box_refine": 1}),
+        ("sam_detr", {"smca": 1}),
+        ("sam_detr", {"input_norm": None}),
+        ("sqr", {"recurrent": "true"}),
+        ("sqr", {"recollect": "all"}),
+        ("conditional_detr_ablations", {"transform": "diag"}),
+        ("conditional_detr_ablations", {"reference": "corner"}),
+        ("conditional_detr_ablations", {"spatial_query": "csq-x"}),
+    ],
+)
 def test_wrong_values_of_a_files_own_options_are_refused_with_a_sentence(name, options):
     (option,) = options
     with pytest.raises(ValueError, match=f"{option} is .*, it must be "):
@@ -198,7 +215,9 @@ def test_wrong_inputs_are_refused_with_a_sentence(name):
 @pytest.mark.parametrize("name", FILES)
 def test_the_file_alone_in_an_empty_folder_runs(name, tmp_path):
     shutil.copy(ROOT / f"{name}.py", tmp_path)
-    done = subprocess.run([sys.executable, f"{name}.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, f"{name}.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert "parameters" in done.stdout and "'logits'" in done.stdout
 
@@ -229,7 +248,7 @@ def record(modules):
 
 
 def test_detrs_first_self_attention_gives_every_query_the_same_vector():
-    """Its values are the empty content (USERS.md, quirk 2.1)."""
+    """Its values are the empty content (docs/detr.md, detail 1)."""
     model, seen = tiny("detr").eval(), []
     model.decoder.layers[0].self_attn.register_forward_hook(lambda m, i, o: seen.append(o))
     with torch.no_grad():
@@ -281,20 +300,24 @@ def test_deformable_sampling_by_hand_written_loops():
     expected = torch.zeros(B, Q, M, width)
     for b, q, m, level, k in torch.cartesian_prod(*map(torch.arange, (B, Q, M, 2, K))).tolist():
         h, w = shapes[level]
-        x, y = (locations[b, q, m, level, k] * torch.tensor([w, h]) - 0.5).tolist()  # cell centres are integers
+        x, y = (locations[b, q, m, level, k] * torch.tensor([w, h]) - 0.5).tolist()  # cells are integers
         for row in range(h):
             for column in range(w):
                 share = max(0, 1 - abs(x - column)) * max(0, 1 - abs(y - row))
                 token = (0, 15)[level] + row * w + column
                 expected[b, q, m] += share * weights[b, q, m, level, k] * value[b, token, m]
-    torch.testing.assert_close(sampling(value, shapes, locations, weights), expected.flatten(2), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        sampling(value, shapes, locations, weights), expected.flatten(2), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_refinement_cuts_the_gradient_between_layers():
     model = tiny("deformable_detr", box_refine=True, dec_layers=2)
     torch.nn.init.normal_(model.box_head[0].layers[-1].weight)
     model(*batch())["boxes"][1].sum().backward()
-    assert not model.box_head[0].layers[-1].weight.grad.any(), "layer 2's box reaches back into layer 1's head"
+    assert not model.box_head[0].layers[-1].weight.grad.any(), (
+        "layer 2's box reaches back into layer 1's head"
+    )
 
 
 @pytest.mark.parametrize("name", ["deformable_detr", "sqr"])
@@ -314,9 +337,13 @@ def test_padded_tokens_propose_the_whole_image_and_only_their_score_keeps_them_f
     images, mask = batch()
     with torch.no_grad():
         proposals = model(images, mask)["proposals"]
-    padded = torch.cat([module_named("deformable_detr").resize_mask(mask, (s, s)).flatten(1) for s in (12, 6, 3, 2)], 1)
-    assert padded.any() and (proposals["boxes"][padded] == 1).all(), "an infinite logit is the box (1, 1, 1, 1)"
+    padded = torch.cat(
+        [module_named("deformable_detr").resize_mask(mask, (s, s)).flatten(1) for s in (12, 6, 3, 2)], 1
+    )
+    assert padded.any() and (proposals["boxes"][padded] == 1).all(), (
+        "an infinite logit is the box (1, 1, 1, 1)"
+    )
     inside = (proposals["boxes"] < 1).any(-1)
     assert inside.any() and not (inside & padded).any()
     same = proposals["logits"][padded]
-    torch.testing.assert_close(same, same[:1].expand_as(same))  # nothing of what was computed on padding is left
+    torch.testing.assert_close(same, same[:1].expand_as(same))  # nothing of the padding is left

@@ -119,7 +119,7 @@ LAPTOP = dict(steps=40, batch_size=8, lr=2e-3, lr_backbone=2e-3, warmup=5)
 class Mine(nn.Module):
     recipe = RECIPE
 
-    def __init__(self, num_classes, pretrained_backbone=False, hidden_dim=32, dec_layers=2, num_queries=20):
+    def __init__(self, num_classes, hidden_dim=32, dec_layers=2, num_queries=20):
         super().__init__()
         sizes = [3, 16, 32, hidden_dim]
         self.backbone = nn.Sequential(*(nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.ReLU())
@@ -157,3 +157,6 @@ def test_a_file_written_from_the_contract_alone_trains_resumes_and_is_evaluated(
     train.main(["--resume", str(run), "--steps", "42", "--workers", "0"])
     train.main(["--eval", "--weights", str(run), "--workers", "0"])
     assert "average precision" in capsys.readouterr().out
+    torch.save({"model": {}}, tmp_path / "official.pth")
+    with pytest.raises(SystemExit, match="mine has no rename_official"):
+        train.main(["--model", str(file), "--init", str(tmp_path / "official.pth"), *flags])

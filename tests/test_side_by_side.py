@@ -26,7 +26,8 @@ MAY_DIFFER = {
     "LAPTOP": "what the small preset changes for this file",
     "OFFICIAL_NAMES": "each official repository names its parameters in its own way",
 }
-# The diff against the parent as a reader sees it: lines out and in of `git diff --no-index --shortstat`, at most
+# The diff against the parent as a reader sees it: lines out and in of `git diff --no-index --shortstat`, at
+# most
 DIFF = {
     ("detr", "conditional_detr"): 125,
     ("detr", "deformable_detr"): 360,
@@ -37,7 +38,7 @@ LINES = {"detr": 400, "conditional_detr": 450, "deformable_detr": 605, "sam_detr
 
 
 def definitions(text):
-    """{name: source text} of everything defined at the top level, in order; comments right above belong to it."""
+    """{name: source text} of everything defined at the top level, in order, with comments right above."""
     lines, found = text.splitlines(), {}
     for node in ast.parse(text).body:
         name = getattr(node, "name", None) or (node.targets[0].id if isinstance(node, ast.Assign) else None)
@@ -68,10 +69,14 @@ def test_shared_definitions_come_in_the_same_order(a, b):
 def test_a_variant_imports_torch_torchvision_and_the_standard_library_only(name):
     for node in ast.walk(ast.parse(TEXT[name])):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            modules = (
+                [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            )
             for module in modules:
                 top = module.split(".")[0]
-                assert top in {"torch", "torchvision", *sys.stdlib_module_names}, f"{name}.py imports {module}"
+                assert top in {"torch", "torchvision", *sys.stdlib_module_names}, (
+                    f"{name}.py imports {module}"
+                )
                 assert not any(part.startswith("_") for part in module.split(".")), f"{module} is private"
 
 

@@ -5,10 +5,21 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-TINY = dict(backbone="resnet18", pretrained_backbone=False, hidden_dim=32, nheads=4, enc_layers=1, dec_layers=2,
-            dim_feedforward=32, dropout=0.0, num_queries=5)
-TARGETS = [{"labels": torch.tensor([0, 2]), "boxes": torch.tensor([[0.3, 0.4, 0.2, 0.3], [0.6, 0.6, 0.5, 0.4]])},
-           {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}]
+TINY = dict(
+    backbone="resnet18",
+    pretrained_backbone=False,
+    hidden_dim=32,
+    nheads=4,
+    enc_layers=1,
+    dec_layers=2,
+    dim_feedforward=32,
+    dropout=0.0,
+    num_queries=5,
+)
+TARGETS = [
+    {"labels": torch.tensor([0, 2]), "boxes": torch.tensor([[0.3, 0.4, 0.2, 0.3], [0.6, 0.6, 0.5, 0.4]])},
+    {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)},
+]
 
 
 def module_named(name):
@@ -39,14 +50,16 @@ class Patches(torch.nn.Module):
     def __init__(self, channels):
         super().__init__()
         strides = [8, 16, 32][:len(channels)]
-        self.convs = torch.nn.ModuleList(torch.nn.Conv2d(3, c, s, s, bias=False) for c, s in zip(channels, strides))
+        self.convs = torch.nn.ModuleList(
+            torch.nn.Conv2d(3, c, s, s, bias=False) for c, s in zip(channels, strides)
+        )
 
     def forward(self, images):
         return [conv(images) for conv in self.convs]
 
 
 def shake(model):
-    """Move every parameter a little at random, and return the model: a new one predicts the same box everywhere."""
+    """Move every parameter a little at random: a new model predicts the same box everywhere."""
     torch.manual_seed(2)
     with torch.no_grad():
         for p in model.parameters():
