@@ -328,7 +328,7 @@ def main(argv=None):
     run = Run(request)
     optimizer = make_optimizer(model, args.lr, args.lr_backbone, args.weight_decay)
     if resumed:
-        checkpoints.load_optimizer(optimizer, model, resumed, args.weight_decay)
+        checkpoints.load_optimizer(optimizer, model, resumed)
     report.announce(model, datasets, args, run, lambda copy, parts: train_step(
         copy, criterion, make_optimizer(copy, 0, 0, 0), parts, args))
     train(model, criterion, optimizer, datasets, args, run)

@@ -10,7 +10,7 @@ import torch
 
 # What a checkpoint must hold to use its weights, and to go on with its run
 NEEDED = dict(model=dict, args=dict, model_options=dict, class_names=list, category_ids=list)
-NEEDED_TO_RESUME = ("optimizer", "step", "best", "seconds", "window")
+NEEDED_TO_RESUME = dict(optimizer=dict, step=int, best=(int, float), seconds=(int, float), window=list)
 # Parameters of old runs, by the beginning of their names
 RENAMED = {"decoder.spatial_query.scale.": "decoder.query_scale.", "reference.head.": "reference."}
 
@@ -18,13 +18,19 @@ RENAMED = {"decoder.spatial_query.scale.": "decoder.query_scale.", "reference.he
 # ---- Write and read ----------------------------------------------------------------------------------------
 def save(path, content, keep=None):
     """Atomic: a crash at any moment leaves a whole file, old or new. `keep` names a copy of the old one."""
-    with open(f"{path}.tmp", "wb") as file:
-        torch.save(content, file)
-        os.fsync(file.fileno())
-    if keep and path.exists():
-        shutil.copyfile(path, f"{keep}.tmp")
-        os.replace(f"{keep}.tmp", keep)
-    os.replace(f"{path}.tmp", path)
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            shutil.copyfile(path, f"{keep}.tmp")
+            os.replace(f"{keep}.tmp", keep)
+        os.replace(f"{path}.tmp", path)
+    except BaseException:
+        for name in filter(None, (path, keep)):
+            Path(f"{name}.tmp").unlink(missing_ok=True)  # a full disk needs the room
+        raise
 
 
 def read_file(path):
@@ -64,16 +70,32 @@ def load_checkpoint(path):
     checkpoint = read_file(path)
     if not isinstance(checkpoint, dict):
         raise SystemExit(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint.")
-    missing = [name for name, kind in NEEDED.items() if not isinstance(checkpoint.get(name), kind)]
-    if not missing:
-        needed_args = ("model", "preset", "size", "data")
-        missing = [f"args[{name!r}]" for name in needed_args if name not in checkpoint["args"]]
-    if not missing and not all(isinstance(name, str) for name in checkpoint["class_names"]):
-        missing = ["class_names"]
-    if missing:
-        raise SystemExit(f"{path}: not a checkpoint of train.py (look at its {', '.join(missing)}). "
+    wrong = wrong_entries(checkpoint, NEEDED)
+    if not wrong and not isinstance(checkpoint["args"].get("model"), str):
+        wrong = ["args['model']"]
+    if not wrong:
+        needed_args = ("preset", "size", "data")
+        wrong = [f"args[{name!r}]" for name in needed_args if name not in checkpoint["args"]]
+    if wrong:
+        raise SystemExit(f"{path}: not a checkpoint of train.py (look at its {', '.join(wrong)}). "
                          "To start a new run from official weights use --init.")
     return {**checkpoint, "model": with_new_names(checkpoint["model"]), "path": str(path)}
+
+
+def wrong_entries(checkpoint, kinds):
+    """Names of entries that are missing or of another kind than train.py writes."""
+    wrong = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name), kind)]
+    contents = {name: checkpoint[name] for name in kinds if name not in wrong}
+    for name in ("model", "args", "model_options", "class_names"):  # names, or entries that have names
+        if not all(isinstance(key, str) for key in contents.get(name, ())):
+            wrong.append(name)
+    if contents.get("step", 0) < 0:
+        wrong.append("step")
+    for losses in contents.get("window", ()):
+        values = losses.values() if isinstance(losses, dict) else [None]
+        if not all(isinstance(value, (int, float)) for value in values):
+            return [*wrong, "window"]
+    return wrong
 
 
 def with_new_names(state):
@@ -119,22 +141,24 @@ def load_weights(model, checkpoint):
                          f"has the file changed since the run began? {reason}")
 
 
-def load_optimizer(optimizer, model, checkpoint, weight_decay):
-    """The optimiser's memory from a checkpoint; rates and weight decay are those of this start.
-
-    Raises SystemExit.
-    """
-    wanted = [(group["peak_lr"], weight_decay) for group in optimizer.param_groups]
+def load_optimizer(optimizer, model, checkpoint):
+    """The optimiser's memory from a checkpoint; rates and all other settings stay. Raises SystemExit."""
+    fresh = optimizer.state_dict()
     try:
         saved = checkpoint["optimizer"]
         if not all("part" in group for group in saved["param_groups"]):
             saved = regroup(saved, optimizer, model, checkpoint["args"])
-        optimizer.load_state_dict(saved)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        parts, expected = ([(group["part"], group["params"]) for group in groups]
+                           for groups in (saved["param_groups"], fresh["param_groups"]))
+        if parts != expected:
+            raise ValueError("other groups of parameters")
+        optimizer.load_state_dict({**fresh, "state": saved["state"]})
+        for parameter, memory in optimizer.state.items():
+            if not parameter.shape == memory["exp_avg"].shape == memory["exp_avg_sq"].shape:
+                raise ValueError("other shapes")
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise SystemExit(f"{checkpoint['path']}: its optimiser does not fit this model ({error}); "
                          "to start a new run from its weights use --init.")
-    for group, (peak_lr, weight_decay) in zip(optimizer.param_groups, wanted):
-        group.update(peak_lr=peak_lr, weight_decay=weight_decay)
 
 
 def regroup(saved, optimizer, model, old_args):
@@ -164,7 +188,8 @@ def in_our_names(module, checkpoint):
         state = module.rename_official(checkpoint.get("model", checkpoint))
     else:
         raise SystemExit(f"--init: {module.__name__} has no rename_official(), which official weights need")
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    return {name: tensor for name, tensor in state.items()
+            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided}
 
 
 def initialise(model, module, checkpoint, class_names):

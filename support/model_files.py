@@ -108,6 +108,10 @@ def model_of_run(checkpoint, name=None):
             name = files[0]
             break
     module = load_model_file(name, spare=copy_in_run(checkpoint, name))
+    defaults = default_options(module)
+    for option, value in options.items():
+        if isinstance(value, str) and isinstance(defaults.get(option), bool):
+            options[option] = bool(value)  # what it meant in old runs: they took "False" for true
     return name, module, {option: value for option, value in options.items() if not is_the_file(option, name)}
 
 

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from support import data, processes
-from support.checkpoints import NEEDED_TO_RESUME, load_checkpoint, read_init
+from support.checkpoints import NEEDED_TO_RESUME, load_checkpoint, read_init, wrong_entries
 from support.model_files import (
     check_options,
     copy_in_run,
@@ -127,9 +127,11 @@ def parse_new_run(parser, typed):
     init = read_init(typed["init"]) if "init" in typed else {}
     name, inherited = typed.get("model", DEFAULTS["model"]), {}
     if "model_options" in init:  # a run of ours says what its model was
-        name, _, inherited = model_of_run(init, typed.get("model"))
+        name, module, inherited = model_of_run(init, typed.get("model"))
+        check_options(module, inherited)
         inherited.pop("num_queries", None)  # depends on the data, see choose_num_queries
-    module = load_model_file(name)
+    else:
+        module = load_model_file(name)
     preset = preset_values(typed.get("preset", "laptop"), module)
     defaults = {key: preset.pop(key) for key in TRAINING if key in preset}
     args = make_args(parser, typed, defaults, name, module)
@@ -143,9 +145,9 @@ def parse_old_run(parser, typed):
     """A run that goes on, or one that is evaluated."""
     source = typed["weights"] if "eval" in typed else typed["resume"]
     checkpoint = load_checkpoint(source)
-    missing = [name for name in NEEDED_TO_RESUME if name not in checkpoint]
-    if "resume" in typed and missing:
-        parser.error(f"--resume {source}: no {', '.join(missing)} in it; "
+    wrong = wrong_entries(checkpoint, NEEDED_TO_RESUME)
+    if "resume" in typed and wrong:
+        parser.error(f"--resume {source}: cannot go on from its {', '.join(wrong)}; "
                      "--init starts a new run from its weights")
     name, module, options = model_of_run(checkpoint)
     defaults = checkpoint["args"]
@@ -176,9 +178,9 @@ def make_args(parser, typed, defaults, name, module):
 
 def check_combination(parser, typed):
     """Refuses flags that make no sense together, and those that cannot change when a run goes on."""
-    for name in ("resume", "weights", "init", "out", "data", "model"):
-        if typed.get(name) == "":
-            parser.error(f"--{name} is empty")
+    for name, value in typed.items():
+        if value in ("", []) or name == "option" and [] in value:  # [] is what argparse makes of "--out=--"
+            parser.error(f"--{name.replace('_', '-')} is empty")
     if "eval" in typed and "weights" not in typed:
         parser.error("--eval needs --weights FILE")
     if "weights" in typed and "eval" not in typed:
@@ -228,12 +230,25 @@ def parse_model_options(pairs):
 
 
 def check_values(parser, args):
-    """Ranges of everything that was typed or came from a checkpoint."""
+    """Kinds and ranges of everything that was typed or came from a checkpoint."""
+    def refuse(name, what):
+        parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be {what}")
+
     def check(names, low, high, what):
+        kinds = (int, float) if what.startswith("a number") else int
         for name in names:
             value = getattr(args, name)
-            if value is not None and not low <= value <= high:  # also catches nan
-                parser.error(f"--{name.replace('_', '-')} {value}: it must be {what}")
+            if not (value is None or isinstance(value, kinds) and low <= value <= high):  # nan is refused, too
+                refuse(name, what)
+
+    for name in (*PATHS, "model", "out", "init"):
+        if not isinstance(getattr(args, name), (str, type(None))):
+            refuse(name, "a name")
+    choices = {"preset": ("laptop", "paper"), "schedule": ("step", "cosine"), "device": ("cpu", "cuda"),
+               "amp": (False, True), "compile": (False, True)}
+    for name, allowed in choices.items():
+        if getattr(args, name) not in allowed:
+            refuse(name, " or ".join(map(str, allowed)))
 
     smallest = math.ulp(0.0)
     check(("steps", "epochs", "batch_size", "accumulate", "overfit", "eval_every", "log_every",
@@ -244,6 +259,13 @@ def check_values(parser, args):
     check(("size",), 32, 8192, "32 to 8192 pixels")
     check(("workers",), 0, 256, "0 to 256")
     check(("seed",), 0, 2**31, "0 to 2**31")
+    needed = ["batch_size", "accumulate", "workers", "seed", "log_every", "lr", "lr_backbone", "weight_decay",
+              "clip_norm", "schedule", "warmup"]
+    needed += ["lr_drop"] * (args.schedule == "step") + ["epochs"] * (args.steps is None)
+    missing = [name for name in needed if getattr(args, name) is None]
+    if missing:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
+        parser.error(f"{flags}: neither given nor in the RECIPE of {args.model}")
     parts = args.accumulate * processes.WORLD
     if args.batch_size % parts:
         parser.error(f"--batch-size {args.batch_size} is the total: a multiple of {parts}, --accumulate "

@@ -13,7 +13,10 @@ def from_environment(name, default):
     return int(text) if text.isdecimal() else default
 
 
-RANK, WORLD = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)  # set by torchrun
+WORLD = max(1, from_environment("WORLD_SIZE", 1))  # set by torchrun, like RANK
+RANK = from_environment("RANK", 0) if WORLD > 1 else 0
+# Ctrl-C, a scheduler's request, and a terminal that is closed (Windows has no SIGHUP)
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def join(device):
@@ -53,5 +56,5 @@ def make_loader(dataset, args, **how):
 
 
 def leave_signals_to_the_main_process(worker):
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and schedulers signal every process of the group
+    for number in STOP_SIGNALS:  # they come to every process of the group
         signal.signal(number, signal.SIG_IGN)

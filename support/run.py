@@ -55,15 +55,16 @@ class Run:
             self.describe()
         if processes.RANK == 0 and self.resumed:
             self.set_damaged_file_aside()
+        self.lock = lock(self.folder / "args.json") if processes.RANK == 0 else None
         self.folder = processes.gather(self.folder)[0]
         self.log = open_log(self.folder / "log.jsonl", self.step) if processes.RANK == 0 else None
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in processes.STOP_SIGNALS:
             signal.signal(number, self.on_signal)
         if not self.resumed:
             self.save("last.pt")  # so that there is always something to go on from
 
     def on_signal(self, number, frame):
-        """Ctrl-C (or a cluster's SIGTERM) lets the step finish and saves; a second Ctrl-C kills."""
+        """Ctrl-C, SIGTERM and a closed terminal let the step finish and save; a second Ctrl-C kills."""
         self.signals.append(number)
         if processes.WORLD == 1:  # torchrun passes on a signal that processes may have got already
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -98,7 +99,8 @@ class Run:
         self.window.append(losses)
         self.bar.update()
         if self.step % self.args.log_every == 0 or self.is_last():
-            mean = {name: sum(step[name] for step in self.window) / len(self.window) for name in losses}
+            # A model file may have been changed, and have other losses, since the run was stopped
+            mean = {name: average([step[name] for step in self.window if name in step]) for name in losses}
             self.write(epoch=epoch, lr=lr, **mean)
             self.bar.set_postfix_str(f"loss {mean['total']:.2f}, gradient {mean['grad_norm']:.1f}, "
                                      f"AP {max(self.best, 0):.3f}")
@@ -148,6 +150,10 @@ class Run:
             os.replace(last, self.folder / "last.damaged.pt")
 
 
+def average(values):
+    return sum(values) / len(values)
+
+
 def claim_folder(args, module):
     """A folder that holds no other run. Two runs that start at once get two. Raises SystemExit."""
     source = args.data or args.train_images or "shapes"
@@ -165,6 +171,19 @@ def claim_folder(args, module):
                 return folder
     raise SystemExit(f"--out {args.out}: holds {', '.join(taken or ['another run'])} already. "
                      "Go on with --resume, or give another folder.")
+
+
+def lock(path):
+    """Keeps other processes from going on with the same run while this one lives. Raises SystemExit."""
+    file = open(path, "a")
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"{path.parent}: another process is training this run; stop it first.")
+    except (ImportError, OSError):  # Windows, and file systems without locks
+        pass
+    return file
 
 
 def open_log(path, step):

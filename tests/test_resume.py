@@ -155,7 +155,7 @@ EMPTY = {"model": {}, "args": {}, "model_options": {}, "class_names": [], "categ
     ([], "holds a list"),
     ({"weights": 1}, "not a checkpoint of train.py"),
     (EMPTY, "look at its args"),
-    ({**EMPTY, "args": dict.fromkeys(("model", "preset", "size", "data"))}, "no optimizer"),
+    ({**EMPTY, "args": dict(model="detr", preset="laptop", size=48, data=None)}, "go on from its optimizer"),
 ])
 def test_what_is_no_checkpoint_is_refused(content, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -225,12 +225,12 @@ def test_a_run_whose_optimiser_has_groups_without_names_goes_on(folder):
     content = torch.load("run/last.pt", weights_only=True)
     model = detr.build(1, **content["model_options"])
     new = train.make_optimizer(model, 3e-4, 3e-4, 1e-4)
-    checkpoints.load_optimizer(new, model, {**content, "path": "run/last.pt"}, 1e-4)
+    checkpoints.load_optimizer(new, model, {**content, "path": "run/last.pt"})
     rates = {"args": {"lr": 3e-4, "lr_backbone": 3e-4}}
     old = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.requires_grad]}])
     old.state.update(new.state)
     again = train.make_optimizer(model, 3e-4, 3e-4, 1e-4)
-    checkpoints.load_optimizer(again, model, {"optimizer": old.state_dict(), **rates, "path": "old.pt"}, 1e-4)
+    checkpoints.load_optimizer(again, model, {"optimizer": old.state_dict(), **rates, "path": "old.pt"})
     for p in model.parameters():
         if p.requires_grad:
             assert again.state[p]["exp_avg"].equal(new.state[p]["exp_avg"])
