@@ -52,6 +52,9 @@ def load_model_file(name, spare=None):
     missing = [key for key in ("RECIPE", "build") if not hasattr(module, key)]
     if missing:
         raise SystemExit(f"--model {path}: the file has no {' and no '.join(missing)}; see detr.py for them.")
+    for key in ("RECIPE", "LAPTOP", "PAPER"):
+        if not isinstance(getattr(module, key, {}), dict):
+            raise SystemExit(f"--model {path}: {key} must be a dict")
     return module
 
 
@@ -145,7 +148,20 @@ def build_model(module, num_classes, options):
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "recipe"):
         raise SystemExit(f"{Path(module.__file__).name}: build() must return an nn.Module whose attribute "
                          "recipe is the file's RECIPE")
+    check_recipe(model.recipe, Path(module.__file__).name)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise SystemExit(f"{Path(module.__file__).name}: no parameter of the model requires a gradient")
     return model
+
+
+def check_recipe(recipe, file):
+    """Raises SystemExit unless the losses that a model asks for are there."""
+    if recipe.get("class_loss") not in ("softmax", "focal"):
+        raise SystemExit(f'{file}: RECIPE\'s class_loss is {recipe.get("class_loss")!r}, '
+                         'it must be "softmax" or "focal"')
+    for name in ("w_class", "w_l1", "w_giou"):
+        if not isinstance(recipe.get(name), (int, float)):
+            raise SystemExit(f"{file}: RECIPE's {name} is {recipe.get(name)!r}, it must be a number")
 
 
 def check_output(out, model, num_images, num_classes):
@@ -156,9 +172,13 @@ def check_output(out, model, num_images, num_classes):
     if not isinstance(out, dict) or not {"logits", "boxes"} <= set(out):
         refuse('forward must return a dict with "logits" and "boxes"')
     logits, boxes, softmax = out["logits"], out["boxes"], is_softmax(model)
+    if not (isinstance(logits, torch.Tensor) and isinstance(boxes, torch.Tensor)):
+        refuse(f"logits are {type(logits).__name__} and boxes {type(boxes).__name__}, both must be tensors")
     if logits.ndim != 4 or boxes.shape != (*logits.shape[:3], 4) or logits.shape[1] != num_images:
         refuse(f"logits {list(logits.shape)} and boxes {list(boxes.shape)} must be [S, B, Q, C] and "
                f"[S, B, Q, 4] with B = {num_images}")
+    if 0 in logits.shape:
+        refuse(f"logits {list(logits.shape)} are empty")
     columns = num_classes + 1 if softmax else num_classes
     allowed = (columns, columns + 1) if model.recipe.get("extra_logit") else (columns,)
     if logits.shape[3] not in allowed:

@@ -238,7 +238,7 @@ def check_values(parser, args):
         kinds = (int, float) if what.startswith("a number") else int
         for name in names:
             value = getattr(args, name)
-            if not (value is None or isinstance(value, kinds) and low <= value <= high):  # nan is refused, too
+            if not (value is None or isinstance(value, kinds) and low <= value <= high):  # not for nan
                 refuse(name, what)
 
     for name in (*PATHS, "model", "out", "init"):

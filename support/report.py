@@ -10,7 +10,7 @@ import torch
 
 from support import data, processes
 from support.images import DataError, one_line
-from support.model_files import check_output
+from support.model_files import check_output, describe
 
 
 @contextlib.contextmanager
@@ -56,7 +56,7 @@ def announce(model, datasets, args, run, train_step):
     print(f"run      {args.steps} steps of {args.batch_size} images = "
           f"{args.steps * args.batch_size / len(train_set):.1f} epochs, lr {args.lr:g} ({args.schedule}), "
           f"seed {args.seed}")
-    seconds, queries = try_out(model, train_set, args, train_step)
+    seconds, queries = try_out(model, train_set, args, train_step, run.module.__file__)
     print(f"time     about {math.ceil(seconds * (args.steps - run.step) / 60)} minutes, and the evaluations; "
           f"memory {peak_memory(args)} for the largest possible batch")
     for warning in warnings(model, train_set, args, queries):
@@ -81,31 +81,37 @@ def warnings(model, train_set, args, queries):
         yield f"from scratch on {len(train_set)} images: AP stays near 0 for long and ends modest."
 
 
-def try_out(model, train_set, args, train_step):
+def try_out(model, train_set, args, train_step, file):
     """(seconds, queries) of one training step, made on a copy of the model so that nothing of it remains.
 
     Before it one step on the largest batch there can be: if memory runs out, then now and not in an hour.
-    Raises SystemExit for that, and for a model whose output breaks the contract.
+    Raises SystemExit for that, for an error in the model's file, and for output that breaks the contract.
     """
     part = args.batch_size // (args.accumulate * processes.WORLD)
     images, mask, targets = data.collate([train_set[i] for i in range(part)])
     canvas = data.largest_canvas(train_set.size, args.preset)
     largest = images.new_zeros(part, 3, *canvas), mask.new_zeros(part, *canvas), targets
-    model = copy.deepcopy(model).train()
+    model = copy.deepcopy(model)
     try:
         with torch.random.fork_rng(devices=[]):
-            with torch.no_grad():
-                out = model(images.to(args.device), mask.to(args.device))
-            check_output(out, model, part, len(train_set.class_names))
+            for training in (False, True):
+                model.train(training)
+                with torch.no_grad():
+                    out = model(images.to(args.device), mask.to(args.device))
+                check_output(out, model, part, len(train_set.class_names))
             train_step(model, [largest] * args.accumulate)
             synchronize(args)
             start = time.time()
             train_step(model, [(images, mask, targets)] * args.accumulate)
             synchronize(args)
-    except torch.OutOfMemoryError:
-        raise SystemExit(
-            f"Out of memory for parts of {part} images of up to {canvas[0]} x {canvas[1]} pixels. "
-            f"Raise --accumulate {args.accumulate}, or lower --batch-size or --size; --amp needs less, too.")
+    except (DataError, FloatingPointError):
+        raise
+    except Exception as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            raise SystemExit(
+                f"Out of memory for parts of {part} images of up to {canvas[0]} x {canvas[1]} pixels. "
+                f"Raise --accumulate {args.accumulate}, or lower --batch-size or --size; --amp helps, too.")
+        raise SystemExit(f"A training step fails; {describe(error, file)}")
     return time.time() - start, out["logits"].shape[2]
 
 

@@ -30,6 +30,7 @@ WRONG = {
     "missing folder": (["--data", "nowhere"], "nowhere"),
     "missing checkpoint": (["--resume", "nowhere"], "nowhere"),
     "an empty name": (["--resume", ""], "--resume is empty"),
+    "two dashes": (["--steps=--"], "--steps (is empty|--:)|invalid int"),
     "eval without weights": (["--eval"], "--weights"),
     "weights without eval": (["--weights", "x.pt"], "--weights goes with --eval"),
     "negative steps": (["--steps", "-1"], "--steps"),

@@ -131,6 +131,14 @@ def test_world_size_without_torchrun_gets_a_sentence(monkeypatch):
         processes.join("cpu")
 
 
+@pytest.mark.parametrize("variables", [{"RANK": "3"}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "x", "RANK": "-1"}])
+def test_variables_of_somebody_elses_make_no_silent_process(variables):
+    """A RANK without a WORLD_SIZE would train, but print and save nothing."""
+    words = "from support import processes; assert (processes.RANK, processes.WORLD) == (0, 1)"
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    subprocess.run([sys.executable, "-c", words], cwd=ROOT, env={**environment, **variables}, check=True)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_bfloat16_trains_every_model(name):
     steps = {}

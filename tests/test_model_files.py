@@ -47,9 +47,11 @@ def test_a_change_since_the_run_began_is_said(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("text, words", [
     ("RECIPE = {}", "has no build"),
     ("x = (", "line 1: "),
+    ("RECIPE = [1]\n\n\ndef build(n, **o):\n    pass\n", "RECIPE must be a dict"),
+    ("RECIPE = {}\nLAPTOP = 3\n\n\ndef build(n, **o):\n    pass\n", "LAPTOP must be a dict"),
     ("import nonsense_xyz", "ModuleNotFoundError.*nonsense"),
-    ("RECIPE = {}\n\n\ndef build(n, **o):\n    return n.nothing\n", "mine.py, line 5: AttributeError"),
-    ("RECIPE = {}\ndef build(n, **o):\n    return 3\n", "must return an nn.Module"),
+    ("RECIPE = dict(weight_decay=0)\n\n\ndef build(n, **o):\n    return n.nothing\n", "mine.py, line 5: AttributeError"),
+    ("RECIPE = dict(weight_decay=0)\ndef build(n, **o):\n    return 3\n", "must return an nn.Module"),
 ])
 def test_its_errors_have_file_and_line(text, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -68,6 +70,13 @@ def test_latin_1_is_said(tmp_path, monkeypatch):
     ('"logits": self.class_head(hs)', '"logits": self.class_head(hs).long()', "must be floating point"),
     ('"logits": self.class_head(hs)', '"logits": self.class_head(hs)[-1]', r"must be \[S, B, Q, C\]"),
     ('return {"logits"', 'return {"labels"', 'dict with "logits" and "boxes"'),
+    ('"logits": self.class_head(hs)', '"logits": 3', "logits are int .* both must be tensors"),
+    ('return {"logits"', 'hs = hs[:, :, :0]\n        return {"logits"', "are empty"),
+    ('return {"logits"', 'hs = hs @ hs\n        return {"logits"', r"mine.py, line \d+: RuntimeError"),
+    ('return {"logits"', 'hs = hs if self.training else 3 / 0\n        return {"logits"',
+     r"mine.py, line \d+: ZeroDivisionError"),
+    ("    w_class=1,\n", "", "RECIPE's w_class is None, it must be a number"),
+    ('class_loss="softmax"', 'class_loss="hinge"', "class_loss is 'hinge', it must be"),
 ])
 def test_a_broken_contract_is_seen_before_the_first_step(old, new, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
