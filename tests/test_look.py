@@ -1,16 +1,16 @@
 """What look() returns are the model's own numbers; what a Scene says of them; which picture fits a model."""
 import functools
-import importlib
 
 import pytest
 import torch
 
+import deformable_detr
 from support import attention_pictures
 from support.look import CannotDraw, Scene, look, quiet_training
 from tests.tiny_models import batch, tiny
 
 CASES = [("detr", ""), ("conditional_detr", ""), ("deformable_detr", ""), ("deformable_detr", "two_stage"),
-         ("sam_detr", "smca"), ("sam_detr", "multiscale"), ("sqr", "box_refine")]  # name, option that is on
+         ("sam_detr", "smca"), ("sam_detr_multiscale", ""), ("sqr", "box_refine")]  # name, option that is on
 every_case = pytest.mark.parametrize("name, option", CASES)
 
 
@@ -80,7 +80,7 @@ def test_conditional_attention_is_the_product_of_its_content_and_spatial_maps():
 @pytest.mark.parametrize("name, option", CASES[2:4] + CASES[5:])
 def test_sampling_points_and_weights_are_those_that_the_module_used(name, option):
     model, calls, _, seen = run(name, option)
-    sampling = importlib.import_module(name).deformable_sampling
+    sampling = deformable_detr.deformable_sampling
     assert layers(model, "MSDeformAttn")
     for part, module in layers(model, "MSDeformAttn").items():
         (query, reference, value, shapes, mask), output = calls[part]
@@ -95,9 +95,9 @@ def test_sampling_points_and_weights_are_those_that_the_module_used(name, option
         torch.testing.assert_close(again, output, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("option", ["smca", "multiscale"])
-def test_salient_points_lie_inside_the_reference_box(option):
-    _, _, out, seen = run("sam_detr", option)
+@pytest.mark.parametrize("name, option", [("sam_detr", "smca"), ("sam_detr_multiscale", "")])
+def test_salient_points_lie_inside_the_reference_box(name, option):
+    _, _, out, seen = run(name, option)
     first, second = (seen[f"decoder.layers.{i}.aligner"] for i in range(2))
     assert first["points"].shape == (2, 5, 4, 2) and ("scale" in first) == (option == "smca")
     centre, wh = first["reference"][:, :, None].chunk(2, dim=-1)  # [B, Q, 1, 2]
