@@ -178,8 +178,8 @@ def lock(path):
     file = open(path, "a")
     try:
         import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not passed on to loading processes
+    except (BlockingIOError, PermissionError):
         raise SystemExit(f"{path.parent}: another process is training this run; stop it first.")
     except (ImportError, OSError):  # Windows, and file systems without locks
         pass

@@ -50,7 +50,8 @@ def test_a_change_since_the_run_began_is_said(tmp_path, monkeypatch, capsys):
     ("RECIPE = [1]\n\n\ndef build(n, **o):\n    pass\n", "RECIPE must be a dict"),
     ("RECIPE = {}\nLAPTOP = 3\n\n\ndef build(n, **o):\n    pass\n", "LAPTOP must be a dict"),
     ("import nonsense_xyz", "ModuleNotFoundError.*nonsense"),
-    ("RECIPE = dict(weight_decay=0)\n\n\ndef build(n, **o):\n    return n.nothing\n", "mine.py, line 5: AttributeError"),
+    ("RECIPE = dict(weight_decay=0)\n\n\ndef build(n, **o):\n    return n.nothing\n",
+     "mine.py, line 5: AttributeError"),
     ("RECIPE = dict(weight_decay=0)\ndef build(n, **o):\n    return 3\n", "must return an nn.Module"),
 ])
 def test_its_errors_have_file_and_line(text, words, tmp_path, monkeypatch):

@@ -15,7 +15,6 @@ import detr
 import train
 from support import checkpoints
 from support.model_files import model_of_run
-from support.run import lock
 from tests.command import QUICK, ROOT, check_refused, run, start
 from tests.folders import small_coco
 from tests.tiny_models import tiny
@@ -210,12 +209,23 @@ def test_losses_may_change_between_two_logged_lines(folder):
     resume("--steps", 5)
 
 
-def test_only_one_process_goes_on_with_a_run(folder, capsys):
-    held = lock(folder / "run/args.json")
+HOLD = """
+import fcntl, sys
+file = open("run/args.json", "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_only_one_process_goes_on_with_a_run(folder):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
     with pytest.raises(SystemExit, match="another process is training this run"):
         resume("--steps", 5)
-    held.close()
+    holder.communicate()
     resume("--steps", 5)
+    resume("--steps", 6)
 
 
 def test_a_save_that_fails_leaves_the_old_file_and_no_half_one(folder):
