@@ -20,7 +20,10 @@ def save(path, content, keep=None):
     """Atomic: a crash at any moment leaves a whole file, old or new. `keep` names a copy of the old one."""
     try:
         with open(f"{path}.tmp", "wb") as file:
-            torch.save(content, file)
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:  # what torch makes of a full disk
+                raise OSError(f"{path}: cannot be written, is the disk full") from error
             file.flush()
             os.fsync(file.fileno())
         if keep and path.exists():

@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import math
+import os
 import shlex
 import sys
 import time
@@ -16,6 +17,8 @@ from support.model_files import check_output, describe
 @contextlib.contextmanager
 def one_line_errors():
     """What goes wrong ends in a line that says what to do, not in a traceback."""
+    # A stream that was closed (2>&-) is None
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a class or file name may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")

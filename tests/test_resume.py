@@ -13,7 +13,7 @@ import torch
 
 import detr
 import train
-from support import checkpoints
+from support import checkpoints, report
 from support.model_files import model_of_run
 from tests.command import QUICK, ROOT, check_refused, run, start
 from tests.folders import small_coco
@@ -234,6 +234,15 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_half_one(folder):
         checkpoints.save(folder / "run/last.pt", {"cannot be pickled": lambda: 3}, folder / "run/previous.pt")
     assert (folder / "run/last.pt").read_bytes() == before
     assert not list((folder / "run").glob("*.tmp"))
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_save_gets_one_line(folder, monkeypatch):
+    def fills_up(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+    monkeypatch.setattr(torch, "save", fills_up)
+    with pytest.raises(SystemExit, match="cannot be written, is the disk full.*--resume"):
+        with report.one_line_errors():
+            resume("--steps", 5)
 
 
 def test_a_bool_that_was_a_word_in_an_old_run_is_what_it_meant():
