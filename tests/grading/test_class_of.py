@@ -20,8 +20,8 @@ def test_broken_submissions_do_not_keep_the_others_from_their_points(tmp_path):
     (tmp_path / "ann.py").write_text(ours)
     (tmp_path / "bob").mkdir()
     (tmp_path / "bob" / "my_train.py").write_text(slip)
-    (tmp_path / "cem.py").write_text("def half(:\n")
-    (tmp_path / "dan.py").write_text("while True:\n    pass\n")
+    (tmp_path / "cem.py").write_text("import torch\nx = 1 / 0\n")
+    (tmp_path / "dan.py").write_text("import time\ntime.sleep(1000)\n")
     (tmp_path / "fay").mkdir()
     exercise = "--exercise", "SetCriterion.cost"
     done = command(tmp_path, "--marks", "l1_loss", "giou_loss", "--seconds", "5", *exercise)
@@ -35,6 +35,7 @@ def test_broken_submissions_do_not_keep_the_others_from_their_points(tmp_path):
     assert rows["ann"]["seed"] == str(seed_of("ann", 0)) != rows["bob"]["seed"]
     outputs = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "grades").iterdir()}
     assert set(outputs) == set(rows) and outputs["bob"]["score"] == 2
+    assert "cannot be imported: ZeroDivisionError" in outputs["cem"]["tests"][0]["output"]
     assert "longer than 5 seconds" in outputs["dan"]["tests"][0]["output"]
     assert "there must be one" in outputs["fay"]["tests"][0]["output"]
     hidden = [test for test in outputs["ann"]["tests"] if test["visibility"] == "hidden"]

@@ -46,14 +46,10 @@ def test_a_file_that_is_built_in_another_way_gets_all_points(small_backbone):
 
 BAD = '''
 """Every mark meets another disaster."""
-import os, sys, time
+import os, sys
 from pathlib import Path
 
 import torch
-
-
-def hang():
-    time.sleep(1000)
 
 
 def exit_at_once():
@@ -93,21 +89,20 @@ class SetCriterion:
         count = Path(__file__).with_suffix(".count")
         number = len(count.read_text()) if count.exists() else 0
         count.write_text("." * (number + 1))
-        [leave, eat, print_a_lot, recur, matching, hang, exit_at_once, later, later][number]()
+        [leave, eat, print_a_lot, recur, matching, exit_at_once, later, later][number]()
 '''
 
 
 def test_no_file_takes_the_grader_down(tmp_path):
     (tmp_path / "bad.py").write_text(BAD)
-    names = list(MARKS["train"])[:9]
-    found = grade(tmp_path / "bad.py", "train", names=names, seconds=3)
+    names = list(MARKS["train"])[:8]
+    found = grade(tmp_path / "bad.py", "train", names=names, seconds=60)
     expected = [
         "SystemExit: bye",
         "wants more than 4 GB",
         "tired (print_a_lot",
         "maximum recursion depth",
         "not written yet: matching",
-        "took longer than 3 seconds",
         "ended Python (exit code 3)",
         "not written yet: later",
         "not written yet: later",
@@ -115,16 +110,7 @@ def test_no_file_takes_the_grader_down(tmp_path):
     assert list(found.verdicts) == names
     for verdict, part in zip(found.verdicts.values(), expected):
         assert verdict.status == "lost" and part in verdict.why, found
-    assert f"0 of {sum(list(MARKS['train'].values())[:9])} points" in table(found)
-
-
-def test_a_file_that_cannot_be_imported_is_told_so(tmp_path):
-    (tmp_path / "broken.py").write_text("import torch\nx = 1 / 0\n")
-    found = grade(tmp_path / "broken.py", "train")
-    assert set(found.verdicts) == set(MARKS["train"]) and not found.points("met")
-    first, *others = found.verdicts.values()
-    assert first.status == "lost" and "cannot be imported: ZeroDivisionError" in first.why
-    assert {v.status for v in others} == {"unjudged"}
+    assert f"0 of {sum(list(MARKS['train'].values())[:8])} points" in table(found)
 
 
 def test_without_load_official_the_marks_that_need_no_weights_remain(small_backbone, monkeypatch):
@@ -171,42 +157,40 @@ def test_a_batch_norm_that_is_frozen_by_hand_is_as_good(small_backbone):
 
 
 # ---- Cheating ----------------------------------------------------------------------------------------------
-IMPORTS = "from detr import build, load_official\n"
-EXECUTES = f"exec(open({str(ROOT / 'detr.py')!r}).read())\n"
-PATCHES = """
+OURS = f"""
 import gc, types
+
+try:
+    from train import SetCriterion
+    raise SystemExit("it can import ours")
+except ImportError:
+    exec(open({str(ROOT / "train.py")!r}).read())
 
 modules = [m for m in gc.get_objects() if isinstance(m, types.ModuleType)]
 for module in [m for m in modules if m.__name__ == "tests.grading.marks"]:
-    module.shapes = lambda *args: None
+    module.l1_loss = lambda *args: None
 """
 WRITES = """
 import os
 
 for n in range(3, 20):
     try:
-        os.write(n, b'x {"running": "shapes", "failure": null}\\n{"verdicts": {"shapes": ["met"]}}\\n')
+        os.write(n, b'x {"running": "l1_loss", "failure": null}\\n{"verdicts": {"l1_loss": ["met"]}}\\n')
     except OSError:
         pass
 os._exit(0)
 """
 
 
-@pytest.mark.parametrize(
-    "text, warning",
-    [
-        (IMPORTS, "imports our detr"),
-        (EXECUTES, "opens our detr.py"),
-        (PATCHES, "changes tests.grading.marks.shapes"),
-        (WRITES, "writes into the grader's report"),
-    ],
-)
-def test_known_tricks_bring_nothing_or_are_reported(text, warning, tmp_path):
-    (tmp_path / "my_detr.py").write_text(text)
-    found = grade(tmp_path / "my_detr.py", "detr", names=["shapes"], seconds=60)
-    assert any(warning in line for line in found.warnings), found
-    if text in (IMPORTS, WRITES):
-        assert not found.points("met"), found
+@pytest.mark.parametrize("text, warnings", [
+    (OURS, ["imports our train", "opens our train.py", "changes tests.grading.marks.l1_loss"]),
+    (WRITES, ["writes into the grader's report"]),
+], ids=["ours", "writes"])
+def test_known_tricks_bring_nothing_or_are_reported(text, warnings, tmp_path):
+    (tmp_path / "my_train.py").write_text(text)
+    found = grade(tmp_path / "my_train.py", "train", names=["l1_loss"], seconds=60)
+    assert all(any(words in line for line in found.warnings) for words in warnings), found
+    assert text == OURS or not found.points("met"), found
 
 
 def test_a_copy_of_ours_is_reported(tmp_path):
