@@ -175,7 +175,7 @@ class SetCriterion:
 # ---- Optimiser, schedule, data order -----------------------------------------------------------------------
 def make_optimizer(model, lr, lr_backbone, weight_decay):
     """AdamW with the papers' groups: backbone, slow_parameters at a tenth (Deformable DETR), and the rest."""
-    slow = model.recipe.get("slow_parameters", ())
+    slow = model.recipe.get("slow_parameters") or ()
     parts = {"rest": [], "backbone": [], "slow": []}
     for name, parameter in model.named_parameters():
         if name.startswith("backbone."):

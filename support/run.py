@@ -53,15 +53,19 @@ class Run:
         if processes.RANK == 0 and not self.resumed:
             self.folder = claim_folder(self.args, self.module)
             self.describe()
+        self.lock = lock(self.folder / "args.json") if processes.RANK == 0 else None
         if processes.RANK == 0 and self.resumed:
             self.set_damaged_file_aside()
-        self.lock = lock(self.folder / "args.json") if processes.RANK == 0 else None
         self.folder = processes.gather(self.folder)[0]
         self.log = open_log(self.folder / "log.jsonl", self.step) if processes.RANK == 0 else None
         for number in processes.STOP_SIGNALS:
             signal.signal(number, self.on_signal)
         if not self.resumed:
-            self.save("last.pt")  # so that there is always something to go on from
+            try:
+                self.save("last.pt")  # so that there is always something to go on from
+            except OSError:
+                self.give_folder_back()
+                raise
 
     def on_signal(self, number, frame):
         """Ctrl-C, SIGTERM and a closed terminal let the step finish and save; a second Ctrl-C kills."""
@@ -142,6 +146,11 @@ class Run:
                     "python": sys.version.split()[0]}
         content = {"train": vars(self.args), "model": self.model_options, "versions": versions}
         (self.folder / "args.json").write_text(json.dumps(content, indent=1))
+
+    def give_folder_back(self):
+        """A run that could not even save its start must not keep its place from the next one."""
+        for name in (*FILES, Path(self.module.__file__).name):
+            (self.folder / name).unlink(missing_ok=True)
 
     def set_damaged_file_aside(self):
         """If previous.pt was read because last.pt could not be, do not let a save copy last.pt over it."""

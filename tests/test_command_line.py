@@ -145,6 +145,7 @@ def test_a_full_disk_gets_one_line(tmp_path):
     (tmp_path / "run/last.pt.tmp").symlink_to("/dev/full")
     done = run("--steps", 2, "--overfit", 2, *QUICK, "--out", "run", cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "space" in done.stderr, done.stderr
+    assert not (tmp_path / "run/args.json").exists(), "the folder is taken for nothing"
 
 
 def test_data_errors_are_raised_not_printed(tmp_path):
