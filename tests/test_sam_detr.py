@@ -38,7 +38,7 @@ def test_multi_scale_goes_from_coarse_to_fine_with_any_number_of_decoder_layers(
         assert tiny_model("sam_detr_multiscale", dec_layers=1)(*batch())["boxes"].shape == (1, 2, 5, 4)
 
 
-# ---- The paper's claims ----------------------------------------------------------------------------------------------
+# ---- The paper's claims ------------------------------------------------------------------------------------
 def test_salient_points_lie_inside_the_reference_box():
     model = tiny(dec_layers=3).eval()
     for layer in model.decoder.layers:
@@ -64,7 +64,7 @@ def test_points_start_at_the_centre_of_the_box_and_scales_do_not_start_at_zero()
 
 
 def aligner_of_open_weights(smca=False):
-    """(aligner, xy): M = 3 heads whose points are fixed at xy [3, 2] in the box and whose weights are all 1."""
+    """(aligner, xy): M = 3 heads whose points are fixed at xy [3, 2] in the box; all weights are 1."""
     torch.manual_seed(0)
     aligner = sam_detr.SemanticsAligner(32, 3, smca)
     xy = torch.tensor([[-0.5, 0.25], [0.0, 0.0], [0.8, -0.7]])
@@ -141,7 +141,8 @@ def test_no_gradient_goes_from_one_layers_box_to_the_previous_one():
     for head in model.box_head:
         torch.nn.init.normal_(head.layers[-1].weight)
     model(*batch())["boxes"][1].sum().backward()
-    assert not model.box_head[0].layers[-1].weight.grad.any(), "layer 2's box reaches back into layer 1's head"
+    gradient = model.box_head[0].layers[-1].weight.grad
+    assert not gradient.any(), "layer 2's box reaches back into layer 1's head"
     assert not model.query_embed.weight.grad.any(), "sine and RoIAlign carry no gradient to the boxes"
 
 
