@@ -22,7 +22,8 @@ def golden_run(old, new):
     return sqr.golden_run("dqr", "dense")
 
 
-LOUDER = "maps = [proj(feature) for", "maps = [1.1 * proj(feature) for"  # faults that several tests must notice
+# Faults that several tests must notice
+LOUDER = "maps = [proj(feature) for", "maps = [1.1 * proj(feature) for"
 FEWER = '"dense": slice(None),', '"dense": slice(0, 1),'
 
 # test, its arguments, the file, what is replaced, what by

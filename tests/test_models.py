@@ -81,7 +81,8 @@ def test_order_of_queries_does_not_matter(name):
 #
 # No test compares whole models with a real backbone: without ImageNet's weights (no test downloads) no
 # tolerance tells a right model from a wrong one. Measured with random ResNet-18s and shaken weights behind
-# them, as the mean change of logits or boxes by padding (256 x 224 to 384 x 384), divided by that of another image:
+# them, as the mean change of logits or boxes by padding (256 x 224 to 384 x 384), divided by that of another
+# image:
 #                        as it is     mask dropped
 #     detr               0.6 to 1.8   2.2 to 7.6
 #     conditional_detr   0.4 to 3.6   1.0 to 4.8
@@ -127,7 +128,7 @@ def test_a_real_backbone_sees_padding_in_the_cells_near_the_images_edge_only():
 @pytest.mark.parametrize("name, options", [
     ("detr", {"last_stage": 3}), ("conditional_detr", {}),
     ("deformable_detr", {"two_stage": True, "num_feature_levels": 2}),
-    ("sam_detr_multiscale", {"smca": True, "last_stage": 3}),
+    ("sam_detr_multiscale", {"smca": True, "last_stage": 3, "dec_layers": 1}),
     ("conditional_detr_ablations", {"spatial_query": "csq-i", "transform": "block"})])
 def test_torch_compile_gives_the_same_numbers_in_one_graph(name, options):
     """SQR's recurrent inference is in test_sqr.py; sam_detr's layers are sam_detr_multiscale's."""
@@ -199,8 +200,8 @@ def test_wrong_values_are_refused_with_a_sentence(name):
 @pytest.mark.parametrize("name, options", [
     ("deformable_detr", {"num_feature_levels": 0}), ("deformable_detr", {"enc_points": -1}),
     ("deformable_detr", {"two_stage": "False"}), ("deformable_detr", {"box_refine": 1}),
-    ("sam_detr", {"smca": 1}),
-    ("sam_detr", {"input_norm": None}), ("sqr", {"recurrent": "true"}), ("sqr", {"recollect": "all"}),
+    ("sam_detr", {"smca": 1}), ("sam_detr", {"input_norm": None}),
+    ("sqr", {"recurrent": "true"}), ("sqr", {"recollect": "all"}),
     ("conditional_detr_ablations", {"transform": "diag"}),
     ("conditional_detr_ablations", {"reference": "corner"}),
     ("conditional_detr_ablations", {"spatial_query": "csq-x"})])

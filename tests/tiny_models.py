@@ -22,7 +22,7 @@ def module_named(name):
 
 
 def get_model_again(name, weights, norm_layer):
-    """torchvision's get_model, which draws 11 million numbers for ResNet-18; a copy if it drew them before."""
+    """torchvision's get_model, which draws 11 million numbers for ResNet-18; a copy if it did so before."""
     if weights or torch.get_default_device().type != "cpu":
         return get_model(name, weights=weights, norm_layer=norm_layer)
     key = name, norm_layer, torch.get_rng_state().numpy().tobytes()
