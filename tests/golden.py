@@ -1,4 +1,4 @@
-"""Read the numbers that the official code gave (tests/golden/README.md); redo their weights and inputs."""
+"""The numbers that the official code produced (tests/golden/README.md), and its weights and inputs again."""
 import json
 import zlib
 from pathlib import Path

@@ -10,16 +10,8 @@ from golden import FOLDER
 from tiny_models import ROOT, module_named
 
 CASES = json.loads((FOLDER / "initialisation.json").read_text())
-FILES = {
-    "detr": "detr",
-    "conditional": "conditional_detr",
-    "deformable": "deformable_detr",
-    "sam": "sam_detr",
-    "group": "group_detr",
-    "dab": "dab_detr",
-    "smca": "smca_detr",
-    "hdetr": "hdetr",
-}
+FILES = {"detr": "detr", "conditional": "conditional_detr", "deformable": "deformable_detr",
+         "sam": "sam_detr", "group": "group_detr", "dab": "dab_detr", "smca": "smca_detr", "hdetr": "hdetr"}
 # SAM-DETR's points start at the centre of their box, a departure that the file states
 MEANT = re.compile(r"^transformer\.decoder\.layers\.\d+\.point2\.6\.(weight|bias)$")
 
@@ -53,12 +45,9 @@ def faults(ours, official):
     ours = ours.detach().double().flatten()
     n, mean, std = ours.numel(), ours.mean().item(), ours.std(unbiased=False).item()
     if official["constant"]:
-        norm = ours.norm().item()
-        return (
-            []
-            if abs(norm - official["l2"]) <= 1e-4 * max(norm, 1)
-            else [f"norm {norm:.4g}, not {official['l2']:.4g}"]
-        )
+        norm, wanted = ours.norm().item(), official["l2"]
+        same = abs(norm - wanted) <= 1e-4 * max(norm, 1)
+        return [] if same else [f"norm {norm:.4g}, not {wanted:.4g}"]
     found = []
     if abs(std / official["std"] - 1) > 0.02 + 5 / math.sqrt(n):
         found.append(f"spread {std:.4g}, not {official['std']:.4g}")
@@ -71,9 +60,8 @@ def faults(ours, official):
     return found
 
 
-@pytest.mark.parametrize(
-    "label", [label for label, case in CASES.items() if exists(file_and_options(case)[0])]
-)
+@pytest.mark.parametrize("label", [
+    label for label, case in CASES.items() if exists(file_and_options(case)[0])])
 def test_every_parameter_starts_as_in_the_official_code(label, monkeypatch):
     case = CASES[label]
     name, options = file_and_options(case)

@@ -64,7 +64,7 @@ def test_points_start_at_the_centre_of_the_box_and_scales_do_not_start_at_zero()
 
 
 def aligner_of_open_weights(smca=False):
-    """(aligner, xy): M = 3 heads, their points fixed at xy [3, 2] in the box, all weights 1."""
+    """(aligner, xy): M = 3 heads whose points are fixed at xy [3, 2] in the box; all weights are 1."""
     torch.manual_seed(0)
     aligner = sam_detr.SemanticsAligner(32, 3, smca)
     xy = torch.tensor([[-0.5, 0.25], [0.0, 0.0], [0.8, -0.7]])
@@ -141,9 +141,8 @@ def test_no_gradient_goes_from_one_layers_box_to_the_previous_one():
     for head in model.box_head:
         torch.nn.init.normal_(head.layers[-1].weight)
     model(*batch())["boxes"][1].sum().backward()
-    assert not model.box_head[0].layers[-1].weight.grad.any(), (
-        "layer 2's box reaches back into layer 1's head"
-    )
+    gradient = model.box_head[0].layers[-1].weight.grad
+    assert not gradient.any(), "layer 2's box reaches back into layer 1's head"
     assert not model.query_embed.weight.grad.any(), "sine and RoIAlign carry no gradient to the boxes"
 
 

@@ -1,25 +1,19 @@
 """Models small enough for a test, a batch of two images, and their objects."""
+import copy
 import importlib
 from pathlib import Path
+from unittest import mock
 
 import torch
+import torchvision
 
 ROOT = Path(__file__).parents[1]
-TINY = dict(
-    backbone="resnet18",
-    pretrained_backbone=False,
-    hidden_dim=32,
-    nheads=4,
-    enc_layers=1,
-    dec_layers=2,
-    dim_feedforward=32,
-    dropout=0.0,
-    num_queries=5,
-)
-TARGETS = [
-    {"labels": torch.tensor([0, 2]), "boxes": torch.tensor([[0.3, 0.4, 0.2, 0.3], [0.6, 0.6, 0.5, 0.4]])},
-    {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)},
-]
+TINY = dict(backbone="resnet18", pretrained_backbone=False, hidden_dim=32, nheads=4, enc_layers=1,
+            dec_layers=2, dim_feedforward=32, dropout=0.0, num_queries=5)
+TARGETS = [{"labels": torch.tensor([0, 2]),
+            "boxes": torch.tensor([[0.3, 0.4, 0.2, 0.3], [0.6, 0.6, 0.5, 0.4]])},
+           {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}]
+get_model, MADE = torchvision.models.get_model, {}
 
 
 def module_named(name):
@@ -27,11 +21,24 @@ def module_named(name):
     return importlib.import_module(name if (ROOT / f"{name}.py").exists() else f"relatives.{name}")
 
 
+def get_model_again(name, weights, norm_layer):
+    """torchvision's get_model, which draws 11 million numbers for ResNet-18; a copy if it did so before."""
+    if weights or torch.get_default_device().type != "cpu":
+        return get_model(name, weights=weights, norm_layer=norm_layer)
+    key = name, norm_layer, torch.get_rng_state().numpy().tobytes()
+    if key not in MADE:
+        MADE[key] = get_model(name, weights=None, norm_layer=norm_layer), torch.get_rng_state()
+    model, state = MADE[key]
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
+
+
 def tiny(name, **options):
     """A new model of three classes, always with the same weights; `name` is that of a file, or its module."""
     torch.manual_seed(0)
     module = module_named(name) if isinstance(name, str) else name
-    return module.build(3, **{**TINY, **options})
+    with mock.patch.object(torchvision.models, "get_model", get_model_again):
+        return module.build(3, **{**TINY, **options})
 
 
 def batch():
@@ -51,15 +58,14 @@ class Patches(torch.nn.Module):
         super().__init__()
         strides = [8, 16, 32][:len(channels)]
         self.convs = torch.nn.ModuleList(
-            torch.nn.Conv2d(3, c, s, s, bias=False) for c, s in zip(channels, strides)
-        )
+            torch.nn.Conv2d(3, c, s, s, bias=False) for c, s in zip(channels, strides))
 
     def forward(self, images):
         return [conv(images) for conv in self.convs]
 
 
 def shake(model):
-    """Move every parameter a little at random: a new model predicts the same box everywhere."""
+    """Move every parameter a little at random and return the model; a new one predicts one box everywhere."""
     torch.manual_seed(2)
     with torch.no_grad():
         for p in model.parameters():
