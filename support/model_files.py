@@ -149,8 +149,6 @@ def build_model(module, num_classes, options):
         raise SystemExit(f"{Path(module.__file__).name}: build() must return an nn.Module whose attribute "
                          "recipe is the file's RECIPE")
     check_recipe(model.recipe, Path(module.__file__).name)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise SystemExit(f"{Path(module.__file__).name}: no parameter of the model requires a gradient")
     return model
 
 

@@ -48,6 +48,8 @@ def announce(model, datasets, args, run, train_step):
 
     train_step: a function of (model, parts) that does one step, see try_out.
     """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise SystemExit(f"--model {args.model}: no parameter of the model requires a gradient")
     train_set = datasets["train"]
     print(f"model    {args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
           f"on {args.device}")
