@@ -7,6 +7,7 @@ and whatever imports, opens or repeats our files is reported. This is no fence: 
 rights of whoever grades it, in the same process as the marks. docs/teaching.md says what to do about that.
 """
 
+import ast
 import hashlib
 import hmac
 import json
@@ -302,14 +303,22 @@ def table(grade):
     return "\n".join(lines)
 
 
+def asked_for():
+    """{mark: the first line of its docstring}, read and not imported: torch takes seconds."""
+    found = {}
+    for name in ("marks.py", "criterion_marks.py"):
+        for node in ast.parse((ROOT / "tests" / "grading" / name).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef):
+                found[node.name] = (ast.get_docstring(node) or "").partition("\n")[0]
+    return found
+
+
 def gradescope(grade, visibility="visible"):
     """What Gradescope reads from results.json: a test with points, sentence and visibility for every mark."""
-    from tests.grading import marks
-
-    tests = []
+    sentences, tests = asked_for(), []
     for mark, points in grade.marks().items():
         verdict = grade.verdicts[mark]
-        what = getattr(marks, mark).__doc__.splitlines()[0]
+        what = sentences[mark]
         why = {"met": "met", "lost": "lost: ", "unjudged": ""}[verdict.status] + (
             f" ({verdict.why})" if verdict.status == "met" and verdict.why else verdict.why
         )

@@ -17,7 +17,6 @@ def test_broken_submissions_do_not_keep_the_others_from_their_points(tmp_path):
     ours = (ROOT / "train.py").read_text()
     slip = ours.replace(".abs().sum(1)  # [P]", ".abs().mean(1)  # [P]")
     assert slip != ours
-    (tmp_path / "ann.py").write_text(ours)
     (tmp_path / "bob").mkdir()
     (tmp_path / "bob" / "my_train.py").write_text(slip)
     (tmp_path / "cem.py").write_text("import torch\nx = 1 / 0\n")
@@ -29,16 +28,16 @@ def test_broken_submissions_do_not_keep_the_others_from_their_points(tmp_path):
     with open(tmp_path / "grades.csv", newline="") as file:
         rows = {row["student"]: row for row in csv.DictReader(file)}
     earned = {student: row["earned"] for student, row in rows.items()}
-    assert earned == {"ann": "4", "bob": "2", "cem": "0", "dan": "0", "fay": "0"}, rows
+    assert earned == {"bob": "2", "cem": "0", "dan": "0", "fay": "0"}, rows
     assert rows["bob"]["l1_loss"] == "0" and rows["bob"]["giou_loss"] == "2"
-    assert rows["cem"]["giou_loss"] == "not judged" and "SetCriterion.cost" in rows["ann"]["please look"]
-    assert rows["ann"]["seed"] == str(seed_of("ann", 0)) != rows["bob"]["seed"]
+    assert rows["cem"]["giou_loss"] == "not judged" and "SetCriterion.cost" in rows["bob"]["please look"]
+    assert rows["bob"]["seed"] == str(seed_of("bob", 0)) != rows["cem"]["seed"]
     outputs = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "grades").iterdir()}
     assert set(outputs) == set(rows) and outputs["bob"]["score"] == 2
     assert "cannot be imported: ZeroDivisionError" in outputs["cem"]["tests"][0]["output"]
     assert "longer than 5 seconds" in outputs["dan"]["tests"][0]["output"]
     assert "there must be one" in outputs["fay"]["tests"][0]["output"]
-    hidden = [test for test in outputs["ann"]["tests"] if test["visibility"] == "hidden"]
+    hidden = [test for test in outputs["bob"]["tests"] if test["visibility"] == "hidden"]
     assert "word for word" in hidden[0]["output"], "students need not read what the staff is told"
 
 
