@@ -9,8 +9,7 @@ from support import checkpoints
 from support.model_files import load_model_file
 from tests.command import QUICK, run
 from tests.folders import small_coco
-from tests.golden import Case
-from tests.test_golden import CASES, options_of
+from tests.golden import CASES, Case, options_of
 from tests.tiny_models import TINY, tiny
 
 
