@@ -103,7 +103,7 @@ class Hidden:
         if event == "open" and isinstance(args[0], (str, bytes)):
             path = os.path.realpath(os.fsdecode(args[0]))
             helper = path.startswith(f"{ROOT}/support/") or Path(path).stem in self.allowed
-            if path.startswith(f"{ROOT}/") and not helper and not self.asked_by_us():
+            if under_root(path) and not helper and not self.asked_by_us():
                 self.note(f"opens our {os.path.relpath(path, ROOT)}")
         elif event == "import" and (args[0] in self.modules or args[0].partition(".")[0] == "tests"):
             if not self.asked_by_us():
@@ -126,7 +126,9 @@ class Hidden:
 
 
 def under_root(path):
-    return os.path.realpath(path).startswith(f"{ROOT}/") or os.path.realpath(path) == str(ROOT)
+    """Whether a path is of this repository; the virtual environment may lie inside it, as in the README."""
+    path, library = os.path.realpath(path), os.path.realpath(sys.prefix)
+    return (path == str(ROOT) or path.startswith(f"{ROOT}/")) and not path.startswith(f"{library}/")
 
 
 def fingerprint(modules):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tests.grading.child import under_root
 from tests.grading.files import ROOT
 from tests.grading.grader import MARKS, grade, table
 from tests.grading.small import CHEAP, lost
@@ -204,3 +205,10 @@ def test_a_copy_of_ours_is_reported(tmp_path):
     assert "sine" in repeated(copy, "detr", ["sine"])[0]
     copy.write_text(blank(text, "sine"))
     assert not repeated(copy, "detr") and not repeated(copy, "detr", ["sine"])
+
+
+def test_a_virtual_environment_inside_the_folder_is_not_ours(monkeypatch):
+    """As the README makes it: numpy must stay in sight when our files are hidden."""
+    monkeypatch.setattr("sys.prefix", str(ROOT / ".venv"))
+    assert under_root(ROOT / "train.py") and under_root(ROOT)
+    assert not under_root(ROOT / ".venv/lib/python3.11/site-packages") and not under_root("/usr/lib")
