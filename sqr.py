@@ -11,7 +11,7 @@ Diff me against: deformable_detr.py; recollect="none" gives the same predictions
 equations in comments are Deformable DETR's, except for query recollection.
 
 Departures from the official code (numbers are the same, tests/test_sqr.py holds them):
-    sampling is grid_sample, level by level, instead of a CUDA extension; it runs everywhere.
+    sampling is grid_sample, point by point, instead of a CUDA extension; it runs everywhere.
     boxes are computed once per layer; the official code computes them twice, to refine and to report.
     every group of queries has its own reference boxes and its own stage's heads, so box_refine and two_stage
     work; the official code runs with refinement, but its reference points stay behind.
@@ -241,20 +241,20 @@ def deformable_sampling(value, spatial_shapes, locations, weights):
 
     value [B, T, M, D/M], spatial_shapes [(h, w), ...] of L levels, locations [B, Q, M, L, K, 2] as (x, y) in
     [0, 1] of the padded map (outside is zero), weights [B, Q, M, L, K] -> [B, Q, D].
-    Source: official ms_deform_attn_core_pytorch; level by level it needs less memory and time.
+    Source: official ms_deform_attn_core_pytorch; point by point it needs less memory and time.
     """
     B, Q, M, L, K, _ = locations.shape
-    grid = 2 * locations - 1  # grid_sample counts from -1 to 1
+    # grid_sample counts from -1 to 1 and knows no heads: they become images
+    grid = (2 * locations - 1).permute(3, 4, 0, 2, 1, 5).flatten(2, 3).unsqueeze(3)  # [L, K, B*M, 1, Q, 2]
+    weights = weights.permute(3, 4, 0, 2, 1).flatten(2, 3)[:, :, :, None, None]  # [L, K, B*M, 1, 1, Q]
     levels = value.to(grid.dtype).split([h * w for h, w in spatial_shapes], dim=1)
-    total = 0
+    total = grid.new_zeros(())
     for level, (h, w) in enumerate(spatial_shapes):
-        # [B, h*w, M, D/M] -> [B, M, D/M, h*w] -> [B*M, D/M, h, w]
-        feature_map = levels[level].permute(0, 2, 3, 1).reshape(B * M, -1, h, w)
-        points = grid[:, :, :, level].transpose(1, 2).flatten(0, 1)  # [B*M, Q, K, 2]
-        weight = weights[:, :, :, level].transpose(1, 2).flatten(0, 1)  # [B*M, Q, K]
-        sampled = F.grid_sample(feature_map, points, align_corners=False)  # [B*M, D/M, Q, K]
-        total = total + torch.einsum("ndqk,nqk->nqd", sampled, weight)  # [B*M, Q, D/M]
-    return total.unflatten(0, (B, M)).transpose(1, 2).flatten(2)  # [B, Q, D]
+        feature_map = levels[level].permute(0, 2, 3, 1).reshape(B * M, -1, h, w)  # [B*M, D/M, h, w]
+        for point in range(K):
+            sampled = F.grid_sample(feature_map, grid[level, point], align_corners=False)  # [B*M, D/M, 1, Q]
+            total = torch.addcmul(total, sampled, weights[level, point])  # total + weight * sampled
+    return total.reshape(B, -1, Q).transpose(1, 2)  # [B, Q, D]
 
 
 class MSDeformAttn(nn.Module):

@@ -187,7 +187,7 @@ def make_optimizer(model, lr, lr_backbone, weight_decay):
     rate = {"rest": lr, "backbone": lr_backbone, "slow": lr * 0.1}
     groups = [{"params": parts[part], "part": part, "lr": rate[part], "peak_lr": rate[part]}
               for part in parts if parts[part]]
-    return torch.optim.AdamW(groups, weight_decay=weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
 
 
 def lr_factor(step, args, steps_per_epoch):
