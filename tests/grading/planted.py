@@ -53,7 +53,7 @@ ACTIVATION = f"{HIDDEN}.relu())"
 NORMALISED = "return (n - offset) / (((last - offset) + 1e-6) + offset)"
 STEM = "self.body.maxpool(self.body.relu(self.body.bn1(self.body.conv1(x))))"
 MERGED = "return self.out_proj(out.transpose(1, 2).flatten(2))"
-GRID = "F.grid_sample(feature_map, points, "
+GRID = "F.grid_sample(feature_map, grid[level, point], "
 SELF_ATTENTION_V = "q, k, v = self.sa_proj(src + pos, src + pos, src)"
 
 
@@ -240,7 +240,7 @@ MISTAKES = planted("detr", ATTENTION + POSITIONS + [
      "weights = self.attention_weights(query).unflatten(-1, (M, L * K))",
      "offsets = offsets.flip(3)\n        weights = self.attention_weights(query).unflatten(-1, (M, L * K))"),
     ("sampling", "grid_sample has align_corners=True", "align_corners=False", "align_corners=True"),
-    ("sampling", "locations reach grid_sample in [0, 1], not [-1, 1]", "grid = 2 * locations - 1",
+    ("sampling", "locations reach grid_sample in [0, 1], not [-1, 1]", "grid = (2 * locations - 1)",
      "grid = locations"),
     ("sampling", "offsets are (y, x), not (x, y)",
      "offsets = self.sampling_offsets(query).unflatten(-1, (M, L, K, 2))",
