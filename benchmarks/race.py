@@ -1,12 +1,15 @@
-"""The race: every method trains on `shapes` for about ten minutes of a core, with the same pictures.
+"""The race: every method trains on `shapes` for the same CPU minutes of one core, with the same pictures.
 
-    python benchmarks/race.py --jobs 2              the files at the top level, seed 0: 30 minutes on 2 cores
-    python benchmarks/race.py --seeds 0 1 2 --only sqr deformable_detr
-    python benchmarks/race.py --table               no training: table and figure from the results
+    python benchmarks/race.py --jobs 2                         the files at the top level, seed 0
+    python benchmarks/race.py --group race_all --seeds 0 1 2   another group of runners, more seeds
+    python benchmarks/race.py --only sqr deformable_detr       some runners by name
+    python benchmarks/race.py --table --group race_all         no training: table and figure from the results
 
-Each runner is `python train.py` with its laptop preset on one thread, so anybody can repeat one by hand. What
-is finished is not run again, what was interrupted goes on where it stopped. Runs lie in benchmarks/runs/,
-their curves in benchmarks/results/race.json, the figure in docs/race.png.
+Each runner is `python train.py` with its laptop preset on one thread, so anybody can repeat one by hand. Its
+number of steps is what fits into --minutes of a core at the CPU seconds of its step. These are measured
+first, in three short runs, and kept in benchmarks/results/steps.json: delete an entry to measure it again.
+What is finished is not run again, what was interrupted goes on where it stopped. Runs lie in
+benchmarks/runs/, their curves in benchmarks/results/race.json, the figures in docs/.
 
 Minutes are CPU minutes of the run's process, evaluations included: they do not depend on other work of the
 machine.
@@ -21,6 +24,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,35 +37,56 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from support.model_files import known_files  # noqa: E402
 
-RUNS, FIGURE = ROOT / "benchmarks/runs", ROOT / "docs/race.png"
-RESULTS = ROOT / "benchmarks/results/race.json"
+RUNS, DOCS = ROOT / "benchmarks/runs", ROOT / "docs"
+RESULTS, STEPS = (ROOT / "benchmarks/results" / name for name in ("race.json", "steps.json"))
+EVALUATIONS = 10  # in each run
 
 
-def runner(model, *options, steps=1800):
-    return ["--model", model, "--steps", str(steps), *(x for option in options for x in ("--option", option))]
+def runner(model, *options, steps=None):
+    """Flags of train.py. With `steps` the number of steps is given, not what fits into the minutes."""
+    length = ["--steps", str(steps)] if steps else []
+    return ["--model", model, *length, *(x for option in options for x in ("--option", option))]
 
 
-# Every model file is a runner of its own name: the laptop preset for 1800 steps, about ten minutes. Here are
-# those that differ: other options, other numbers of steps, ablations of a paper. Batches are those of the
-# presets: 8 images with deformable attention, whose steps cost as much as others do with 16.
+# Every model file is a runner of its own name with its laptop preset. Here are those that differ: other
+# options, a length of their own, ablations of a paper.
 SPECIAL = {
-    "sam_detr": runner("sam_detr", steps=900),
     "deformable_detr plain": runner("deformable_detr", "box_refine=false"),
     "deformable_detr two-stage": runner("deformable_detr", "two_stage=true"),
     "sqr dense": runner("sqr", "recollect=dense"),
+    "sqr recurrent": runner("sqr", "recurrent=true"),
+    "group_detr K=1": runner("group_detr", "num_groups=1"),
+    "group_detr K=6": runner("group_detr", "num_groups=6"),
+    "group_detr K=11": runner("group_detr", "num_groups=11"),
     "detr 3600 steps": runner("detr", steps=3600),
     "deformable_detr 1300 steps": runner("deformable_detr", steps=1300),
     "sqr 1300 steps": runner("sqr", steps=1300),
-    "sqr recurrent": runner("sqr", "recurrent=true"),
-    "sam_detr 1800 steps": runner("sam_detr"),
+    "deformable_detr 6 stages": runner("deformable_detr", "dec_layers=6"),
+    "sqr 6 stages": runner("sqr", "dec_layers=6"),
+    "adamixer 6 stages": runner("adamixer", "dec_layers=6"),
     "csq": runner("conditional_detr", steps=1000),
     "csq-i": runner("conditional_detr_ablations", "spatial_query=csq-i", steps=1000),
     "csq-p": runner("conditional_detr_ablations", "spatial_query=csq-p", steps=1000),
     "csq-t": runner("conditional_detr_ablations", "spatial_query=csq-t", steps=1000),
     "csq-c": runner("conditional_detr_ablations", "spatial_query=csq-c", steps=1000),
 }
-RUNNERS = {**{name: runner(name) for name in known_files()}, **SPECIAL}
-MAIN = [name for name, path in known_files().items() if path.parent == ROOT]  # README's figure
+FILES = known_files()
+RUNNERS = {**{name: runner(name) for name in FILES}, **SPECIAL}
+MAIN = [name for name, path in FILES.items() if path.parent == ROOT]  # README's figure
+RELATIVES = [name for name in FILES if name not in MAIN and (DOCS / f"{name}.md").exists()]
+# What is run, shown in one table and drawn in docs/GROUP.png
+GROUPS = {
+    "race": MAIN,
+    "race_all": [*MAIN, "deformable_detr plain", "deformable_detr two-stage", "sqr dense", *RELATIVES],
+    "supervision": ["conditional_detr", "group_detr K=1", "group_detr", "group_detr K=6", "group_detr K=11",
+                    "deformable_detr", "hdetr", "sqr", "sqr dense"],
+    "rivals": ["conditional_detr", "smca_detr", "dab_detr", "sam_detr"],
+    "stages": [name for name in RUNNERS if name.endswith("6 stages")],
+    "spatial_query": [name for name in RUNNERS if name.startswith("csq")],
+}
+COLOURS = ["#0072b2", "#d55e00", "#000000", "#cc79a7", "#009e73", "#8c564b", "#9467bd", "#b8860b", "#17a2b8",
+           "#e0115f", "#7f7f7f", "#5f8f00"]  # of the files, in order
+SHOWN = {"group_detr": "group_detr K=3"}  # a clearer name in tables and figures
 
 
 # ---- Running -----------------------------------------------------------------------------------------------
@@ -69,63 +94,107 @@ def git(*words):
     return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
-def run(name, seed):
-    """Train one runner to its end, or go on with it: its entry for race.json, or None if it stopped early."""
-    flags = RUNNERS[name]
-    steps = int(flags[flags.index("--steps") + 1])
-    folder, start = RUNS / f"{name.replace(' ', '-')}-seed{seed}", 0
-    command = [sys.executable, str(ROOT / "train.py"), "--workers", "0", "--device", "cpu"]
-    if (folder / "last.pt").exists():
-        start = torch.load(folder / "last.pt", weights_only=True)["step"]
-        command += ["--resume", str(folder)]
-    else:
-        shutil.rmtree(folder, ignore_errors=True)  # stopped before its first checkpoint
-        command += [*flags, "--seed", str(seed), "--eval-every", str(steps // 15), "--out", str(folder)]
-    RUNS.mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}.txt", "w") as output:
-        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=one_thread)
+def train(flags, output):
+    """CPU seconds of one run of train.py on one thread, which prints into `output`; None if it fails."""
+    command = [sys.executable, str(ROOT / "train.py"), "--workers", "0", "--device", "cpu", *map(str, flags)]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(output, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=one_thread)
         _, status, usage = os.wait4(process.pid, 0)
     if status:
-        print(f"{name}, seed {seed}: stopped, see {folder}.txt", flush=True)
+        print(f"stopped, see {output}", flush=True)
         return None
+    return usage.ru_utime + usage.ru_stime
+
+
+def measure(name, steps=2, more=30):
+    """CPU seconds of a step, of an evaluation and of the start, from three short runs; None if one fails."""
+    seconds = []
+    for length, every in ((steps, steps), (steps + more, steps + more), (steps, steps // 2)):
+        with tempfile.TemporaryDirectory() as folder:
+            flags = [*RUNNERS[name], "--steps", length, "--eval-every", every, "--out", f"{folder}/run"]
+            seconds.append(train(flags, RUNS / f"measure-{name.replace(' ', '-')}.txt"))
+        if seconds[-1] is None:
+            return None
+    step, evaluation = (seconds[1] - seconds[0]) / more, seconds[2] - seconds[0]
+    return [round(x, 4) for x in (step, evaluation, seconds[0] - steps * step - evaluation)]
+
+
+def flags_of(name, minutes):
+    """The runner's flags with --steps: a multiple of the number of evaluations, as many as fit."""
+    if "--steps" in RUNNERS[name]:
+        return RUNNERS[name]
+    step, evaluation, start = read(STEPS)[name]
+    fit = (60 * minutes - EVALUATIONS * evaluation - start) / step
+    return [*RUNNERS[name], "--steps", str(max(1, round(fit / EVALUATIONS)) * EVALUATIONS)]
+
+
+def run(name, seed, minutes):
+    """Train one runner to its end, or go on with it: its entry for race.json, or None if it stopped early."""
+    flags = flags_of(name, minutes)
+    steps = int(flags[flags.index("--steps") + 1])
+    folder, start = RUNS / f"{name.replace(' ', '-')}-{steps}-seed{seed}", 0
+    if (folder / "last.pt").exists():
+        start = torch.load(folder / "last.pt", weights_only=True)["step"]
+        command = ["--resume", folder]
+    else:
+        shutil.rmtree(folder, ignore_errors=True)  # stopped before its first checkpoint
+        command = [*flags, "--seed", seed, "--eval-every", steps // EVALUATIONS, "--out", folder]
+    if start < steps:
+        seconds = train(command, f"{folder}.txt")
+        if seconds is None:
+            return None
+        minutes = seconds / 60 * steps / (steps - start)
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     keep = ("AP", "AP50", "AP75", "AP_small")
     evals = [{"step": line["step"], **{k: round(line["eval"][k], 4) for k in keep}}
              for line in lines if "eval" in line]
     print(f"{name}, seed {seed}: AP {evals[-1]['AP']:.3f}, AP50 {evals[-1]['AP50']:.3f}", flush=True)
     settings = json.loads((folder / "args.json").read_text())
-    minutes = (usage.ru_utime + usage.ru_stime) / 60 * steps / (steps - start)
     return {"name": name, "seed": seed, "flags": shlex.join(flags), "batch": settings["train"]["batch_size"],
             "cpu_minutes": round(minutes, 2), "commit": git("rev-parse", "--short", "HEAD"),
             "date": str(datetime.date.today()), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "torch": settings["versions"]["torch"], "evals": evals}
 
 
-def race(names, seeds, jobs):
+def read(path):
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write(path, key, value):
+    path.write_text(json.dumps(dict(sorted({**read(path), key: value}.items())), indent=1) + "\n")
+
+
+def race(names, seeds, jobs, minutes):
     """Run what is not in race.json yet, `jobs` at a time, and store each result at once."""
-    done, lock = read_results(), threading.Lock()
+    lock = threading.Lock()
+    RUNS.mkdir(parents=True, exist_ok=True)
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+
+    def keep(path, key, value):
+        with lock:
+            if value:
+                write(path, key, value)
 
     def one(job):
-        result = run(*job)
-        with lock:
-            if result:
-                done[f"{job[0]}, seed {job[1]}"] = result
-                RESULTS.parent.mkdir(parents=True, exist_ok=True)
-                RESULTS.write_text(json.dumps(dict(sorted(done.items())), indent=1) + "\n")
+        name, seed = job
+        keep(RESULTS, f"{name}, seed {seed}", run(name, seed, minutes))
 
-    todo = [(name, seed) for seed in seeds for name in names if f"{name}, seed {seed}" not in done]
     with ThreadPoolExecutor(jobs) as pool:
+        unknown = [name for name in names if "--steps" not in RUNNERS[name] and name not in read(STEPS)]
+        list(pool.map(lambda name: keep(STEPS, name, measure(name)), unknown))
+        ready = [name for name in names if "--steps" in RUNNERS[name] or name in read(STEPS)]
+        todo = [(name, seed) for seed in seeds for name in ready
+                if read(RESULTS).get(f"{name}, seed {seed}", {}).get("flags")
+                != shlex.join(flags_of(name, minutes))]
         list(pool.map(one, todo))
-
-
-def read_results():
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
 # ---- Table and figure --------------------------------------------------------------------------------------
 def entries_of(name):
-    return [entry for entry in read_results().values() if entry["name"] == name]
+    """Results of a runner, one a seed; of the same length, should --minutes have changed."""
+    found = [entry for entry in read(RESULTS).values() if entry["name"] == name]
+    return [entry for entry in found if entry["flags"] == found[-1]["flags"]]
 
 
 def curves(name):
@@ -168,51 +237,84 @@ def table(names):
     for name in names:
         entries = entries_of(name)
         last, images = [entry["evals"][-1] for entry in entries], images_to(entries)
-        cells = [name, len(entries), entries[0]["batch"], last[0]["step"],
+        cells = [SHOWN.get(name, name), len(entries), entries[0]["batch"], last[0]["step"],
                  f"{statistics.mean(e['cpu_minutes'] for e in entries):.1f}",
                  *(spread([line[key] for line in last]) for key in ("AP", "AP50", "AP_small")),
                  f"{images:.0f}" if images else "never", f"{detr / images:.1f}" if detr and images else ""]
         print(f"| {' | '.join(map(str, cells))} |")
 
 
+def style(name):
+    """(colour, line style): a colour for each file; solid at the top level, dashed for relatives."""
+    model = RUNNERS[name][1]
+    variants = [other for other in RUNNERS if RUNNERS[other][1] == model]
+    dashes = ["-" if model in MAIN else "--", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1))]
+    return COLOURS[list(FILES).index(model) % len(COLOURS)], dashes[variants.index(name) % len(dashes)]
+
+
 def draw(names, path):
     """AP against images seen and against minutes: the mean of the seeds, and a band from worst to best."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(13, 5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for i, name in enumerate(names):
+    ends = []  # (last AP, minutes, label, colour)
+    for name in names:
         entries, steps, values, minutes = curves(name)
-        colour = f"C{i % 10}"
-        label = f"{name} ({len(entries)} seeds)" if len(entries) > 1 else name
+        colour, dashes = style(name)
         for ax, x in zip(axes, (steps * entries[0]["batch"], minutes)):
-            ax.plot([0, *x], [0, *values.mean(0)], color=colour, label=label)
-            ax.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+            ax.plot([0, *x], [0, *values.mean(0)], color=colour, linestyle=dashes, linewidth=1.8)
+            ax.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0)
+        relative = ", relative" if RUNNERS[name][1] in RELATIVES else ""
+        label = f"{SHOWN.get(name, name)}{relative}  {values.mean(0)[-1]:.2f}"
+        ends.append((values.mean(0)[-1], minutes[-1], label, colour, dashes))
     axes[0].set(xlabel="training images seen", ylabel="AP on held-out images", ylim=(0, None))
     axes[1].set(xlabel="minutes of one CPU core, evaluations included")
-    axes[1].legend(fontsize=8, loc="upper left")
     for ax in axes:
         ax.grid(alpha=0.3)
         ax.set_xlim(0, None)
+    seeds = sorted({len(entries_of(name)) for name in names})
+    if seeds[-1] > 1:
+        count = "-".join(map(str, seeds))
+        axes[0].set_title(f"mean of {count} seeds, band from worst to best", fontsize=9)
+    ends.sort()
+    heights = spaced([end[0] / axes[1].get_ylim()[1] for end in ends], gap=0.055)
+    for (value, minute, label, colour, dashes), y in zip(ends, heights):
+        line = {"arrowstyle": "-", "color": colour, "linestyle": dashes, "relpos": (0, 0.5)}
+        axes[1].annotate(label, (minute, value), (1.08, y), textcoords="axes fraction", color=colour,
+                         va="center", annotation_clip=False, arrowprops=line)
     figure.savefig(path, dpi=110)
+
+
+def spaced(heights, gap, top=0.99):
+    """Sorted heights of labels, moved apart to at least `gap` and not above `top`."""
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], top - gap * (len(heights) - 1 - i))
+    return heights
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", nargs="+", choices=RUNNERS, metavar="RUNNER", default=MAIN,
-                   help=f"some of: {', '.join(RUNNERS)}; default: {', '.join(MAIN)}")
-    p.add_argument("--draw", nargs="+", choices=RUNNERS, metavar="RUNNER", default=MAIN,
-                   help="curves of the figure")
-    p.add_argument("--figure", type=Path, default=FIGURE, metavar="FILE", help="default: docs/race.png")
+    p.add_argument("--group", choices=GROUPS, default="race", help="what to run, to list and to draw")
+    p.add_argument("--only", nargs="+", choices=RUNNERS, metavar="RUNNER",
+                   help=f"instead of a group some of: {', '.join(RUNNERS)}")
+    p.add_argument("--figure", type=Path, metavar="FILE",
+                   help="default: docs/GROUP.png; with --only none is drawn without it")
     p.add_argument("--seeds", nargs="+", type=int, default=[0])
+    p.add_argument("--minutes", type=float, default=10, help="CPU minutes of each run (default: 10)")
     p.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
     p.add_argument("--table", action="store_true", help="only table and figure, from what is there")
     args = p.parse_args()
+    names = args.only or GROUPS[args.group]
     if not args.table:
-        race(args.only, args.seeds, args.jobs)
-    present = {entry["name"] for entry in read_results().values()}
+        race(names, args.seeds, args.jobs, args.minutes)
+    present = [name for name in names if entries_of(name)]
     if not present:
-        raise SystemExit(f"{RESULTS}: no results yet; run without --table first.")
-    table([name for name in RUNNERS if name in present])
-    draw([name for name in args.draw if name in present], args.figure)
+        raise SystemExit(f"{RESULTS}: no results of these runners yet; run without --table first.")
+    table(present)
+    figure = args.figure or (None if args.only else DOCS / f"{args.group}.png")
+    if figure:
+        draw(present, figure)
 
 
 if __name__ == "__main__":
