@@ -7,6 +7,7 @@
 
 train.py draws predictions and curves at every evaluation. What a model looked at comes as arrays from
 support/look.py, pictures of it are drawn by support/attention_pictures.py, all others by support/pictures.py.
+From Python, predictions come without pictures: support/predict.py.
 """
 import argparse
 import json
@@ -14,18 +15,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torchvision
-
 from support import data
 from support.attention_pictures import draw_look
-from support.checkpoints import load_checkpoint, load_weights, read_init
+from support.checkpoints import load_checkpoint, read_init
 from support.images import DataError, one_line
 from support.look import CannotDraw, make_scene
-from support.model_files import build_model, load_model_file, model_of_run
 from support.options import parse_model_options
 from support.pictures import DPI, draw_detections
+from support.predict import PATHS, of_official, of_run, trained_size
 
-PATHS = ("train_json", "train_images", "val_json", "val_images")
 LONGEST_STEM = 60  # characters; file systems allow 255 bytes, of which a character may need four
 
 
@@ -68,75 +66,7 @@ def parse(argv):
     return args
 
 
-# ---- The model ---------------------------------------------------------------------------------------------
-def load_model(args):
-    """(model, names of its classes, args of its training) from --weights or --init, or SystemExit."""
-    return load_run(args) if args.weights else load_official(args)
-
-
-def load_run(args):
-    checkpoint = load_checkpoint(args.weights)
-    trained, names = checkpoint["args"], checkpoint["class_names"]
-    check_args(args.weights, trained)
-    _, module, options = model_of_run(checkpoint, args.model)
-    options.update(args.option, pretrained_backbone=False)
-    model = build_model(module, len(names), options).eval()
-    load_weights(model, checkpoint)
-    return model, names, trained
-
-
-def load_official(args):
-    checkpoint = read_init(args.init)
-    module = load_model_file(args.model)
-    if not hasattr(module, "load_official"):
-        raise SystemExit(f"--init: {args.model} has no load_official() that could read official weights")
-    names = official_names(checkpoint, module.RECIPE)
-    options = {**args.option, "pretrained_backbone": False}
-    model = build_model(module, len(names), options).eval()
-    try:
-        module.load_official(model, checkpoint)
-    except (RuntimeError, AttributeError, TypeError) as error:  # the latter two: entries that are no tensors
-        reason = " ".join(str(error).split())[:300]
-        raise SystemExit(f"{args.init}: of another model, or needs an --option: {reason}")
-    return model, names, {"preset": "paper", "size": 800}
-
-
-def check_args(source, args):
-    """SystemExit unless those args of a training that are used here are what train.py writes."""
-    path, size = (str, type(None)), args["size"]
-    kinds = {"model": str, "preset": str, "size": (int, type(None)), **dict.fromkeys(("data", *PATHS), path)}
-    wrong = [name for name, kind in kinds.items() if not isinstance(args.get(name), kind)]
-    if not wrong and size is not None and size < 32:
-        wrong = ["size"]
-    if wrong:
-        found = ", ".join(f"args[{name!r}]" for name in wrong)
-        raise SystemExit(f"{source}: not a checkpoint of train.py (look at its {found})")
-
-
-def official_names(checkpoint, recipe):
-    """Class names for an official checkpoint, whose class head tells how many there are. Raises SystemExit.
-
-    It has a row for each, and with softmax (and in SMCA) one more for "no object". 91 are COCO's category
-    ids, as in all published weights; torchvision knows their names.
-    """
-    state = checkpoint.get("model", checkpoint)
-    heads = ("class_embed.weight", "class_embed.0.weight") if isinstance(state, dict) else ()
-    rows = [len(state[name]) for name in heads if getattr(state.get(name), "ndim", 0)]
-    if not rows:
-        raise SystemExit("--init: not official weights (no class_embed.weight); for our own use --weights")
-    count = rows[0] - (recipe["class_loss"] == "softmax" or recipe.get("extra_logit", False))
-    coco = torchvision.models.get_weight("FasterRCNN_ResNet50_FPN_Weights.COCO_V1").meta["categories"]
-    return coco if count == len(coco) else [f"class {i}" for i in range(count)]
-
-
 # ---- The images --------------------------------------------------------------------------------------------
-def trained_size(trained):
-    """Pixels as make_transform takes them: --size of the training, or what data.load took in its place."""
-    if trained["size"]:
-        return trained["size"]
-    return data.default_size(trained["preset"], data.is_shapes(trained["data"], trained["train_json"]))
-
-
 def held_out(trained, folder, count, class_names=()):
     """The first held-out images with objects, from `folder` or from the data that it was trained on."""
     paths = {} if folder else {name: trained.get(name) for name in PATHS}
@@ -179,13 +109,20 @@ def check_writable(path):
         raise SystemExit(f"--json {path}: {error.strerror}")
 
 
+def load_detector(args):
+    """The Detector of --weights or --init, or SystemExit."""
+    if args.weights:
+        return of_run(load_checkpoint(args.weights), args.model, args.option)
+    return of_official(read_init(args.init), args.init, args.model, args.option)
+
+
 def draw_all(args):
     """Draws every picture that the command line asks for, and says where they are."""
-    model, class_names, trained = load_model(args)
+    detector = load_detector(args)
     if args.images:
-        dataset = data.from_images(args.images, trained["preset"], trained_size(trained))
+        dataset = detector.dataset(args.images)
     else:
-        dataset = held_out(trained, args.data, args.count, class_names)
+        dataset = held_out(detector.trained, args.data, args.count, detector.class_names)
     out = Path(args.out)
     make_folder(out)
     if args.json:
@@ -193,8 +130,7 @@ def draw_all(args):
     files = [dataset.path_of(index) for index in range(len(dataset))]
     kept = []
     for index, (file, name) in enumerate(zip(files, picture_names(files))):
-        scene, found = make_scene(dataset, index, class_names, model, args.threshold)
-        found = {key: values[found["scores"] > args.threshold] for key, values in found.items()}
+        scene, found = make_scene(dataset, index, detector.class_names, detector.model, args.threshold)
         for box, label, score in zip(found["boxes"].tolist(), found["labels"], found["scores"].tolist()):
             kept.append({"file": file, "label": scene.name_of(label), "score": round(score, 4),
                          "box_xyxy": [round(x, 2) for x in box]})
@@ -202,7 +138,7 @@ def draw_all(args):
         print(f"{file}: {len(found['scores'])} with a score over {args.threshold}")
         if args.attention:
             try:
-                draw_look(model, scene).savefig(out / f"{name}-attention.png", dpi=DPI)
+                draw_look(detector.model, scene).savefig(out / f"{name}-attention.png", dpi=DPI)
             except CannotDraw as error:
                 args.attention = False
                 print(f"--attention: {error}. Only predictions can be drawn.")
@@ -217,8 +153,6 @@ def main(argv=None):
         draw_all(args)
     except DataError as error:
         raise SystemExit(f"data: {one_line(error)}")
-    except CannotDraw as error:
-        raise SystemExit(str(error))
     except OSError as error:
         raise SystemExit(f"{str(error.filename)[-100:]}: {error.strerror}" if error.strerror else str(error))
     except KeyboardInterrupt:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -29,6 +30,7 @@ from support.images import (
     file_size,
     images_in,
     load_image,
+    size_shown,
     to_input_and_target,
     visible,
 )
@@ -198,18 +200,22 @@ def first_with_boxes(dataset, n, augment=False):
 def from_images(paths, augment="laptop", size=None):
     """Image files, and all images in folders, as a data set without boxes, prepared as for evaluation.
 
-    paths: one or several. augment, size: as in `load`. Raises DataError.
+    paths: one or several; PIL images are taken, too. augment, size: as in `load`. Raises DataError.
     """
-    files = []
+    nothing = np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0), np.zeros(0, bool)
+    images = []
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        if isinstance(path, Image.Image):
+            width, height = size_shown(path)
+            images.append(AnnotatedImage(len(images), f"image {len(images)}", height, width, *nothing, path))
+            continue
         inside = images_in(path) if os.path.isdir(path) else [path]
         if not inside:
             raise DataError(f"{path}: no images in this folder; looked for {' '.join(IMAGE_SUFFIXES)}")
         if not os.path.exists(path):
             raise DataError(f"{path}: no such image or folder")
-        files += inside
-    nothing = np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0), np.zeros(0, bool)
-    images = [AnnotatedImage(i, str(file), *file_size(file, i), *nothing) for i, file in enumerate(files)]
+        for i, file in enumerate(inside, len(images)):
+            images.append(AnnotatedImage(i, str(file), *file_size(file, i), *nothing))
     return CocoFolder("images", images, {}, [], False, augment, size or default_size(augment, False), seed=0)
 
 

@@ -51,7 +51,7 @@ def reason(error):
 
 @dataclass
 class AnnotatedImage:
-    """Where one image is and what is on it, in pixels of the image as it was annotated. Holds no pixels."""
+    """Where one image is and what is on it, in pixels of the image as it was annotated."""
     id: int
     path: str
     height: int
@@ -60,6 +60,7 @@ class AnnotatedImage:
     boxes_xyxy: np.ndarray  # [n, 4] float32, inside the image
     areas: np.ndarray  # [n], square pixels: of the object's outline if it is known, otherwise of its box
     crowd: np.ndarray  # [n] bool: one box around many objects; not trained on, ignored by the evaluation
+    pixels: object = None  # a PIL image, if it is in no file
 
 
 @contextlib.contextmanager
@@ -94,6 +95,11 @@ def file_size(path, image_id):
         return size_shown(raw)[::-1]
 
 
+def open_image(annotated):
+    """A context with its PIL image, which is closed if it came from a file."""
+    return contextlib.nullcontext(annotated.pixels) if annotated.pixels else Image.open(annotated.path)
+
+
 def load_image(annotated):
     """An AnnotatedImage's pixels as a PIL image in RGB. DataError if damaged or not of the annotated size.
 
@@ -101,7 +107,7 @@ def load_image(annotated):
     the turned image, others on the raw one: the annotated size tells which. Where it does not (half a turn, a
     mirror, a square) we obey, as nearly all tools do.
     """
-    with as_data_error(annotated.path, annotated.id), Image.open(annotated.path) as raw:
+    with as_data_error(annotated.path, annotated.id), open_image(annotated) as raw:
         size, shown = (annotated.width, annotated.height), size_shown(raw)
         if size not in (shown, raw.size):
             raise SizeDataError(f"the file has {shown[0]} x {shown[1]} pixels, its annotations say "

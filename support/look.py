@@ -14,8 +14,9 @@ import torch
 from torchvision.ops import box_iou, nms
 
 from support import data
-from support.evaluation import is_softmax, postprocess
+from support.evaluation import is_softmax
 from support.pictures import shorten, small_photo, to_pixels_xyxy
+from support.predict import answers, keep, name_of
 
 
 # ---- Readers -----------------------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ def quiet_training(model):
 
 # ---- One image and what the model says of it ---------------------------------------------------------------
 class CannotDraw(Exception):
-    """The model lacks a part that the picture of its attention needs, or says nothing that can be drawn."""
+    """The model lacks a part that the picture of its attention needs."""
 
 
 @dataclass
@@ -182,8 +183,7 @@ class Scene:
         return [(query, self.boxes[-1, query], self.in_words(-1, query)) for query in queries]
 
     def name_of(self, label):
-        """A class name; SMCA's official code also answers with a class that has none."""
-        return self.class_names[label] if label < len(self.class_names) else f"class {int(label)}"
+        return name_of(self.class_names, label)
 
     def in_words(self, stage, query):
         """What a query says at a stage."""
@@ -210,15 +210,14 @@ def best_class(logits, softmax, num_classes):
 
 
 def make_scene(dataset, index, class_names, model, threshold):
-    """(Scene of one image of a data set, its scored boxes as postprocess returns them)."""
+    """(Scene of one image of a data set, its boxes with a score over the threshold). Raises DataError."""
     images, mask, (target,) = data.collate([dataset[index]])
     out, seen = look(model, images, mask)
-    if not (out["logits"].isfinite().all() and out["boxes"].isfinite().all()):
-        raise CannotDraw(f"{dataset.path_of(index)}: what the model predicts is not finite; it has diverged")
-    softmax, size = is_softmax(model), target["size"]
-    scores, labels = best_class(out["logits"][:, 0], softmax, len(class_names))  # [S, Q]
+    size = target["size"]
+    found, = answers(model, out, [dataset.path_of(index)], [size])
+    scores, labels = best_class(out["logits"][:, 0], is_softmax(model), len(class_names))  # [S, Q]
     true_names = [dataset.class_names[i] for i in target["labels"]]
     truth = list(zip(true_names, to_pixels_xyxy(target["boxes"], size)))
     scene = Scene(small_photo(dataset, index), size, images[0], class_names, truth, scores, labels,
                   to_pixels_xyxy(out["boxes"][:, 0], size), seen, threshold)
-    return scene, postprocess(out["logits"][-1], out["boxes"][-1], [size], softmax)[0]
+    return scene, keep(found, threshold)

@@ -13,6 +13,9 @@ import train
 import visualize
 from support.model_files import known_files, load_model_file
 from support.options import make_parser
+from tests.folders import write_noise
+from tests.test_visualize import save
+from tests.tiny_models import TINY, tiny
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -104,6 +107,20 @@ def test_your_own_loop_trains(monkeypatch):
     scope["print"] = lambda step, loss: printed.append(loss)
     exec(code.replace("range(1000)", "range(2)").replace("data.load()", "data.load(size=32)"), scope)
     assert len(printed) == 2 and all(map(math.isfinite, printed)) and printed[0] != printed[1]
+
+
+def test_the_five_lines_print_what_is_on_a_photo(tmp_path, monkeypatch):
+    code = re.search(r"```python\n(from support.predict.*?)```", README, re.S)[1]
+    assert len(code.splitlines()) <= 5 and "threshold=0.5" in code
+    monkeypatch.chdir(tmp_path)
+    Path("runs/deformable_detr-shapes").mkdir(parents=True)
+    names, state = ["cat", "dog", "cow"], tiny("deformable_detr").state_dict()
+    save("runs/deformable_detr-shapes/last.pt", "deformable_detr", state, TINY, names, size=128)
+    write_noise(tmp_path / "photo.jpg", 90, 60)
+    printed = []
+    exec(code.replace("threshold=0.5", "threshold=0"), {"print": lambda *values: printed.append(values)})
+    assert len(printed) == 15 and {name for name, _, _ in printed} == set(names)
+    assert all(0 < score < 1 and len(box) == 4 for _, score, box in printed)
 
 
 OWN_FILE = '''

@@ -1,5 +1,4 @@
 """The command as somebody types it, mistakes included."""
-import argparse
 import json
 import os
 import subprocess
@@ -12,10 +11,9 @@ from PIL import Image
 
 import visualize
 from support import data
-from support.look import look
 from support.options import DEFAULTS
+from support.predict import trained_size
 from support.shapes import SHAPE_NAMES
-from tests.golden import Case, assert_close, options_of
 from tests.tiny_models import TINY, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -110,44 +108,10 @@ def test_held_out_images_of_a_folder_and_own_files_are_prepared_alike(tmp_path):
         args = {"data": str(tmp_path), "preset": preset, "size": None, **dict.fromkeys(
             ("train_json", "train_images", "val_json", "val_images"))}
         (image, target), = visualize.held_out(args, None, 4)
-        own, nothing = data.from_images([tmp_path / "val/x.png"], preset, visualize.trained_size(args))[0]
+        own, nothing = data.from_images([tmp_path / "val/x.png"], preset, trained_size(args))[0]
         assert own.equal(image) and nothing["size"] == target["size"] == (60, 90)
         assert len(target["labels"]) == 1
         assert image.shape[1:] == {"laptop": (170, 256), "paper": (800, 1200)}[preset]
-
-
-def test_images_have_the_size_that_the_model_was_trained_with():
-    def size(**changes):
-        return visualize.trained_size(
-            {"data": None, "train_json": None, "size": None, "preset": "paper", **changes})
-
-    assert size() == size(data="shapes") == 96
-    assert size(data="x") == size(train_json="x") == 800
-    assert size(data="x", preset="laptop") == 256
-    assert size(size=224) == 224
-
-
-def test_official_weights_give_the_official_boxes(tmp_path):
-    case = Case("deformable_detr")
-    torch.save({"model": case.state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "official.pth")
-    flags = ["--init", str(tmp_path / "official.pth"), "--model", "deformable_detr", "photo.jpg"]
-    flags += [f"--option={k}={json.dumps(v)}" for k, v in options_of(case.json["case"]["args"], {}).items()]
-    model, names, _ = visualize.load_model(visualize.parse(flags))
-    assert names == [f"class {i}" for i in range(case.json["case"]["num_classes"])]
-    assert_close("boxes", look(model, *case.batch())[0]["boxes"], case.arrays["boxes"], "boxes")
-    with pytest.raises(SystemExit, match="needs an --option: .*Missing key"):
-        visualize.load_model(visualize.parse([*flags, "--option=enc_layers=9"]))
-
-
-def test_the_class_head_tells_how_many_classes_official_weights_have():
-    def names(rows, head="class_embed.weight", **recipe):
-        state = {head: torch.zeros(rows, 4)}
-        return visualize.official_names({"model": state}, {"class_loss": "focal", **recipe})
-
-    assert names(3) == names(4, class_loss="softmax") == names(4, extra_logit=True) == [
-        "class 0", "class 1", "class 2"]
-    coco = names(92, class_loss="softmax")
-    assert coco == names(91, "class_embed.0.weight") and coco[1] == "person" and coco[90] == "toothbrush"
 
 
 # ---- Mistakes ----------------------------------------------------------------------------------------------
@@ -216,7 +180,8 @@ def test_a_checkpoint_that_lacks_something_is_refused(change, message, fixed):
 def test_a_model_that_has_diverged_is_not_drawn(fixed):
     Path("fixed.py").write_text(FIXED.replace("[[0.5, 0.5, 0.2, 0.4]", "[[0.5, 0.5, float('nan'), 0.4]"))
     Image.new("RGB", (40, 40)).save("x.png")
-    assert one_line("--weights", fixed, "x.png").startswith("x.png: what the model predicts is not finite")
+    message = one_line("--weights", fixed, "x.png")
+    assert message.startswith("data: x.png: what the model predicts is not finite")
 
 
 def test_weights_of_another_model_are_refused(fixed):
