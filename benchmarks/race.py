@@ -107,7 +107,7 @@ def train(flags, output):
     return usage.ru_utime + usage.ru_stime
 
 
-def measure(name, steps=2, more=30):
+def measure(name, steps=2, more=20):
     """CPU seconds of a step, of an evaluation and of the start, from three short runs; None if one fails."""
     seconds = []
     for length, every in ((steps, steps), (steps + more, steps + more), (steps, steps // 2)):
