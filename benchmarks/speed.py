@@ -8,7 +8,8 @@
 A training step is forward, matching, losses and backward of one batch; no optimiser. Memory is the peak of
 live tensors above what is there before (parameters are). Models take turns, so that noise hits all of them
 alike; times are medians. "of its limit": the time that its multiply-adds would take at the speed of one large
-matrix product, divided by its time.
+matrix product, divided by its time. A ratio to transformers is one of medians; printed are the median of
+--runs such ratios, and in brackets the smallest and the largest.
 """
 import argparse
 import functools
@@ -23,7 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 from support.model_files import known_files, load_model_file  # noqa: E402
 from support.options import TRAINING, preset_values  # noqa: E402
 from train import SetCriterion  # noqa: E402
@@ -35,6 +37,7 @@ VARIANTS = {  # beside the files themselves: (file, options that differ from the
     "sqr, dense": ("sqr", {"recollect": "dense"}),
 }
 MODELS = {**{name: (name, {}) for name in known_files()}, **VARIANTS}
+METHODS = [name for name in known_files() if (ROOT / f"docs/{name}.md").exists()]  # without ablations
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -142,13 +145,16 @@ def costs(names, size, B, height, width, repeats):
 
 
 # ---- Hugging Face transformers, the same configurations ----------------------------------------------------
+THEIRS = {"detr": "Detr", "conditional_detr": "ConditionalDetr", "deformable_detr": "DeformableDetr"}
+
+
 def transformers_model(name):
     """Their model with random weights and the paper's configuration, as in ours.
 
     Dropout inside attention and FFN, a loss for every layer, conv1 and layer1 frozen.
     """
     import transformers
-    stem = {"detr": "Detr", "conditional_detr": "ConditionalDetr", "deformable_detr": "DeformableDetr"}[name]
+    stem = THEIRS[name]
     config = getattr(transformers, f"{stem}Config")(
         num_labels=91, auxiliary_loss=True, attention_dropout=0.1, activation_dropout=0.1)
     model = getattr(transformers, f"{stem}ForObjectDetection")(config)
@@ -158,14 +164,23 @@ def transformers_model(name):
     return model.to(DEVICE)
 
 
-def against_transformers(height, width, repeats):
+def ratio(theirs, ours, repeats, runs):
+    """Theirs / ours of two functions that take turns: "median (smallest to largest)" over the runs."""
+    times = [take_turns({"ours": ours, "theirs": theirs}, repeats) for _ in range(runs)]
+    ratios = sorted(t["theirs"] / t["ours"] for t in times)
+    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+
+
+def against_transformers(names, height, width, repeats, runs):
+    import transformers
     images, mask, targets = batch(1, height, width)
     theirs_mask = (~mask).long()  # theirs is 1 on the image
     labels = [{"class_labels": t["labels"], "boxes": t["boxes"]} for t in targets]
-    print(f"\nours against transformers, 1 x {height} x {width}, {DEVICE}, "
-          f"{torch.get_num_threads()} threads; theirs / ours, above 1 = ours is better\n\n"
+    print(f"\nours against transformers {transformers.__version__}, 1 x {height} x {width}, {DEVICE}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}; theirs / ours, above 1 = ours is "
+          f"better; median (smallest to largest) of {runs} runs of {repeats} pairs\n\n"
           "| model | inference | training step | its memory | trained parameters |\n|---|---|---|---|---|")
-    for name in ("detr", "conditional_detr", "deformable_detr"):
+    for name in [name for name in THEIRS if name in names]:
         ours, theirs = build(name, "paper"), transformers_model(name)
         criterion = SetCriterion(ours)
 
@@ -181,24 +196,25 @@ def against_transformers(height, width, repeats):
             training_step(ours, criterion, images, mask, targets)
 
         our_inference = functools.partial(inference, ours, images, mask)
-        infer = take_turns({"ours": our_inference, "theirs": their_inference}, repeats)
-        step = take_turns({"ours": our_step, "theirs": their_step}, repeats)
+        infer, step = (ratio(*pair, repeats, runs) for pair in (
+            (their_inference, our_inference), (their_step, our_step)))
         memory = peak_memory(their_step) / peak_memory(our_step)
-        counts = [sum(p.numel() for p in m.parameters() if p.requires_grad) / 1e6 for m in (ours, theirs)]
-        print(f"| {name} | {infer['theirs'] / infer['ours']:.2f} | {step['theirs'] / step['ours']:.2f} | "
-              f"{memory:.2f} | {counts[0]:.1f} M, {counts[1]:.1f} M |", flush=True)
+        mine, yours = (sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (ours, theirs))
+        print(f"| {name} | {infer} | {step} | {memory:.2f} | {mine / 1e6:.1f} M, {yours / 1e6:.1f} M |",
+              flush=True)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--repeats", type=int, default=5)
-    p.add_argument("--only", nargs="+", choices=MODELS, metavar="MODEL", default=list(MODELS),
+    p.add_argument("--only", nargs="+", choices=MODELS, metavar="MODEL", default=[*METHODS, *VARIANTS],
                    help=f"some of: {'; '.join(MODELS)}")
     p.add_argument("--size", nargs=2, type=int, default=(480, 640), metavar=("H", "W"),
                    help="of the paper's models")
     p.add_argument("--flops", nargs=2, type=int, metavar=("H", "W"),
                    help="only multiply-adds, for this image")
     p.add_argument("--against-transformers", action="store_true")
+    p.add_argument("--runs", type=int, default=3, help="of the comparison with transformers")
     args = p.parse_args()
     if args.flops:
         images, mask, _ = batch(1, *args.flops)
@@ -207,10 +223,11 @@ def main():
             print(f"{name:28} {multiply_adds(lambda: model.eval()(images, mask)):6.1f} G")
     elif args.against_transformers:
         try:
+            import timm  # noqa: F401
             import transformers  # noqa: F401
         except ImportError:
             raise SystemExit("pip install transformers timm; they are not needed for anything else here")
-        against_transformers(*args.size, args.repeats)
+        against_transformers(args.only, *args.size, args.repeats, args.runs)
     else:
         costs(args.only, "laptop", 8, 96, 96, args.repeats)
         costs(args.only, "paper", 1, *args.size, args.repeats)
