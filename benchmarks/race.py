@@ -64,6 +64,9 @@ SPECIAL = {
     "deformable_detr 6 stages": runner("deformable_detr", "dec_layers=6"),
     "sqr 6 stages": runner("sqr", "dec_layers=6"),
     "adamixer 6 stages": runner("adamixer", "dec_layers=6"),
+    "deformable_detr 6 stages, no loss on the first": runner(
+        "benchmarks/no_first_loss.py", "recollect=none", "dec_layers=6"),
+    "sqr 6 stages, no loss on the first": runner("benchmarks/no_first_loss.py", "dec_layers=6"),
     "csq": runner("conditional_detr", steps=1000),
     "csq-i": runner("conditional_detr_ablations", "spatial_query=csq-i", steps=1000),
     "csq-p": runner("conditional_detr_ablations", "spatial_query=csq-p", steps=1000),
@@ -81,7 +84,7 @@ GROUPS = {
     "supervision": ["conditional_detr", "group_detr K=1", "group_detr", "group_detr K=6", "group_detr K=11",
                     "deformable_detr", "hdetr", "sqr", "sqr dense"],
     "rivals": ["conditional_detr", "smca_detr", "dab_detr", "sam_detr"],
-    "stages": [name for name in RUNNERS if name.endswith("6 stages")],
+    "stages": [name for name in RUNNERS if "6 stages" in name],
     "spatial_query": [name for name in RUNNERS if name.startswith("csq")],
 }
 COLOURS = ["#0072b2", "#d55e00", "#000000", "#cc79a7", "#009e73", "#8c564b", "#9467bd", "#b8860b", "#17a2b8",
@@ -99,7 +102,7 @@ def train(flags, output):
     command = [sys.executable, str(ROOT / "train.py"), "--workers", "0", "--device", "cpu", *map(str, flags)]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(output, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=one_thread)
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=one_thread, cwd=ROOT)
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         print(f"stopped, see {output}", flush=True)
@@ -133,7 +136,7 @@ def run(name, seed, minutes):
     """Train one runner to its end, or go on with it: its entry for race.json, or None if it stopped early."""
     flags = flags_of(name, minutes)
     steps = int(flags[flags.index("--steps") + 1])
-    folder, start = RUNS / f"{name.replace(' ', '-')}-{steps}-seed{seed}", 0
+    folder, start = RUNS / f"{name.replace(',', '').replace(' ', '-')}-{steps}-seed{seed}", 0
     if (folder / "last.pt").exists():
         start = torch.load(folder / "last.pt", weights_only=True)["step"]
         command = ["--resume", folder]
@@ -247,9 +250,10 @@ def table(names):
 def style(name):
     """(colour, line style): a colour for each file; solid at the top level, dashed for relatives."""
     model = RUNNERS[name][1]
+    place = list(FILES).index(model) if model in FILES else len(FILES)
     variants = [other for other in RUNNERS if RUNNERS[other][1] == model]
     dashes = ["-" if model in MAIN else "--", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1))]
-    return COLOURS[list(FILES).index(model) % len(COLOURS)], dashes[variants.index(name) % len(dashes)]
+    return COLOURS[place % len(COLOURS)], dashes[variants.index(name) % len(dashes)]
 
 
 def draw(names, path):

@@ -4,9 +4,10 @@
     python benchmarks/stages.py runs/sqr-shapes --loops 8        the last stage alone, again and again (DQRR)
     python benchmarks/stages.py RUN --picture docs/stages.png    where an early stage knew better
 
-Printed for each run: AP of every stage; the two rates of the paper (section 3), which compare the last
-stage's prediction with what earlier stages made of the same query; AP of an oracle that knows which stage to
-trust.
+Printed for each run: AP of every stage; AP where every query answers from its surest stage, that of the
+highest score (SQR's authors propose to try it; it needs no truth); AP of an oracle that knows which stage to
+trust; the two rates of the paper (section 3), which compare the last stage's prediction with what earlier
+stages made of the same query.
 
     TP fading         of the last stage's true positives: an earlier stage was a true positive for the same
                       object with both a higher IoU and a higher score
@@ -82,6 +83,11 @@ def oracle(image):
     worth = worth.masked_fill(right.any(0) & ~right, -torch.inf)
     best = worth.argmax(0)  # [Q]
     return at_stage(image, best)
+
+
+def highest_score(image):
+    """Predictions of the surest stage of every query."""
+    return at_stage(image, image.scores.argmax(0))
 
 
 def at_stage(image, stage):
@@ -177,7 +183,8 @@ def main():
     p.add_argument("--loops", type=int, metavar="N", help="of sqr.py: run only the last stage, N times")
     p.add_argument("--picture", metavar="FILE", help="of the last run")
     args = p.parse_args()
-    print("| run | AP of stages 1, 2, ... | oracle AP | TP fading | FP exacerbation |\n|---|---|---|---|---|")
+    print("| run | AP of stages 1, 2, ... | surest stage | oracle | TP fading | FP exacerbation |\n"
+          "|---|---|---|---|---|---|")
     for path in args.runs:
         model, dataset, settings = load(path, args.loops)
         images = predict(model, dataset, settings)
@@ -186,6 +193,7 @@ def main():
         fading, exacerbation = rates(images)
         print(
             f"| {path.name} | {', '.join(f'{ap:.3f}' for ap in stages)} "
+            f"| {average_precision(dataset, images, highest_score):.3f} "
             f"| {average_precision(dataset, images, oracle):.3f} | {fading:.0%} | {exacerbation:.0%} |",
             flush=True,
         )

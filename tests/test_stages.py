@@ -7,7 +7,12 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import stages  # noqa: E402
+import no_first_loss
+import stages
+
+from support.model_files import check_options
+from tests.tiny_models import TARGETS, batch, shaken
+from train import SetCriterion
 
 TRUTH = [10.0, 10.0, 50.0, 50.0]
 SHIFTED = {1.0: 0.0, 0.6: 10.0, 0.3: 20.0}  # about this IoU with TRUTH when moved by so many pixels in x
@@ -71,6 +76,37 @@ def test_oracle_trusts_the_right_stage_of_every_query():
     best = stages.oracle(one)
     torch.testing.assert_close(best["scores"], torch.tensor([0.9, 0.05]))
     assert best["boxes"][0].tolist() == TRUTH
+
+
+def test_the_surest_stage_answers_for_every_query_whether_it_is_right_or_not():
+    one = image([[0.9, 0.1], [0.3, 0.6], [0.5, 0.4]], [[0.3, 0.0], [1.0, 0.0], [0.6, 0.0]],
+                [[1, 0], [0, 2], [0, 0]])
+    best = stages.highest_score(one)
+    torch.testing.assert_close(best["scores"], torch.tensor([0.9, 0.6]))
+    assert best["labels"].tolist() == [1, 2] and best["boxes"][0, 0] == 30
+
+
+@pytest.mark.parametrize("recollect, groups", [("none", 2), ("selective", 5), ("dense", 6)])
+def test_without_a_loss_on_the_first_stage_the_others_have_theirs(recollect, groups):
+    model = shaken(no_first_loss, dec_layers=3, recollect=recollect, box_refine=True)
+    whole = shaken("sqr", dec_layers=3, recollect=recollect, box_refine=True).train()(*batch())
+    out = model.train()(*batch())
+    assert len(out["logits"]) == groups
+    for name in ("logits", "boxes"):
+        torch.testing.assert_close(out[name], whole[name][1:])
+    SetCriterion(model)(out, TARGETS)["total"].backward()
+    trained = [head.weight.grad.any().item() for head in model.class_head]
+    assert trained == [False, True, True], "the first stage's head is trained, or another one is not"
+    assert model.decoder.layers[0].ffn.linear1.weight.grad.any(), "later stages do not train the first"
+    assert len(model.eval()(*batch())["logits"]) == 3
+
+
+def test_options_of_the_model_without_a_first_loss_are_checked():
+    check_options(no_first_loss, {"recollect": "dense"})
+    with pytest.raises(SystemExit, match="no such option"):
+        check_options(no_first_loss, {"recolect": "dense"})
+    with pytest.raises(ValueError, match="dec_layers must be 2 or more"):
+        shaken(no_first_loss, dec_layers=1)
 
 
 def test_lost_objects_are_those_that_only_early_stages_find():
