@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -84,15 +85,17 @@ def row(name, points, count):
 def draw(results, path):
     """Time and memory against megapixels, both axes logarithmic; dashed: relatives."""
     figure = Figure(figsize=(11, 4.8), layout="constrained")
-    panels = zip(figure.subplots(1, 2), ("seconds", "MiB beside the parameters"))
+    panels = zip(figure.subplots(1, 2), ("seconds of one image", "MiB of one image, beside the parameters"))
     ticks = sorted({round(point[0], 2) for points in results.values() for point in points})
     for column, (axes, label) in enumerate(panels, 1):
         for i, (name, points) in enumerate(results.items()):
             x, y = [point[0] for point in points], [point[column] for point in points]
             line = "o-" if known_files()[name].parent == ROOT else "s--"
             axes.plot(x, y, line, color=f"C{i % 10}", ms=3, label=f"{name}: {exponent(points, column):.2f}")
-        axes.set(xscale="log", yscale="log", xlabel="megapixels", ylabel=f"{label} of inference, one image")
+        axes.set(xscale="log", yscale="log", xlabel="megapixels", ylabel=f"inference: {label}")
         axes.set_xticks(ticks, ticks)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, title="exponent", title_fontsize=8)
