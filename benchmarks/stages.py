@@ -114,7 +114,7 @@ def load(path, loops):
     """(model, validation set, args) of a run; with `loops` sqr.py's last stage runs so many times."""
     checkpoint = load_checkpoint(path / "best.pt" if path.is_dir() else path)
     args = argparse.Namespace(**checkpoint["args"])
-    args.device, args.workers = "cuda" if torch.cuda.is_available() else "cpu", 0
+    args.device, args.workers = devices.choose("auto"), 0
     args.eval_batch_size = args.eval_batch_size or args.batch_size
     dataset = load_datasets(args, ("val",))["val"]
     options = {**checkpoint["model_options"], "pretrained_backbone": False}
