@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from torchvision.ops import box_convert, box_iou
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support import pictures  # noqa: E402
+from support import devices, pictures  # noqa: E402
 from support.checkpoints import load_checkpoint, load_weights  # noqa: E402
 from support.evaluation import coco_eval, is_softmax  # noqa: E402
 from support.model_files import build_model, load_model_file  # noqa: E402

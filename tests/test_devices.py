@@ -11,6 +11,8 @@ import torch
 
 import train
 from support import data, devices, options, pictures, processes, report
+from support.images import DataError
+from support.predict import Detector
 from support.run import Run
 from tests.test_readme import OWN_FILE
 from tests.tiny_models import TARGETS, batch, shaken
@@ -78,6 +80,14 @@ def test_processes_share_devices_and_use_what_connects_them(machine, monkeypatch
     monkeypatch.setattr(processes, "WORLD", 8)
     with pytest.raises(SystemExit, match="--device cuda: there are more processes"):
         processes.join("cuda")
+
+
+def test_a_detector_goes_to_any_device_and_refuses_one_that_is_not_there(machine):
+    detector = Detector(torch.nn.Linear(1, 1), [], {})
+    machine()
+    assert detector.to("auto").device == detector.to(torch.device("cpu")).device == "cpu"
+    with pytest.raises(DataError, match="cuda:1: this torch sees no cuda device"):
+        detector.to("cuda:1")
 
 
 def test_no_processes_load_images_on_a_mac(monkeypatch):
