@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_convert, generalized_box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 
-from support import checkpoints, data, processes, report
+from support import checkpoints, data, devices, processes, report
 from support.evaluation import coco_eval, explain, is_softmax, postprocess, signs_of_collapse
 from support.model_files import build_model
 from support.options import choose_num_queries, fill_in, load_datasets, parse
@@ -236,7 +236,7 @@ def evaluate(model, criterion, dataset, args):
     predictions, all_boxes = {}, []
     share = torch.utils.data.Subset(dataset, range(processes.RANK, len(dataset), processes.WORLD))
     for images, mask, targets in processes.make_loader(share, args, batch_size=args.eval_batch_size):
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+        with devices.autocast(args):
             out = model(images.to(args.device), mask.to(args.device))
         logits, boxes = out["logits"][-1].float().cpu(), out["boxes"][-1].float().cpu()
         if not (logits.isfinite().all() and boxes.isfinite().all()):
@@ -251,7 +251,7 @@ def evaluate(model, criterion, dataset, args):
 
 
 # ---- The loop ----------------------------------------------------------------------------------------------
-def train_step(forward, criterion, optimizer, parts, args):
+def train_step(forward, criterion, optimizer, parts, args, scaler=devices.Scaler()):
     """One optimiser step on one batch, given in parts. Returns what is logged; raises Diverged."""
     # Every loss is normalised by the boxes of the whole batch and every part padded to its largest image, so
     # that the parts add up to the gradient of one large batch (exactly, as long as BatchNorm is frozen).
@@ -263,18 +263,18 @@ def train_step(forward, criterion, optimizer, parts, args):
     for images, mask, targets in parts:
         images, mask = data.pad_batch(images, mask, height, width)
         targets = [{k: t[k].to(args.device) for k in ("labels", "boxes")} for t in targets]
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+        with devices.autocast(args):
             out = forward(images.to(args.device), mask.to(args.device))
         losses = criterion(out, targets, box_counts)  # outside of autocast: in float32
-        (losses["total"] * processes.WORLD).backward()  # DDP takes the mean over processes: make it a sum
+        scaler.scale(losses["total"] * processes.WORLD).backward()  # DDP takes the mean: make it a sum
         for name, loss in losses.items():
             logged[name] = logged.get(name, 0) + loss.detach().flatten()[-1].item()  # of the last stage
     logged = {name: sum(part[name] for part in processes.gather(logged)) for name in logged}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = scaler.unscaled(optimizer)
     logged["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.clip_norm).item()
-    if not math.isfinite(logged["grad_norm"]):
+    if not (math.isfinite(logged["grad_norm"]) or scaler.skips()):
         raise Diverged("the gradient is not finite")
-    optimizer.step()
+    scaler.step(optimizer)
     return logged
 
 
@@ -294,7 +294,7 @@ def train(model, criterion, optimizer, datasets, args, run):
         torch.manual_seed(seed_of(args.seed, run.step) * processes.WORLD + processes.RANK)
         parts = list(islice(loader, args.accumulate))
         try:
-            losses = train_step(forward, criterion, optimizer, parts, args)
+            losses = train_step(forward, criterion, optimizer, parts, args, run.scaler)
             run.log_step(losses, epoch=(run.step + 1) / batches.steps_per_epoch, lr=args.lr * factor)
             if run.evaluation_is_due():
                 run.log_evaluation(*evaluate(model, criterion, datasets["val"], args))
@@ -326,11 +326,11 @@ def main(argv=None):
         return
     fill_in(args, datasets["train"])
     run = Run(request)
+    report.announce(model, datasets, args, run, lambda copy, parts: train_step(
+        copy, criterion, make_optimizer(copy, 0, 0, 0), parts, args, devices.Scaler(args)))
     optimizer = make_optimizer(model, args.lr, args.lr_backbone, args.weight_decay)
     if resumed:
         checkpoints.load_optimizer(optimizer, model, resumed)
-    report.announce(model, datasets, args, run, lambda copy, parts: train_step(
-        copy, criterion, make_optimizer(copy, 0, 0, 0), parts, args))
     train(model, criterion, optimizer, datasets, args, run)
 
 

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from torchvision.ops import box_convert, box_iou
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support import pictures  # noqa: E402
+from support import devices, pictures  # noqa: E402
 from support.checkpoints import load_checkpoint, load_weights  # noqa: E402
 from support.evaluation import coco_eval, is_softmax  # noqa: E402
 from support.model_files import build_model, load_model_file  # noqa: E402
@@ -120,7 +120,7 @@ def load(path, loops):
     """(model, validation set, args) of a run; with `loops` sqr.py's last stage runs so many times."""
     checkpoint = load_checkpoint(path / "best.pt" if path.is_dir() else path)
     args = argparse.Namespace(**checkpoint["args"])
-    args.device, args.workers = "cuda" if torch.cuda.is_available() else "cpu", 0
+    args.device, args.workers = devices.choose("auto"), 0
     args.eval_batch_size = args.eval_batch_size or args.batch_size
     dataset = load_datasets(args, ("val",))["val"]
     options = {**checkpoint["model_options"], "pretrained_backbone": False}

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
-from support import data, processes
+from support import data, devices, processes
 from support.checkpoints import NEEDED_TO_RESUME, load_checkpoint, read_init, wrong_entries
 from support.model_files import (
     check_options,
@@ -50,8 +48,7 @@ DEFAULTS = dict(
     val_images=None, size=None, out=None, resume=None, init=None, eval=False, weights=None, overfit=None,
     steps=None, epochs=None, batch_size=None, accumulate=1, eval_batch_size=None, lr=None, lr_backbone=None,
     weight_decay=None, clip_norm=None, schedule=None, lr_drop=None, warmup=None, eval_every=None,
-    log_every=20, amp=False, compile=False, device="cuda" if torch.cuda.is_available() else "cpu",
-    workers=1 if (os.cpu_count() or 1) < 4 else 4, seed=0)
+    log_every=20, amp=False, compile=False, device="auto", workers=processes.default_workers(), seed=0)
 
 
 @dataclass
@@ -103,9 +100,11 @@ def make_parser(description):
     p.add_argument("--eval-every", type=int, help="steps between evaluations and checkpoints; default a "
                    "tenth of the run, in paper an epoch")
     p.add_argument("--log-every", type=int, help="steps between lines in log.jsonl; default 20")
-    p.add_argument("--amp", action="store_true", help="bfloat16 autocast; matching and losses in float32")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="autocast to bfloat16, on older CUDA "
+                   "cards to float16; matching and losses stay in float32")
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
-    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    p.add_argument("--device", help="auto (default: cuda, mps or xpu if there is one, otherwise cpu), or as "
+                   "torch writes it: cuda:1")
     p.add_argument("--workers", type=int, help="processes that load images; 0: the main process does it")
     p.add_argument("--seed", type=int,
                    help="of initial weights, data order, augmentation and dropout; default 0")
@@ -150,7 +149,9 @@ def parse_old_run(parser, typed):
         parser.error(f"--resume {source}: cannot go on from its {', '.join(wrong)}; "
                      "--init starts a new run from its weights")
     name, module, options = model_of_run(checkpoint)
-    defaults = checkpoint["args"]
+    defaults = dict(checkpoint["args"])
+    if "asked_device" in defaults:  # auto is what there is now, not what there was; old runs do not say
+        defaults["device"] = defaults.pop("asked_device")
     if any(path in typed for path in PATHS):  # the new place replaces the old one, however it is told
         defaults = {**defaults, **dict.fromkeys(PATHS)}
     args = make_args(parser, typed, defaults, name, module)
@@ -244,7 +245,7 @@ def check_values(parser, args):
     for name in (*PATHS, "model", "out", "init"):
         if not isinstance(getattr(args, name), (str, type(None))):
             refuse(name, "a name")
-    choices = {"preset": ("laptop", "paper"), "schedule": ("step", "cosine"), "device": ("cpu", "cuda"),
+    choices = {"preset": ("laptop", "paper"), "schedule": ("step", "cosine"),
                "amp": (False, True), "compile": (False, True)}
     for name, allowed in choices.items():
         if getattr(args, name) not in allowed:
@@ -270,8 +271,12 @@ def check_values(parser, args):
     if args.batch_size % parts:
         parser.error(f"--batch-size {args.batch_size} is the total: a multiple of {parts}, --accumulate "
                      f"{args.accumulate} times {processes.WORLD} processes")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this torch sees no CUDA device; leave the flag out")
+    try:
+        args.asked_device, args.device = args.device, devices.choose(args.device)
+    except ValueError as error:
+        parser.error(f"--device {args.device}: {error}")
+    if args.amp and (why := devices.why_no_amp(args.device)):
+        parser.error(f"--amp: {why}")
 
 
 def load_datasets(args, splits):

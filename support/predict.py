@@ -16,7 +16,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from support import data
+from support import data, devices
 from support.checkpoints import load_checkpoint, load_weights, read_init
 from support.evaluation import is_softmax, postprocess
 from support.images import DataError
@@ -73,7 +73,12 @@ class Detector:
     device: str = "cpu"
 
     def to(self, device):
-        self.model, self.device = self.model.to(device), device
+        """Moves it to a device: "auto", or any that torch knows. Raises DataError."""
+        try:
+            self.device = devices.choose(str(device))
+        except ValueError as error:
+            raise DataError(f"{device}: {error}") from None
+        self.model = self.model.to(self.device)
         return self
 
     def dataset(self, photos):

@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from support import data
+from support import data, devices
 
 
 def from_environment(name, default):
@@ -22,7 +22,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 def join(device):
     """Take this process's place among those of torchrun: a GPU of its own, or a share of the CPU.
 
-    Raises SystemExit if torchrun's variables are there in part only.
+    Raises SystemExit if torchrun's variables are there in part only, or if there are too few GPUs.
     """
     if WORLD == 1:
         return
@@ -31,9 +31,11 @@ def join(device):
     if missing:
         raise SystemExit(f"WORLD_SIZE is set in the environment, but {', '.join(missing)} is not: "
                          "start with torchrun, or unset WORLD_SIZE.")
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        backend = devices.share(device, from_environment("LOCAL_RANK", 0))
+    except ValueError as error:
+        raise SystemExit(f"--device {device}: {error}")
+    torch.distributed.init_process_group(backend)
     if RANK:
         sys.stdout = open(os.devnull, "w")  # one process talks
 
@@ -46,13 +48,20 @@ def gather(value):
     return values
 
 
+def default_workers():
+    """Processes that load images. None on a Mac, where each would start a Python of its own."""
+    if sys.platform == "darwin":
+        return 0
+    return 1 if (os.cpu_count() or 1) < 4 else 4
+
+
 def make_loader(dataset, args, **how):
     """Loads batches in args.workers processes, or in this one if there are none."""
     # A generator of its own: otherwise every loader draws a number from the global one, which dropout uses,
     # and a resumed run, having made one loader more, would not repeat the straight one.
     return torch.utils.data.DataLoader(
-        dataset, num_workers=args.workers, collate_fn=data.collate, pin_memory=args.device == "cuda",
-        worker_init_fn=leave_signals_to_the_main_process, generator=torch.Generator(), **how)
+        dataset, num_workers=args.workers, collate_fn=data.collate, generator=torch.Generator(),
+        pin_memory=devices.pins_memory(args.device), worker_init_fn=leave_signals_to_the_main_process, **how)
 
 
 def leave_signals_to_the_main_process(worker):

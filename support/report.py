@@ -6,10 +6,11 @@ import os
 import shlex
 import sys
 import time
+from pathlib import Path
 
 import torch
 
-from support import data, processes
+from support import data, devices, processes
 from support.images import DataError, one_line
 from support.model_files import check_output, describe
 
@@ -36,6 +37,8 @@ def one_line_errors():
         if "DataLoader worker" in str(error):
             raise SystemExit("A process that loads images was killed, by hand or for lack of memory. "
                              "Go on with --resume, and perhaps --workers 0.")
+        if operator := devices.missing_operator(error):
+            raise SystemExit(f"The device lacks the operator {operator}. Give --device cpu; {devices.HINT}.")
         if processes.WORLD == 1:
             raise
         who = f"Process {processes.RANK} of {processes.WORLD}"
@@ -91,12 +94,20 @@ def try_out(model, train_set, args, train_step, file):
 
     Before it one step on the largest batch there can be: if memory runs out, then now and not in an hour.
     Raises SystemExit for that, for an error in the model's file, and for output that breaks the contract.
+    If the device lacks an operator, the model moves to the CPU: args.device is "cpu" then.
     """
     part = args.batch_size // (args.accumulate * processes.WORLD)
     images, mask, targets = data.collate([train_set[i] for i in range(part)])
     canvas = data.largest_canvas(train_set.size, args.preset)
     largest = images.new_zeros(part, 3, *canvas), mask.new_zeros(part, *canvas), targets
-    model = copy.deepcopy(model)
+    model, original = copy.deepcopy(model), model
+
+    def step():
+        start = time.time()
+        train_step(model, [(images, mask, targets)] * args.accumulate)
+        devices.synchronize(args.device)
+        return time.time() - start
+
     try:
         with torch.random.fork_rng(devices=[]):
             for training in (False, True):
@@ -105,36 +116,53 @@ def try_out(model, train_set, args, train_step, file):
                     out = model(images.to(args.device), mask.to(args.device))
                 check_output(out, model, part, len(train_set.class_names))
             train_step(model, [largest] * args.accumulate)
-            synchronize(args)
-            start = time.time()
-            train_step(model, [(images, mask, targets)] * args.accumulate)
-            synchronize(args)
+            devices.synchronize(args.device)
+            seconds = step()
+            if args.amp and devices.kind_of(args.device) != "cuda":  # there it is known to pay
+                check_amp(step, args)
     except (DataError, FloatingPointError):
         raise
     except Exception as error:
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        operator = devices.missing_operator(error)
+        if operator and args.device != "cpu" and processes.WORLD == 1:
+            move_to_cpu(original, args, operator)
+            return try_out(original, train_set, args, train_step, file)
+        words = "out of memory", "can't allocate memory"
+        if isinstance(error, MemoryError) or any(text in str(error) for text in words):
             raise SystemExit(
                 f"Out of memory for parts of {part} images of up to {canvas[0]} x {canvas[1]} pixels. "
                 f"Raise --accumulate {args.accumulate}, or lower --batch-size or --size; --amp helps, too.")
         raise SystemExit(f"A training step fails; {describe(error, file)}")
-    return time.time() - start, out["logits"].shape[2]
+    return seconds, out["logits"].shape[2]
 
 
-def synchronize(args):
-    if args.device == "cuda":
-        torch.cuda.synchronize()
+def check_amp(step, args):
+    """Says so if steps with --amp take longer than without: that depends on the device and on the model."""
+    with_amp = min(step(), step())
+    args.amp = False
+    try:
+        step()  # the first one makes preparations
+        without = min(step(), step())
+    finally:
+        args.amp = True
+    if without < 0.95 * with_amp:
+        print(f"WARNING  --amp is slower here: a step takes {with_amp:.2g} s, {without:.2g} s without it")
+
+
+def move_to_cpu(model, args, operator):
+    """Changes the device of a run that has not begun, because the device lacks an operator; says so."""
+    name, device = Path(args.model).stem, args.device
+    args.device = "cpu"
+    model.to("cpu")
+    print(f"note     {device} lacks the operator {operator}, so {name} runs on the CPU; {devices.HINT}")
+    if args.amp and (why := devices.why_no_amp("cpu")):
+        raise SystemExit(f"--amp: {why}")
 
 
 def peak_memory(args):
     """The most that this process has needed so far, on the device, as text."""
-    if args.device == "cuda":
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-    try:
-        import resource
-    except ImportError:  # Windows
-        return "unknown"
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
+    peak = devices.peak_memory(args.device)
+    return "unknown" if peak is None else f"{peak / 2**30:.1f} GiB"
 
 
 def collapse_line(metrics, num_classes):
@@ -174,6 +202,6 @@ def where_it_went_bad(model, images, mask):
 def divergence(error, model, parts, args, run, lr):
     """The message of a run that stops because numbers are no longer finite."""
     where = where_it_went_bad(model, *(x.to(args.device) for x in parts[-1][:2]))
-    amp = " or leave out --amp" if args.amp else ""
+    amp = " or give --no-amp" if args.amp else ""
     return (f"\nThe model diverged at step {run.step} (lr {lr:.2g}): {error}; {where}. Lower --lr{amp}, "
             f"with --resume {shlex.quote(str(run.folder))} too, which goes on from before.")

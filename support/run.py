@@ -1,6 +1,7 @@
 """One run of train.py: its folder, how far it is, its log, checkpoints, pictures, and how it is stopped."""
 import contextlib
 import json
+import math
 import os
 import shlex
 import signal
@@ -12,7 +13,7 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from support import pictures, processes
+from support import devices, pictures, processes
 from support.checkpoints import save
 from support.evaluation import explain
 from support.report import collapse_line, peak_memory
@@ -44,6 +45,8 @@ class Run:
     def start(self, model, optimizer, datasets):
         """Claims the folder, opens the log, listens to Ctrl-C."""
         self.model, self.optimizer, self.val_set = model, optimizer, datasets["val"]
+        self.scaler = devices.Scaler(self.args)
+        self.scaler.load(self.resumed or {})
         train_set = datasets["train"]
         self.identity = {"class_names": train_set.class_names, "category_ids": train_set.category_ids,
                          "num_images": len(train_set)}
@@ -103,11 +106,10 @@ class Run:
         self.window.append(losses)
         self.bar.update()
         if self.step % self.args.log_every == 0 or self.is_last():
-            # A model file may have been changed, and have other losses, since the run was stopped
-            mean = {name: average([step[name] for step in self.window if name in step]) for name in losses}
+            mean = means(self.window)
             self.write(epoch=epoch, lr=lr, **mean)
-            self.bar.set_postfix_str(f"loss {mean['total']:.2f}, gradient {mean['grad_norm']:.1f}, "
-                                     f"AP {max(self.best, 0):.3f}")
+            loss, gradient = (mean.get(name, math.inf) for name in ("total", "grad_norm"))
+            self.bar.set_postfix_str(f"loss {loss:.2f}, gradient {gradient:.1f}, AP {max(self.best, 0):.3f}")
             self.window = []
 
     def log_evaluation(self, metrics, predictions):
@@ -133,8 +135,9 @@ class Run:
     def save(self, name, keep=None):
         if processes.RANK == 0:
             save(self.folder / name, {
-                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
-                "best": self.best, "seconds": time.time() - self.started, "window": self.window,
+                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(), "step": self.step, "best": self.best,
+                "seconds": time.time() - self.started, "window": self.window,
                 "args": vars(self.args), "model_options": self.model_options, **self.identity,
             }, keep and self.folder / keep)
 
@@ -159,8 +162,19 @@ class Run:
             os.replace(last, self.folder / "last.damaged.pt")
 
 
-def average(values):
-    return sum(values) / len(values)
+def means(window):
+    """{name: mean} of what steps logged; "skipped" is the share of them that --amp skipped in float16.
+
+    Not every step has all: a skipped one has no gradient norm, and a model file may have been changed, and
+    have other losses, since the run was stopped.
+    """
+    def finite(name):
+        return [step[name] for step in window if math.isfinite(step.get(name, math.inf))]
+
+    means = {name: sum(finite(name)) / len(finite(name)) for name in window[-1] if finite(name)}
+    if skipped := sum(not math.isfinite(step.get("grad_norm", 0)) for step in window):
+        means["skipped"] = skipped / len(window)
+    return means
 
 
 def claim_folder(args, module):
