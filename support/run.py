@@ -46,7 +46,7 @@ class Run:
         self.model, self.optimizer, self.val_set = model, optimizer, datasets["val"]
         train_set = datasets["train"]
         self.identity = {"class_names": train_set.class_names, "category_ids": train_set.category_ids,
-                         "num_images": len(train_set)}
+                         "num_images": len(train_set), "held_out": datasets["val"].held_out}
         self.started = time.time() - self.seconds
         self.bar = tqdm(total=self.args.steps, initial=self.step, unit="step", dynamic_ncols=True,
                         disable=True if processes.RANK else None)
