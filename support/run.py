@@ -97,8 +97,8 @@ class Run:
             raise SystemExit(message if processes.RANK == 0 else 1)
         print(explain(self.metrics))
         if self.is_learned():
-            print(f"Stopped at step {self.step} of {self.args.steps}: AP was 1 in {self.learned} evaluations in "
-                  "a row, which is all that --overfit is to show. Model and data are fine.")
+            print(f"Stopped at step {self.step} of {self.args.steps}: AP was 1 in {self.learned} evaluations "
+                  "in a row, which is all that --overfit can show. Model and data are fine.")
         minutes = (time.time() - self.started) / 60
         print(f"{minutes:.1f} minutes, peak memory {peak_memory(self.args)}. Best AP {self.best:.3f}. "
               f"In {self.folder}: best.pt, last.pt, log.jsonl, curves.png, predictions.png")

@@ -23,8 +23,8 @@ LAYOUTS = [  # (reader, annotations, images) below the folder; {} is one of SPLI
 UNSPLIT = [  # all images together, for --split
     (read_coco_beside, "*.json", "."),
     (read_coco_beside, "annotations/*.json", "."),
+    (read_voc, "Annotations/*.xml", "images"),  # if there is such a folder
     (read_voc, "Annotations/*.xml", "JPEGImages"),
-    (read_voc, "Annotations/*.xml", "images"),
     (read_voc, "*.xml", "."),
 ]
 SPLIT_NAMES = {"train": ["train", "trainval"], "val": ["val", "valid", "test"]}  # the first that is there

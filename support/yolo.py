@@ -16,6 +16,7 @@ ITEM = re.compile(  # of [cat, dog] or {0: cat, 1: dog}
     rf"""\s*(?:["']?(\d+)["']?\s*:\s+)?({QUOTED}|[^,"'\[\]{{}}\s][^,\[\]{{}}]*)\s*(?:,|$)""")
 LINE = re.compile(r"""\s*(?:-|["']?(\d+)["']?\s*:)\s+(.*)""")  # the same, a line each
 MOST = 10_000  # classes
+FORM = "label lines that are neither class, x, y, width, height nor a class and a polygon"
 
 
 # ---- data.yaml ---------------------------------------------------------------------------------------------
@@ -70,7 +71,7 @@ def read_names(number, lines):
         while position < len(inside) and (item := ITEM.match(inside, position)):
             pairs.append(item.groups())
             position = item.end()
-        understood = position >= len(inside)
+        understood = position >= len(inside) and (text[0] == "[" or all(key for key, _ in pairs))
     else:
         items = [LINE.fullmatch(line) for line in lines[1:]]
         understood = not lines[0].strip() and all(items)
@@ -208,8 +209,7 @@ def read_labels(file, keypoints, reading):
         if not all(isinstance(value, (int, float)) for value in values):
             reading.errors["label lines with more than numbers"].append(f"{where}: {reprlib.repr(line)}")
         elif values and len(corners) != 4 and (len(corners) < 6 or len(corners) % 2):
-            kind = "label lines that are neither class, x, y, width, height nor a class and a polygon"
-            reading.errors[kind].append(f"{where}: {len(values)} numbers")
+            reading.errors[FORM].append(f"{where}: {len(values)} numbers")
         elif any(abs(value) > 2 for value in corners):
             kind = "labels in pixels; YOLO's are shares of the image, from 0 to 1"
             reading.errors[kind].append(f"{where}: {reprlib.repr(line)}")
