@@ -141,7 +141,7 @@ def locate(folder, keys, name):
         if place.exists():
             return place
     where = f"line {keys[name][0]}, {name}"
-    raise DataError(f"{where}: {folder / inside} does not exist; paths are meant from where this file lies")
+    raise DataError(f"{where}: {folder / inside} does not exist; paths are relative to this file")
 
 
 def images_of(place):

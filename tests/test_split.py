@@ -177,7 +177,7 @@ def test_a_run_keeps_its_split_when_it_goes_on_and_when_it_is_evaluated(together
         assert names(sets["val"]) == names(wanted), flags
         checkpoints.check_data(request.checkpoint, sets)
         assert "Flip" not in repr(sets["train"].transform), flags
-    trained = visualize.load_run(visualize.parse(["--weights", "run"]))[2]
+    trained = checkpoints.load_checkpoint("run")["args"]
     assert names(visualize.held_out(trained, None, 9)) <= names(wanted), "pictures show held-out images"
     (together / "set/images/0.png").write_bytes((together / "set/images/1.png").read_bytes())
     with pytest.raises(SystemExit, match="would hold out other images"):
