@@ -1,7 +1,7 @@
 """Train, evaluate and resume any of the detectors here, or your own file that keeps their contract.
 
     python train.py --model detr                   embedded data set, small model, ends by itself
-    python train.py --model detr --data DIR        your folder, COCO or VOC format
+    python train.py --model detr --data DIR        your folder: COCO, VOC or YOLO
     python train.py --model detr --overfit 2       two images: AP must come close to 1, or something is broken
     python train.py --resume runs/detr-shapes      go on after Ctrl-C or a crash, exactly where it stopped
     python train.py --data DIR --init runs/detr-shapes    a new run that starts from the weights of another

@@ -71,6 +71,8 @@ def held_out(trained, folder, count, class_names=()):
     """The first held-out images with objects, from `folder` or from the data that it was trained on."""
     paths = {} if folder else {name: trained.get(name) for name in PATHS}
     how = dict(size=trained_size(trained), augment=trained["preset"], class_names=class_names)
+    if trained.get("split") and not folder:
+        how |= dict(split=trained["split"], seed=trained.get("seed") or 0)
     sets = data.load(folder or trained["data"], **paths, **how, splits=("val",))
     chosen = data.first_with_boxes(sets["val"], count)
     if not len(chosen):

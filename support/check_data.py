@@ -99,9 +99,11 @@ def main(argv=None):
     """Checks the data set that the command line names. Returns 1 if train.py would refuse it, otherwise 0."""
     p = argparse.ArgumentParser(
         prog="python -m support.check_data", description="Says what is in a data set and all that is wrong.")
-    p.add_argument("folder", nargs="?", metavar="DIR", help="with COCO or VOC annotations")
+    p.add_argument("folder", nargs="?", metavar="DIR", help="with COCO, VOC or YOLO annotations")
     for name in ("train-json", "train-images", "val-json", "val-images"):
         p.add_argument(f"--{name}", metavar="PATH", help="instead of DIR: the four paths, or the two of val")
+    p.add_argument("--split", type=float, metavar="SHARE", help="as in train.py: held out as val, e.g. 0.2")
+    p.add_argument("--seed", type=int, default=0, help="of the split; default 0, as in train.py")
     args = p.parse_args(argv)
     given = {"train": (args.train_json, args.train_images), "val": (args.val_json, args.val_images)}
     if args.folder is None and not any(map(any, given.values())):
@@ -110,7 +112,8 @@ def main(argv=None):
         print("shapes is the embedded data set: there is nothing to check.")
         return 0
     only_val = args.folder is None and not any(given["train"])
-    categories, readings = read_splits(args.folder, given, ("val",) if only_val else ("train", "val"))
+    splits = ("val",) if only_val else ("train", "val")
+    categories, readings = read_splits(args.folder, given, splits, share=args.split, seed=args.seed)
     check_files(readings)
     find_unlisted(readings)
     if hasattr(sys.stdout, "reconfigure"):  # a name may hold what the terminal cannot show

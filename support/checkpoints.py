@@ -128,6 +128,9 @@ def check_data(checkpoint, datasets):
         if checkpoint["class_names"] != dataset.class_names:
             known, given = (", ".join(names) for names in (checkpoint["class_names"], dataset.class_names))
             raise SystemExit(f"the checkpoint knows the classes {known}, but the data has {given}")
+        if dataset.held_out and checkpoint.get("held_out") not in (None, dataset.held_out):
+            raise SystemExit("--split would hold out other images than when the run began: were some added, "
+                             "removed or renamed? To evaluate on others give --val-json and --val-images")
     count = checkpoint.get("num_images")  # runs from before do not say
     if "train" in datasets and count not in (None, len(datasets["train"])):
         raise SystemExit(f"the run was trained on {count} images, but there are {len(datasets['train'])} "

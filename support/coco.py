@@ -1,5 +1,6 @@
 """COCO's JSON files."""
 import json
+import os
 import reprlib
 
 from support.images import DataError, reason
@@ -26,6 +27,19 @@ def read_coco(path, image_folder, known, reading):
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise DataError(f'"{key}" should be a list of objects, it is {reprlib.repr(entries)}')
     return {key: contents[key] for key in ("images", "annotations", "categories")}
+
+
+def read_coco_beside(path, folder, known, reading):
+    """A COCO file of all images, which lie in `folder` or a folder in it, as CVAT and Label Studio do it."""
+    contents = read_coco(path, folder, known, reading)
+    names = [entry["file_name"] for entry in contents["images"] if isinstance(entry.get("file_name"), str)]
+    first = names[0].replace("\\", "/") if names else ""
+    places = ["", "images", "images/default", *sorted(os.listdir(folder))]
+    place = next((place for place in places if os.path.isfile(os.path.join(folder, place, first))), "")
+    for entry in contents["images"]:
+        if place and isinstance(entry.get("file_name"), str):
+            entry["file_name"] = os.path.join(place, entry["file_name"])
+    return contents
 
 
 def without_repetition(pairs):

@@ -47,6 +47,7 @@ class CocoFolder(Dataset):
     class_names, category_ids   lists by class index 0..C-1: the name, and the id in the annotation file
     name, notes                 for messages; `notes` says what was repaired or left out, a line each
     num_boxes, max_boxes        in all images; in the fullest one. Without crowds.
+    held_out                    of a val that --split made: tells these images from any others; or None
     count_boxes(index)          in one image
     path_of(index)              the image file; of shapes, which have none, "shapes-7"
     subset(indices)             some of the images as a data set of their own
@@ -58,11 +59,11 @@ class CocoFolder(Dataset):
     global generator moves. Raises DataError for an image that cannot be used.
     """
 
-    def __init__(self, name, images, categories, notes, train, augment, size, seed):
-        self.name, self.images, self.notes = name, images, notes
+    def __init__(self, name, images, categories, notes, train, augment, size, seed, flip=True, held_out=None):
+        self.name, self.images, self.notes, self.held_out = name, images, notes, held_out
         self.category_ids, self.class_names = list(categories), list(categories.values())
         self.augment, self.size, self.seed = augment, size, seed
-        self.transform = make_transform(train, augment, size)
+        self.transform = make_transform(train, augment, size, flip)
         self._coco = None
 
     def __len__(self):
@@ -128,14 +129,17 @@ class RandomSizeCrop(torch.nn.Module):
         return v2.SanitizeBoundingBoxes()(*v2.RandomCrop((height, width))(image, target))
 
 
-def make_transform(train, augment, size):
+def make_transform(train, augment, size, flip=True):
     """What happens to an image before the network: a function (image, target) -> (image, target).
 
     "none"    the image is resized to just fit into size x size pixels, its shape kept
     "laptop"  the same; in training also mirrored, lighter or darker, and half the time magnified and cut
     "paper"   DETR's: short side 800 (training: 480 to 800), long side up to 1333; in training also mirrored,
               and half the time cut to 384 to 600 before. `size` stands for the 800 and scales all of these.
+
+    Without `flip` nothing is mirrored: for text, and where left and right are different classes.
     """
+    mirror = [v2.RandomHorizontalFlip()] if flip else []
     if augment == "paper":
         scale = size / PAPER_SIZE
         longest, _ = largest_canvas(size, augment)
@@ -144,7 +148,7 @@ def make_transform(train, augment, size):
         resize = v2.RandomShortestSize([round(side * scale) for side in range(480, 801, 32)], longest)
         cut = [v2.RandomShortestSize([round(side * scale) for side in (400, 500, 600)]),
                RandomSizeCrop(round(384 * scale), round(600 * scale)), resize]
-        return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomChoice([resize, v2.Compose(cut)])])
+        return v2.Compose([*mirror, v2.RandomChoice([resize, v2.Compose(cut)])])
 
     fit = v2.Resize(size=None, max_size=size)
     if augment == "none" or not train:
@@ -152,7 +156,7 @@ def make_transform(train, augment, size):
     magnify = [v2.Resize(size=None, max_size=round(size * zoom)) for zoom in (1.0, 1.2, 1.4, 1.6)]
     cut = [v2.RandomChoice(magnify), RandomSizeCrop(round(size * 0.7), size)]
     return v2.Compose([
-        v2.RandomHorizontalFlip(),  # not upside down: right for cells, wrong for people and most of the world
+        *mirror,  # not upside down: right for cells, wrong for people and most of the world
         v2.RandomChoice([fit, v2.Compose(cut)]),
         v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),  # not hue: it may tell classes apart
     ])
@@ -238,7 +242,7 @@ def largest_canvas(size, augment):
 
 
 def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_images=None, size=None,
-         augment="laptop", seed=0, splits=("train", "val"), class_names=()):
+         augment="laptop", seed=0, splits=("train", "val"), class_names=(), split=None, flip=True):
     """{"train": data set, "val": data set}, or only those that `splits` names. Raises DataError.
 
     folder       None or "shapes": the embedded set. Otherwise a folder in one of LAYOUTS. Or give the four
@@ -248,6 +252,8 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
     seed         of the augmentation, and of the shapes to train on. The shapes to validate on never change:
                  runs with different seeds compare.
     splits       val alone needs no training set; if there is one, its classes are those of val
+    split        this share of the training images is held out as val, by `seed`; there must be no other val
+    flip         whether images to train on are mirrored, see make_transform
     class_names  of a model that is evaluated: VOC files of val alone then get the numbers of these
     """
     if augment not in ("laptop", "paper", "none"):
@@ -257,11 +263,13 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
     given = {"train": (train_json, train_images), "val": (val_json, val_images)}
     shapes_wanted = is_shapes(folder, train_json, train_images, val_json, val_images)
     size = size or default_size(augment, shapes_wanted)
+    if shapes_wanted and split is not None:
+        raise DataError("the embedded shapes have a val of their own: leave out --split")
     if shapes_wanted:
         shapes = {"train": Shapes(20000, size, seed, "train"), "val": Shapes(250, size, 0, "val")}
-        return {split: shapes[split] for split in splits}
+        return {part: shapes[part] for part in splits}
 
-    categories, readings = read_splits(folder, given, splits, class_names)
+    categories, readings = read_splits(folder, given, splits, class_names, split, seed)
     for reading in readings.values():
         if reading.errors:
             message, *others = problem_lines(reading.errors)
@@ -269,13 +277,14 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
                 raise DataError(message)
             more = f" (and {len(others)} more kinds of errors)" if others else ""
             same = shlex.quote(str(folder)) if folder else "with the same paths"
+            same += f" --split {split}" if split else ""
             raise DataError(f"{reading.path}: {message}{more}; to see everything: "
                             f"python -m support.check_data {same}")
     datasets = {}
-    for split in splits:
-        reading = readings[split]
-        name = visible(f"{reading.path.stem if folder is None else Path(folder).resolve().name} {split}")
+    for part in splits:
+        reading = readings[part]
+        name = visible(f"{reading.path.stem if folder is None else Path(folder).resolve().name} {part}")
         notes = [visible(f"{reading.path}: {line}") for line in problem_lines(reading.notes)]
-        datasets[split] = CocoFolder(
-            name, reading.images, categories, notes, split == "train", augment, size, seed)
+        datasets[part] = CocoFolder(name, reading.images, categories, notes, part == "train", augment, size,
+                                    seed, flip, reading.held_out)
     return datasets

@@ -42,13 +42,15 @@ TRAINING = ("steps", "epochs", "lr_drop", "batch_size", "lr", "lr_backbone", "wa
 LAPTOP_OPTIONS = (*(name for name in LAPTOP if name not in TRAINING), "num_queries")
 PATHS = ("data", "train_json", "train_images", "val_json", "val_images")
 # What makes a run what it is. Everything else may be changed by --resume.
-FIXED = ("model", "preset", "option", "out", "size", "seed", "batch_size", "overfit", "init")
+FIXED = ("model", "preset", "option", "out", "size", "seed", "batch_size", "overfit", "init", "split",
+         "no_flip")
 DEFAULTS = dict(
     model="detr", preset="laptop", option=[], data=None, train_json=None, train_images=None, val_json=None,
     val_images=None, size=None, out=None, resume=None, init=None, eval=False, weights=None, overfit=None,
     steps=None, epochs=None, batch_size=None, accumulate=1, eval_batch_size=None, lr=None, lr_backbone=None,
     weight_decay=None, clip_norm=None, schedule=None, lr_drop=None, warmup=None, eval_every=None,
-    log_every=20, amp=False, compile=False, device="auto", workers=processes.default_workers(), seed=0)
+    log_every=20, amp=False, compile=False, device="auto", workers=processes.default_workers(), seed=0,
+    split=None, no_flip=False)
 
 
 @dataclass
@@ -73,9 +75,14 @@ def make_parser(description):
                    help="small and from scratch (default), or as in the paper")
     p.add_argument("--option", action="append", metavar="NAME=VALUE",
                    help="an option of the model, as in its build(); may be given several times")
-    p.add_argument("--data", metavar="DIR", help="folder in COCO or VOC format; default: the embedded shapes")
+    p.add_argument("--data", metavar="DIR",
+                   help="folder in COCO, VOC or YOLO format; default: the embedded shapes")
     for name in ("train-json", "train-images", "val-json", "val-images"):
         p.add_argument(f"--{name}", metavar="PATH", help="instead of --data: the four paths one by one")
+    p.add_argument("--split", type=float, metavar="SHARE",
+                   help="hold this share of the training images out as val, e.g. 0.2; --seed says which")
+    p.add_argument("--no-flip", action="store_true",
+                   help="mirror no image: for text, and where left and right are different classes")
     p.add_argument("--size", type=int, help="pixels; laptop: longest side (96 for shapes, 256 for folders), "
                    "paper: shortest side (800)")
     p.add_argument("--out", help="folder for results; default runs/MODEL-DATA")
@@ -152,8 +159,14 @@ def parse_old_run(parser, typed):
     defaults = dict(checkpoint["args"])
     if "asked_device" in defaults:  # auto is what there is now, not what there was; old runs do not say
         defaults["device"] = defaults.pop("asked_device")
+    share = defaults.get("split")
+    if share is not None and ("seed" in typed or typed.get("split", share) != share):
+        parser.error(f"the run was trained on what --split {share} --seed {defaults.get('seed')} left; with "
+                     "others it would be evaluated on images that it has seen")
     if any(path in typed for path in PATHS):  # the new place replaces the old one, however it is told
         defaults = {**defaults, **dict.fromkeys(PATHS)}
+        if "eval" in typed:
+            defaults["split"] = None  # of other images all count; a --split that is typed is compared
     args = make_args(parser, typed, defaults, name, module)
     if "resume" in typed:
         note_changed_file(module, copy_in_run(checkpoint, name))
@@ -190,7 +203,7 @@ def check_combination(parser, typed):
     if "init" in typed and ("resume" in typed or "eval" in typed) or {"resume", "eval"} <= set(typed):
         parser.error("--init starts a new run from weights, --resume goes on with an old one, --eval trains "
                      "nothing: give only one of them")
-    allowed = {"eval": ("size", "batch_size", "seed"), "resume": ()}
+    allowed = {"eval": ("size", "batch_size", "seed", "split"), "resume": ()}
     for mode in allowed:
         wrong = [name for name in FIXED if name in typed and name not in allowed[mode]]
         if mode in typed and wrong:
@@ -246,7 +259,7 @@ def check_values(parser, args):
         if not isinstance(getattr(args, name), (str, type(None))):
             refuse(name, "a name")
     choices = {"preset": ("laptop", "paper"), "schedule": ("step", "cosine"),
-               "amp": (False, True), "compile": (False, True)}
+               "amp": (False, True), "compile": (False, True), "no_flip": (False, True)}
     for name, allowed in choices.items():
         if getattr(args, name) not in allowed:
             refuse(name, " or ".join(map(str, allowed)))
@@ -256,6 +269,7 @@ def check_values(parser, args):
            "eval_batch_size", "lr_drop"), 1, 10**9, "a whole number greater than 0")
     check(("lr", "clip_norm"), smallest, 1e38, "a number greater than 0")
     check(("lr_backbone", "weight_decay"), 0, 1e38, "a number, 0 or greater")
+    check(("split",), smallest, 1 - 1e-9, "a number between 0 and 1, for example 0.2")
     check(("warmup",), 0, 10**9, "0 or greater")
     check(("size",), 32, 8192, "32 to 8192 pixels")
     check(("workers",), 0, 256, "0 to 256")
@@ -283,7 +297,8 @@ def load_datasets(args, splits):
     """{split: data set} as the flags say; with --overfit both are the same few images."""
     paths = {name: getattr(args, name) for name in PATHS[1:]}
     splits = ("train",) if args.overfit else splits  # evaluated on what it is trained on
-    how = dict(size=args.size, augment=args.preset, seed=args.seed, splits=splits)
+    how = dict(size=args.size, augment=args.preset, seed=args.seed, splits=splits,
+               split=getattr(args, "split", None), flip=not getattr(args, "no_flip", False))
     datasets = data.load(args.data, **paths, **how)
     if args.overfit:
         datasets["train"] = datasets["val"] = data.first_with_boxes(datasets["train"], args.overfit)

@@ -204,7 +204,8 @@ def of_official(checkpoint, source, model, options=None):
 def check_args(source, args):
     """SystemExit unless those args of a training that are used here are what train.py writes."""
     path, size = (str, type(None)), args["size"]
-    kinds = {"model": str, "preset": str, "size": (int, type(None)), **dict.fromkeys(("data", *PATHS), path)}
+    kinds = {"model": str, "preset": str, "size": (int, type(None)), **dict.fromkeys(("data", *PATHS), path),
+             "split": (float, type(None)), "seed": (int, type(None))}
     wrong = [name for name, kind in kinds.items() if not isinstance(args.get(name), kind)]
     if not wrong and size is not None and size < 32:
         wrong = ["size"]

@@ -22,7 +22,7 @@ def one_line_errors():
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a class or file name may hold what the terminal cannot show
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)  # a log file can be watched
     try:
         yield
     except DataError as error:

@@ -18,6 +18,8 @@ from support.checkpoints import save
 from support.evaluation import explain
 from support.report import collapse_line, peak_memory
 
+TALK_EVERY = 60  # seconds between two lines, as long as there has been no evaluation
+LEARNED = 0.995, 3  # --overfit has done what it is for when AP has been this high for so many evaluations
 FILES = ("args.json", "last.pt", "previous.pt", "best.pt", "log.jsonl", "curves.png", "predictions.png")
 
 
@@ -27,12 +29,14 @@ class Run:
     step    optimiser steps done
     best    the highest AP so far, -1 before the first evaluation
     window  what was logged of each step since the last line of log.jsonl
+    learned evaluations in a row, since the start or --resume, in which AP was as good as 1
     """
 
     def __init__(self, request):
         self.args, self.module, self.model_options = request.args, request.module, request.model_options
         self.step, self.best, self.seconds, self.window = 0, -1.0, 0.0, []
         self.folder, self.resumed, self.signals = None, request.checkpoint, []
+        self.metrics, self.learned = None, 0
         if self.resumed:
             self.step, self.best, self.seconds, self.window = (
                 self.resumed[name] for name in ("step", "best", "seconds", "window"))
@@ -49,8 +53,10 @@ class Run:
         self.scaler.load(self.resumed or {})
         train_set = datasets["train"]
         self.identity = {"class_names": train_set.class_names, "category_ids": train_set.category_ids,
-                         "num_images": len(train_set)}
+                         "num_images": len(train_set), "held_out": datasets["val"].held_out}
         self.started = time.time() - self.seconds
+        self.talked = time.time()
+        self.begun = self.talked, self.step
         self.bar = tqdm(total=self.args.steps, initial=self.step, unit="step", dynamic_ncols=True,
                         disable=True if processes.RANK else None)
         if processes.RANK == 0 and not self.resumed:
@@ -77,18 +83,25 @@ class Run:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def goes_on(self):
-        """False at the last step, or if any process was asked to stop."""
-        return self.step < self.args.steps and not any(processes.gather(bool(self.signals)))
+        """False at the last step, if --overfit has been learned, or if any process was asked to stop."""
+        return (self.step < self.args.steps and not self.is_learned()
+                and not any(processes.gather(bool(self.signals))))
+
+    def is_learned(self):
+        return self.args.overfit is not None and self.learned >= LEARNED[1]
 
     def finish(self):
         """Says how it ended. Raises SystemExit with the command to go on if the run was stopped."""
         self.bar.close()
-        if self.step < self.args.steps:
+        if self.step < self.args.steps and not self.is_learned():
             self.save("last.pt", keep="previous.pt")
             message = (f"\nStopped at step {self.step} of {self.args.steps}, nothing is lost. Go on with:\n"
                        f"    python train.py --resume {shlex.quote(str(self.folder))}")
             raise SystemExit(message if processes.RANK == 0 else 1)
         print(explain(self.metrics))
+        if self.is_learned():
+            print(f"Stopped at step {self.step} of {self.args.steps}: AP was 1 in {self.learned} evaluations "
+                  "in a row, which is all that --overfit can show. Model and data are fine.")
         minutes = (time.time() - self.started) / 60
         print(f"{minutes:.1f} minutes, peak memory {peak_memory(self.args)}. Best AP {self.best:.3f}. "
               f"In {self.folder}: best.pt, last.pt, log.jsonl, curves.png, predictions.png")
@@ -105,6 +118,7 @@ class Run:
         self.step += 1
         self.window.append(losses)
         self.bar.update()
+        self.talk()
         if self.step % self.args.log_every == 0 or self.is_last():
             mean = means(self.window)
             self.write(epoch=epoch, lr=lr, **mean)
@@ -112,9 +126,21 @@ class Run:
             self.bar.set_postfix_str(f"loss {loss:.2f}, gradient {gradient:.1f}, AP {max(self.best, 0):.3f}")
             self.window = []
 
+    def talk(self):
+        """Says once a minute how far it is, until the first evaluation says more."""
+        now, (begun, first) = time.time(), self.begun
+        if processes.RANK or self.metrics or now < self.talked + TALK_EVERY:
+            return
+        self.talked = now
+        left = (now - begun) / (self.step - first) * (self.args.steps - self.step)
+        loss = means(self.window).get("total", math.inf)
+        self.bar.write(f"step {self.step} of {self.args.steps}: loss {loss:.2f}, {duration(left)} and the "
+                       "evaluations to go")
+
     def log_evaluation(self, metrics, predictions):
         """Writes the numbers, keeps the best weights and the last, draws predictions and curves."""
         self.metrics = metrics
+        self.learned = self.learned + 1 if metrics["AP"] >= LEARNED[0] else 0
         self.write(eval=metrics)
         improved, self.best = metrics["AP"] >= self.best, max(self.best, metrics["AP"])
         if improved:
@@ -175,6 +201,12 @@ def means(window):
     if skipped := sum(not math.isfinite(step.get("grad_norm", 0)) for step in window):
         means["skipped"] = skipped / len(window)
     return means
+
+
+def duration(seconds):
+    if seconds < 90:
+        return "about a minute"
+    return f"about {seconds / 60:.0f} minutes" if seconds < 2 * 3600 else f"about {seconds / 3600:.1f} hours"
 
 
 def claim_folder(args, module):

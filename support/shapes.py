@@ -27,7 +27,7 @@ class Shapes(Dataset):
     Height and width are each between 3/4 of `size` and `size` pixels, so batches need padding. Attributes,
     methods and what [index] gives are those of CocoFolder, which explains them.
     """
-    class_names, category_ids, max_boxes = SHAPE_NAMES, [1, 2, 3, 4], MAX_OBJECTS
+    class_names, category_ids, max_boxes, held_out = SHAPE_NAMES, [1, 2, 3, 4], MAX_OBJECTS, None
 
     def __init__(self, num_images, size=96, seed=0, split="train"):
         self.numbers = range(num_images)  # of the images: a subset has some of them

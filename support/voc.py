@@ -7,7 +7,8 @@ from xml.etree import ElementTree
 from support.annotations import SHARES, is_shares
 from support.images import DataError, images_in, reason, visible
 
-NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?")  # float() also takes 1_0, nan, other digits
+# float() also takes 1_0, nan, other digits
+NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
 def read_voc(path, image_folder, known, reading):

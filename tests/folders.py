@@ -117,6 +117,26 @@ def write_voc(xml_folder, image_folder, contents):
         (xml_folder / f"{stem}.xml").write_text(voc_text(objects, f"{stem}.png"))
 
 
+# ---- YOLO ------------------------------------------------------------------------------------------------
+def yolo_folder(folder, train="images/train", val="images/val", data_yaml="names: [dog, cat]"):
+    """The data set of coco_folder as YOLO's; train, val: where the images are, None: not at all."""
+    for place, boxes in ((train, TRAIN), (val, VAL)):
+        for k, box in enumerate(boxes if place else (), 1):
+            write_image(folder / place / f"{k}.png", box=box)
+            if box:
+                x, y, w, h = box
+                shares = (x + w / 2) / 64, (y + h / 2) / 48, w / 64, h / 48
+                write_label(folder / place.replace("images", "labels") / f"{k}.txt", [(k + 1) % 2, *shares])
+    (folder / "data.yaml").write_text(data_yaml)
+    return folder
+
+
+def write_label(path, *lines):
+    """A label file of these lines, each a list of numbers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(" ".join(map(str, line)) + "\n" for line in lines))
+
+
 # ---- What comes out --------------------------------------------------------------------------------------
 def bright(image):
     """(x0, y0, x1, y1) around the pixels that are nearer to white than to black; None without any."""

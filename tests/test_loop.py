@@ -6,9 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import train
-from support import data, report
+from support import data, pictures, report
+from support import run as run_module
+from support.evaluation import METRICS
+from support.run import Run
 from tests.command import QUICK, ROOT, run
 from tests.folders import small_coco
 from tests.tiny_models import batch, tiny
@@ -112,6 +116,40 @@ def test_two_images_are_overfitted(tmp_path):
     assert last["eval"]["AP"] > 0.9, f"AP {last['eval']['AP']:.2f} on the two images it was trained on"
     again = run("--eval", "--weights", "runs/detr-shapes", "--workers", 0, cwd=tmp_path)
     assert again.returncode == 0 and f"AP         {last['eval']['AP']:6.3f}" in again.stdout, again.stderr
+
+
+def test_an_overfit_run_stops_when_there_is_nothing_left_to_learn(tmp_path, monkeypatch, capsys):
+    results = iter([1, 0.994, 1, 0.995, 1])
+    perfect = {**dict.fromkeys(METRICS, 1.0), "spread_images": 1, "spread_queries": 1, "classes_predicted": 1}
+    monkeypatch.setattr(train, "evaluate", lambda *_: ({**perfect, "AP": next(results)}, {}))
+    monkeypatch.setattr(pictures, "draw_predictions", lambda *_: None)
+    monkeypatch.setattr(pictures, "draw_curves", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    train.main(["--overfit", "2", "--steps", "50", "--eval-every", "1", *QUICK, "--size", "32"])
+    assert "Stopped at step 5 of 50: AP was 1 in 3 evaluations in a row" in capsys.readouterr().out
+    last = torch.load("runs/detr-shapes/last.pt", weights_only=True)
+    assert last["step"] == 5, "what was learned is saved"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_line_a_minute_until_the_first_evaluation(rank, monkeypatch, capsys):
+    clock = iter(range(1025, 10**6, 25))  # a step takes 25 seconds
+    monkeypatch.setattr(run_module.time, "time", lambda: next(clock))
+    monkeypatch.setattr(run_module.processes, "RANK", rank)
+    one = Run.__new__(Run)
+    one.args, one.step, one.window, one.metrics = SimpleNamespace(steps=393, log_every=4), 100, [], None
+    one.bar, one.best, one.write = tqdm(disable=True), -1, lambda **_: None
+    one.talked, one.begun = 1000, (1000, 100)
+    for k in range(7):
+        one.log_step({"total": 10.0 - k, "grad_norm": 1.0}, 0, 0)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ([] if rank else [
+        "step 103 of 393: loss 9.00, about 2.0 hours and the evaluations to go",
+        "step 106 of 393: loss 5.50, about 120 minutes and the evaluations to go"])
+    one.metrics = {"AP": 0.1}
+    for k in range(7):
+        one.log_step({"total": 1.0, "grad_norm": 1.0}, 0, 0)
+    assert capsys.readouterr().out == "", "evaluations say more"
 
 
 def test_a_folder_with_foreign_category_ids_trains(tmp_path):
