@@ -173,7 +173,8 @@ def trial(capsys, error, **how):
     """What a run says before it begins, if a training step fails with this error except on "cpu"."""
     args = SimpleNamespace(**{**dict(device="cpu:0", amp=False, accumulate=1, batch_size=2, preset="laptop",
                                      model="detr"), **how})
-    model, where = shaken("detr"), []
+    model, where, moved = shaken("detr"), [], []
+    model.to = lambda device: moved.append((model, device))
 
     def step(copy, parts):
         where.append(args.device)
@@ -183,6 +184,7 @@ def trial(capsys, error, **how):
     images.class_names = images.class_names[:3]  # as many as the model has
     _, queries = report.try_out(model, images, args, step, "detr.py")
     assert queries == 5 and where[0] == "cpu:0" and set(where[1:]) == {"cpu"} == {args.device}
+    assert moved == [(model, "cpu")], "the trial was made with a copy; the model itself must move"
     return capsys.readouterr().out
 
 
@@ -196,6 +198,16 @@ def test_a_run_on_a_device_that_lacks_an_operator_moves_to_the_cpu(capsys, monke
     monkeypatch.setattr(processes, "WORLD", 2)  # the others would wait for it
     with pytest.raises(SystemExit, match="A training step fails; .*grid_sampler_2d_backward"):
         trial(capsys, NotImplementedError(MPS))
+
+
+def test_the_optimiser_is_made_when_the_device_is_certain(monkeypatch, tmp_path):
+    """Otherwise its memory would stay behind when the model moves."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "announce", lambda *_: sys.exit("the trial is over"))
+    monkeypatch.setattr(train, "make_optimizer", lambda *_: pytest.fail("too early"))
+    (tmp_path / "mine.py").write_text(OWN_FILE)
+    with pytest.raises(SystemExit, match="the trial is over"):
+        train.main(["--model", "mine.py", "--size", "32", "--overfit", "1", "--device", "cpu"])
 
 
 def test_errors_of_a_model_file_do_not_move_the_run(capsys):
