@@ -20,7 +20,7 @@ AUTO = ("cuda", "mps", "xpu")  # --device auto takes the first that is there, ot
 
 # ---- Which device ------------------------------------------------------------------------------------------
 def kind_of(name):
-    """"cuda:1" -> "cuda"."""
+    """cuda, if the name is cuda:1."""
     return torch.device(name).type
 
 
@@ -130,6 +130,11 @@ def why_no_amp(name):
     needs = {"cpu": "AVX512_BF16 or AMX", "mps": "macOS 14"}.get(kind_of(name), "hardware for bfloat16")
     return (f"in bfloat16 {name} would be slower than in float32 (it needs {needs}); leave it out, "
             "or give --no-amp")
+
+
+def amp_must_prove_itself(name):
+    """Whether --amp might be slower than float32: on a CUDA card it is known to pay."""
+    return kind_of(name) != "cuda"
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ def announce(model, datasets, args, run, train_step):
         raise SystemExit(f"--model {args.model}: no parameter of the model requires a gradient")
     train_set = datasets["train"]
     print(f"model    {args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
-          f"on {args.device}")
+          f"on {args.device}" + (f" in {str(devices.amp_dtype(args.device))[6:]}" if args.amp else ""))
     for split, d in datasets.items():
         print(f"{split:8} {d.name}: {len(d)} images, {d.num_boxes} boxes, at most {d.max_boxes} in an image")
         for note in d.notes:
@@ -118,7 +118,7 @@ def try_out(model, train_set, args, train_step, file):
             train_step(model, [largest] * args.accumulate)
             devices.synchronize(args.device)
             seconds = step()
-            if args.amp and devices.kind_of(args.device) != "cuda":  # there it is known to pay
+            if args.amp and devices.amp_must_prove_itself(args.device):
                 check_amp(step, args)
     except (DataError, FloatingPointError):
         raise

@@ -359,12 +359,13 @@ def test_a_run_with_a_scaler_resumes_exactly_and_skipped_steps_leave_a_clean_log
     assert math.isfinite(lines[-1]["grad_norm"])
 
 
-def test_a_run_from_before_the_scaler_goes_on_with_amp(halves, runs):
+def test_a_run_from_before_the_scaler_goes_on_with_amp(halves, runs, capsys):
     content = runs("--steps", "2", out="run")
     assert content.pop("scaler") == {}
     torch.save(content, "run/last.pt")
     content = runs("--steps", "3", "--amp", out="run")
     assert content["scaler"]["scale"] in (2.0**15, 2.0**16)
+    assert "parameters, on cpu in float16\n" in capsys.readouterr().out
     for wrong in (3, {"scale": 4}, {**content["scaler"], "scale": "x"}):
         torch.save({**content, "scaler": wrong}, "run/last.pt")
         with pytest.raises(SystemExit, match="run/last.pt: cannot go on from its scaler; --no-amp goes on"):
