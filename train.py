@@ -241,7 +241,8 @@ def evaluate(model, criterion, dataset, args):
         logits, boxes = out["logits"][-1].float().cpu(), out["boxes"][-1].float().cpu()
         if not (logits.isfinite().all() and boxes.isfinite().all()):
             raise Diverged("predictions are not finite")
-        found = postprocess(logits, boxes, [t["size"] for t in targets], criterion.softmax)
+        sizes = [t["size"] for t in targets]
+        found = postprocess(logits, boxes, sizes, criterion.softmax, len(dataset.class_names))
         predictions.update((t["image_id"], p) for t, p in zip(targets, found))
         all_boxes += boxes  # each [Q, 4]
     model.train()

@@ -20,13 +20,14 @@ def is_softmax(model):
 
 
 @torch.no_grad()
-def postprocess(logits, boxes, sizes, softmax):
+def postprocess(logits, boxes, sizes, softmax, num_classes=None):
     """Outputs of one stage -> scored boxes. Low scores stay: AP is about the ranking, without a threshold.
 
     logits [B, Q, C] (with softmax C + 1, the last is no-object) and boxes [B, Q, 4] as the model gives them;
     sizes: B pairs (height, width) of the original images. Returns B dicts: scores [k], labels [k], boxes [k,
     4] xyxy in original pixels. softmax: the best class of each query, k = Q. Otherwise the best 100 of all Q
-    * C pairs, so that a query may give two answers.
+    * C pairs, so that a query may give two answers. num_classes: answers beyond are left out; SMCA's one more
+    sigmoid stands for nothing.
     """
     logits, boxes = logits.float(), boxes.float()
     if softmax:
@@ -38,7 +39,9 @@ def postprocess(logits, boxes, sizes, softmax):
         boxes = boxes.take_along_dim((pairs // C)[:, :, None], 1)  # [B, k, 4]
     scale = torch.tensor([(w, h, w, h) for h, w in sizes], dtype=torch.float32, device=boxes.device)  # [B, 4]
     boxes_xyxy = box_convert(boxes, "cxcywh", "xyxy") * scale[:, None]
-    return [{"scores": s, "labels": l, "boxes": b} for s, l, b in zip(scores, labels, boxes_xyxy)]
+    named = labels < (num_classes or logits.shape[-1])  # [B, k]
+    return [{"scores": s[n], "labels": l[n], "boxes": b[n]}
+            for s, l, b, n in zip(scores, labels, boxes_xyxy, named)]
 
 
 def to_coco(dataset, annotated_images, scores=None):

@@ -109,6 +109,15 @@ def test_crowds_are_not_trained_on_and_forgiven_in_the_evaluation(folder):
     assert any("crowd regions" in note and ": 1 (" in note for note in dataset.notes)
 
 
+def test_answers_of_a_class_that_has_no_name_are_left_out():
+    logits = torch.tensor([[[3.0, 0, 4], [2, 1, 5]]])  # [1, 2 queries, 2 classes and one logit more]
+    (all_of_them,) = postprocess(logits, torch.rand(1, 2, 4), [(10, 10)], softmax=False)
+    (named,) = postprocess(logits, torch.rand(1, 2, 4), [(10, 10)], softmax=False, num_classes=2)
+    assert all_of_them["labels"].tolist() == [2, 2, 0, 0, 1, 1]
+    assert named["labels"].tolist() == [0, 0, 1, 1]
+    assert named["scores"].tolist() == all_of_them["scores"][2:].tolist() and named["boxes"].shape == (4, 4)
+
+
 def test_evaluation_agrees_with_pycocotools_on_the_files_themselves(folder, tmp_path):
     rng = np.random.default_rng(0)
     boxes = rng.integers(1, 24, (60, 4))
