@@ -7,7 +7,7 @@
 
 Each runner is `python train.py` with its laptop preset on one thread, so anybody can repeat one by hand. Its
 number of steps is what fits into --minutes of a core at the CPU seconds of its step. These are measured
-first, in three short runs, and kept in benchmarks/results/steps.json: delete an entry to measure it again.
+first and kept in benchmarks/results/steps.json: delete the file to measure all again.
 What is finished is not run again, what was interrupted goes on where it stopped. Runs lie in
 benchmarks/runs/, their curves in benchmarks/results/race.json, the figures in docs/.
 
@@ -24,8 +24,8 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,7 +35,9 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from support.model_files import known_files  # noqa: E402
+import train  # noqa: E402
+from support import data, options  # noqa: E402
+from support.model_files import build_model, known_files  # noqa: E402
 
 RUNS, DOCS = ROOT / "benchmarks/runs", ROOT / "docs"
 RESULTS, STEPS = (ROOT / "benchmarks/results" / name for name in ("race.json", "steps.json"))
@@ -97,7 +99,7 @@ def git(*words):
     return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
-def train(flags, output):
+def launch(flags, output):
     """CPU seconds of one run of train.py on one thread, which prints into `output`; None if it fails."""
     command = [sys.executable, str(ROOT / "train.py"), "--workers", "0", "--device", "cpu", *map(str, flags)]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -110,25 +112,55 @@ def train(flags, output):
     return usage.ru_utime + usage.ru_stime
 
 
-def measure(name, steps=2, more=20):
-    """CPU seconds of a step, of an evaluation and of the start, from three short runs; None if one fails."""
-    seconds = []
-    for length, every in ((steps, steps), (steps + more, steps + more), (steps, steps // 2)):
-        with tempfile.TemporaryDirectory() as folder:
-            flags = [*RUNNERS[name], "--steps", length, "--eval-every", every, "--out", f"{folder}/run"]
-            seconds.append(train(flags, RUNS / f"measure-{name.replace(' ', '-')}.txt"))
-        if seconds[-1] is None:
-            return None
-    step, evaluation = (seconds[1] - seconds[0]) / more, seconds[2] - seconds[0]
-    return [round(x, 4) for x in (step, evaluation, seconds[0] - steps * step - evaluation)]
+def measure(names, rounds=10):
+    """CPU seconds of a step and of an evaluation of each runner on one thread, kept in steps.json.
+
+    They take turns, and the least of all rounds counts: whatever else the machine does weighs on all alike.
+    """
+    torch.set_num_threads(1)
+    trained = {name: Trained(RUNNERS[name]) for name in names}
+    seconds = {name: [] for name in names}
+    for _ in range(rounds + 2):  # the first ones warm up
+        for name in names:
+            seconds[name].append(cpu_seconds(trained[name].step))
+    for name in names:
+        evaluation = min(cpu_seconds(trained[name].evaluate) for _ in range(2))
+        write(STEPS, name, [round(min(seconds[name][2:]), 4), round(evaluation, 2)])
+
+
+class Trained:
+    """A runner's model and its data, for measuring."""
+
+    def __init__(self, flags):
+        request = options.parse(None, [*flags, "--workers", "0", "--device", "cpu"])
+        self.args, sets = request.args, options.load_datasets(request.args, ("train", "val"))
+        options.choose_num_queries(request, sets["train"])
+        options.fill_in(self.args, sets["train"])
+        model = build_model(request.module, len(sets["val"].class_names), request.model_options)
+        self.model, self.criterion, self.val_set = model, train.SetCriterion(model), sets["val"]
+        self.optimizer = train.make_optimizer(model, 1e-4, 1e-4, 1e-4)
+        self.train_set = sets["train"]
+
+    def step(self):
+        batch = data.collate([self.train_set[i] for i in range(self.args.batch_size)])
+        train.train_step(self.model, self.criterion, self.optimizer, [batch], self.args)
+
+    def evaluate(self):
+        train.evaluate(self.model, self.criterion, self.val_set, self.args)
+
+
+def cpu_seconds(function):
+    start = time.process_time()
+    function()
+    return time.process_time() - start
 
 
 def flags_of(name, minutes):
     """The runner's flags with --steps: a multiple of the number of evaluations, as many as fit."""
     if "--steps" in RUNNERS[name]:
         return RUNNERS[name]
-    step, evaluation, start = read(STEPS)[name]
-    fit = (60 * minutes - EVALUATIONS * evaluation - start) / step
+    step, evaluation = read(STEPS)[name]
+    fit = (60 * minutes - EVALUATIONS * evaluation) / step
     return [*RUNNERS[name], "--steps", str(max(1, round(fit / EVALUATIONS)) * EVALUATIONS)]
 
 
@@ -144,7 +176,7 @@ def run(name, seed, minutes):
         shutil.rmtree(folder, ignore_errors=True)  # stopped before its first checkpoint
         command = [*flags, "--seed", seed, "--eval-every", steps // EVALUATIONS, "--out", folder]
     if start < steps:
-        seconds = train(command, f"{folder}.txt")
+        seconds = launch(command, f"{folder}.txt")
         if seconds is None:
             return None
         minutes = seconds / 60 * steps / (steps - start)
@@ -183,11 +215,9 @@ def race(names, seeds, jobs, minutes):
         name, seed = job
         keep(RESULTS, f"{name}, seed {seed}", run(name, seed, minutes))
 
+    measure([name for name in names if "--steps" not in RUNNERS[name] and name not in read(STEPS)])
     with ThreadPoolExecutor(jobs) as pool:
-        unknown = [name for name in names if "--steps" not in RUNNERS[name] and name not in read(STEPS)]
-        list(pool.map(lambda name: keep(STEPS, name, measure(name)), unknown))
-        ready = [name for name in names if "--steps" in RUNNERS[name] or name in read(STEPS)]
-        todo = [(name, seed) for seed in seeds for name in ready
+        todo = [(name, seed) for seed in seeds for name in names
                 if read(RESULTS).get(f"{name}, seed {seed}", {}).get("flags")
                 != shlex.join(flags_of(name, minutes))]
         list(pool.map(one, todo))

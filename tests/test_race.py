@@ -2,6 +2,7 @@
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,8 +16,8 @@ def results(tmp_path, monkeypatch):
     for name in ("STEPS", "RESULTS"):
         monkeypatch.setattr(race, name, tmp_path / f"{name}.json")
     monkeypatch.setattr(race, "RUNS", tmp_path / "runs")
-    race.write(race.STEPS, "deformable_detr", [0.25, 3.0, 6.0])
-    race.write(race.STEPS, "sqr", [0.5, 3.0, 6.0])
+    race.write(race.STEPS, "deformable_detr", [0.25, 3.0])
+    race.write(race.STEPS, "sqr", [0.5, 3.0])
 
 
 def result(name, seed, minutes=10, top=0.6, batch=8):
@@ -32,25 +33,39 @@ def test_steps_and_evaluations_fill_the_minutes(results):
     for name, step in (("deformable_detr", 0.25), ("sqr", 0.5)):
         steps = int(race.flags_of(name, 10)[-1])
         assert steps % race.EVALUATIONS == 0
-        assert abs(6 + race.EVALUATIONS * 3 + steps * step - 600) <= race.EVALUATIONS * step
+        assert abs(race.EVALUATIONS * 3 + steps * step - 600) <= race.EVALUATIONS * step
     assert race.flags_of("detr 3600 steps", 10)[-1] == "3600", "a length that is given stays"
 
 
-def test_three_short_runs_tell_step_evaluation_and_start_apart(monkeypatch, results):
-    def train(flags, output):
-        steps, every = (flags[flags.index(name) + 1] for name in ("--steps", "--eval-every"))
-        return 6 + 0.25 * steps + 3 * (steps // every)
+def test_runners_take_turns_and_the_least_of_all_rounds_counts(monkeypatch, results):
+    clock, order = iter([0.9, 0.8, *range(99)]), []
 
-    monkeypatch.setattr(race, "train", train)
-    assert race.measure("detr") == pytest.approx([0.25, 3, 6])
-    monkeypatch.setattr(race, "train", lambda *_: None)
-    assert race.measure("detr") is None, "a run that failed was measured"
+    class Trained(SimpleNamespace):
+        def step(self):
+            order.append(self.flags[1])
+
+        def evaluate(self):
+            pass
+
+    monkeypatch.setattr(race, "Trained", lambda flags: Trained(flags=flags))
+    monkeypatch.setattr(race, "cpu_seconds", lambda function: function() or next(clock))
+    race.measure(["detr", "conditional_detr"], rounds=2)
+    assert order == ["detr", "conditional_detr"] * 4
+    # the first two rounds are 0.9, 0.8 and 0, 1; then 2, 3 and 4, 5; evaluations 6, 7 and 8, 9
+    assert race.read(race.STEPS)["detr"] == [2, 6] and race.read(race.STEPS)["conditional_detr"] == [3, 8]
+
+
+def test_a_runner_is_measured_by_its_own_steps():
+    trained = race.Trained([*race.RUNNERS["detr"], "--batch-size", "2", "--size", "64"])
+    before = trained.model.class_head.weight.detach().clone()
+    assert race.cpu_seconds(trained.step) > 0
+    assert (trained.model.class_head.weight != before).any()
 
 
 def test_what_is_there_in_the_same_length_is_not_run_again(monkeypatch, results):
     ran = []
     monkeypatch.setattr(race, "run", lambda *job: ran.append(job) or result(*job))
-    monkeypatch.setattr(race, "measure", lambda name: [0.1, 3.0, 6.0])
+    monkeypatch.setattr(race, "measure", lambda names: [race.write(race.STEPS, n, [0.1, 3.0]) for n in names])
     for _ in range(2):
         race.race(["sqr", "detr"], [0, 1], 2, 10)
     assert sorted(ran) == [("detr", 0, 10), ("detr", 1, 10), ("sqr", 0, 10), ("sqr", 1, 10)]
