@@ -82,8 +82,9 @@ def read_splits(folder, given, splits, class_names=(), share=None, seed=0):
     if folder is not None and any(path is not None for pair in given.values() for path in pair):
         raise DataError("give a data folder or the four paths (--train-json, ...), not both")
     if folder is not None and not os.path.isdir(folder):
-        what = "a file, not a" if os.path.isfile(folder) else "no such"
-        raise DataError(f'{folder or repr(folder)}: {what} folder; the embedded data set is called "shapes"')
+        if os.path.isfile(folder):
+            raise DataError(f"{folder}: a file, not a folder; give the folder of annotations and images")
+        raise DataError(f'{folder or repr(folder)}: no such folder; the embedded data set is called "shapes"')
     if share is not None:
         check_unsplit(folder, given, share)
         splits = ("train",)

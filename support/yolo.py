@@ -138,7 +138,7 @@ def locate(folder, keys, name):
     root, value = (text_of(keys, key).replace("\\", "/") for key in ("path", name))
     inside = re.sub(r"^(\.\./)+", "", value)  # Roboflow writes ../train/images and means train/images
     for place in (folder / root / value, folder / value, folder / root / inside, folder / inside):
-        if place.exists():
+        if os.path.exists(place):  # Path.exists raises for names that are too long
             return place
     where = f"line {keys[name][0]}, {name}"
     raise DataError(f"{where}: {folder / inside} does not exist; paths are relative to this file")
@@ -146,18 +146,19 @@ def locate(folder, keys, name):
 
 def images_of(place):
     """The image files in a folder and below, or in a list, whose paths are those seen from it."""
-    if place.is_dir():
+    if os.path.isdir(place):
         return sorted(path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     return [place.parent / line.strip() for line in read_lines(place) if line.strip()]
 
 
 def labels_of(image):
     """Where the labels of an image may be: in labels/ in place of images/, or beside it."""
-    *folders, name = image.with_suffix(".txt").parts
+    beside = Path(os.path.splitext(image)[0] + ".txt")
+    *folders, name = beside.parts
     if "images" in folders:
         last = len(folders) - 1 - folders[::-1].index("images")
         yield Path(*folders[:last], "labels", *folders[last + 1:], name)
-    yield image.with_suffix(".txt")
+    yield beside
 
 
 # ---- Labels ------------------------------------------------------------------------------------------------
@@ -171,7 +172,7 @@ def read_yolo(path, image_folder, known, reading):
     names = read_classes(path, keys, reading.notes)
     contents = {"images": [], "annotations": [], "places": [],
                 "categories": [{"id": i, "name": name} for i, name in names.items()]}
-    if image_folder and not image_folder.exists():
+    if image_folder and not os.path.exists(image_folder):
         raise DataError(f"{image_folder}: no such folder; it should hold the images")
     files, used = images_of(image_folder) if image_folder else [], set()
     for i, file in enumerate(files, 1):
@@ -179,7 +180,7 @@ def read_yolo(path, image_folder, known, reading):
         with contextlib.suppress(DataError):  # read_images will say it
             entry["height"], entry["width"] = file_size(file, i)
         contents["images"].append(entry)
-        labels = next((labels for labels in labels_of(file) if labels.is_file()), None)
+        labels = next((labels for labels in labels_of(file) if os.path.isfile(labels)), None)
         if labels is None:
             reading.notes["images without a label file, taken as images without objects"].append(str(file))
         elif "width" in entry:

@@ -25,6 +25,7 @@ from tests.folders import (
     coco_folder,
     mutate_bytes,
     write_voc,
+    yolo_folder,
 )
 
 
@@ -49,7 +50,8 @@ def assert_sound(folder, capsys):
         targets = [sets["train"][i][1] for i in range(len(sets["train"]))]
     except DataError as error:
         problem = str(error)
-        assert str(folder) in problem and "train" in problem.replace(str(folder), ""), f"where? {problem}"
+        place = re.search(r"train|data\.yaml", problem.replace(str(folder), ""))
+        assert place and str(folder) in problem, f"where? {problem}"
         assert len(problem.splitlines()) == 1 and len(problem) < 2000, f"one line, please: {problem}"
     status, text = check(capsys, folder)
     assert status == (problem is not None), f"load said {problem}, but python -m support.check_data\n{text}"
@@ -178,6 +180,44 @@ def test_damaged_voc_files_are_named_or_read_rightly(tmp_path, capsys):
             expected[1].append((label, clip(x0 - 1, y0 - 1, x1, y1, 64, 48)))
         assert_boxes(images[:1], expected, f"seed {seed}")
     assert 20 < accepted < 180, f"{accepted} of 200 were accepted: the damage is too heavy or too mild"
+
+
+def mutate_yolo(text, rng):
+    """Deletes, replaces, exchanges or doubles one to three of the words, marks and line ends."""
+    parts = re.findall(r"\w+|\s|[^\w\s]", text)
+    for _ in range(rng.randint(1, 3)):
+        a, b, kind = rng.randrange(len(parts)), rng.randrange(len(parts)), rng.randrange(4)
+        if kind == 0:
+            parts[a] = ""
+        elif kind == 1:
+            parts[a] = rng.choice([*"-:[}'\"#\n\t70/", "&x", "9" * 400, "nan", "\0"])
+        elif kind == 2:
+            parts[a], parts[b] = parts[b], parts[a]
+        else:
+            parts.insert(a, parts[b])
+    return "".join(parts)
+
+
+def test_damaged_yolo_files_are_named_or_read_rightly(tmp_path, capsys):
+    yaml = "train: train.txt\nval: images/val\nnc: 2\nnames:\n  0: 'dog'\n  1: cat # x\n"
+    yolo_folder(tmp_path, data_yaml=yaml)
+    files = [tmp_path / name for name in ("data.yaml", "train.txt", "labels/train/1.txt")]
+    files[1].write_text("images/train/1.png\nimages/train/2.png\n")
+    good, outcomes = {file: file.read_text() for file in files}, set()
+    for seed in range(60):
+        rng = random.Random(seed)
+        file = rng.choice(files)
+        file.write_text(changed := mutate_yolo(good[file], rng))
+        images = assert_sound(tmp_path, capsys)
+        outcomes.add((file, images is None))
+        if images and file.name == "1.txt" and len(changed.split("\n")[0].split()) == 5:
+            label, *numbers = map(float, changed.split("\n")[0].split())
+            cx, cy, w, h = (v * side for v, side in zip(numbers, (64, 48, 64, 48)))
+            box = clip(cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2, 64, 48)
+            first = images[0].boxes_xyxy[:1].tolist() if box else []
+            assert np.allclose(first, [box] if box else [], atol=1e-3), f"seed {seed}: {changed!r}"
+        file.write_text(good[file])
+    assert len(outcomes) == 6, "some damage is harmless, some is not"
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "gif", "bmp", "tif", "webp"])
