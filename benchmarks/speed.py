@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from support import devices  # noqa: E402
 from support.model_files import known_files, load_model_file  # noqa: E402
 from support.options import TRAINING, preset_values  # noqa: E402
 from train import SetCriterion  # noqa: E402
@@ -38,7 +39,7 @@ VARIANTS = {  # beside the files themselves: (file, options that differ from the
 }
 MODELS = {**{name: (name, {}) for name in known_files()}, **VARIANTS}
 METHODS = [name for name in known_files() if (ROOT / f"docs/{name}.md").exists()]  # without ablations
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = devices.choose("auto")
 
 
 def build(name, size):
@@ -65,8 +66,7 @@ def batch(B, height, width):
 def seconds(call):
     start = time.perf_counter()
     call()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
+    devices.synchronize(DEVICE)
     return time.perf_counter() - start
 
 
@@ -84,11 +84,12 @@ def peak_memory(call):
     On a CPU from the profiler's record of every allocation: the process's own peak depends on what malloc
     gives back, and varies by a factor of two from run to run.
     """
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    if DEVICE != "cpu":
+        memory = torch.get_device_module(DEVICE)  # that of mps has no peak
+        memory.reset_peak_memory_stats()
+        before = memory.memory_allocated()
         call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return (memory.max_memory_allocated() - before) / 2**20
     with profile(profile_memory=True) as recorded:
         call()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
