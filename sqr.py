@@ -316,7 +316,7 @@ def pixel_centres(spatial_shapes, valid_ratios):
     for level, (h, w) in enumerate(spatial_shapes):
         y = (torch.arange(h, device=valid_ratios.device) + 0.5) / h  # [h]
         x = (torch.arange(w, device=valid_ratios.device) + 0.5) / w  # [w]
-        centre = torch.stack([x.repeat(h), y.repeat_interleave(w)], dim=-1)  # [h*w, 2]
+        centre = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1).flatten(0, 1)  # [h*w, 2]
         centres.append(centre / valid_ratios[:, None, level])  # [B, h*w, 2]
     return torch.cat(centres, dim=1)
 
