@@ -34,17 +34,19 @@ if not os.path.exists("train.py"):
 # download. On two CPU cores it takes about five minutes; the README has the AP that it reaches.
 # Interrupting is safe: section 6 goes on exactly there.
 #
-# **Settings for a T4.** None is needed: `--device auto` is the default and takes the GPU.
+# **Settings for a T4.** None is needed: `--device auto` is the default and takes the GPU. What a machine can
+# do is said by `python -m support.devices`.
 #
 # * `--amp` computes in a short number format. A T4 has no bfloat16 in hardware, so `--amp` picks float16
-#   there, with a scaler that keeps small gradients from becoming 0; on newer GPUs it picks bfloat16. It
-#   pays for large models (`--preset paper`). The small model here spends its time elsewhere: compare the
-#   seconds per step of both before you believe either.
+#   there, with a scaler that keeps small gradients from becoming 0; on newer GPUs it picks bfloat16. It is
+#   meant for large models (`--preset paper`); the small one here spends its time elsewhere. Nobody has
+#   timed a T4: compare the time of a hundred steps with and without it.
 # * Colab has two CPU cores, and they prepare the images: more than `--workers 2` does not help.
 # * Kaggle has two T4: `torchrun --nproc-per-node 2 train.py ...` uses both, and `--batch-size` stays the
 #   total.
-# * 15 GB hold the paper's model with few images at a time: `--preset paper --batch-size 16 --accumulate 8
-#   --amp` computes them in 8 parts. The learning rates are for exactly this batch size.
+# * Large models: `--preset paper --batch-size 16 --accumulate 8 --amp` computes 16 images in 8 parts. If
+#   memory does not do, a run says so before its first step: take more parts. Learning rates are for exactly
+#   this batch size.
 
 # %%
 # !python train.py --model deformable_detr
@@ -93,8 +95,9 @@ for name, score, box in load(RUN).predict(pixels, threshold=0.3):
 # %% [markdown]
 # ## 4. Your own images
 #
-# A folder with COCO or VOC annotations, as published or as Roboflow exports them; `docs/options.md` shows
-# the layouts. Upload it as a zip file (`!unzip -q my_photos.zip`), or on Colab mount your Drive:
+# A folder with COCO, VOC or YOLO annotations, as published or as Roboflow exports them; `docs/options.md`
+# shows the layouts. Images that are not divided into train and val get `--split 0.2`. Upload the folder as
+# a zip file (`!unzip -q my_photos.zip`), or on Colab mount your Drive:
 #
 #     from google.colab import drive
 #     drive.mount("/content/drive")
