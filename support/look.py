@@ -16,7 +16,7 @@ from torchvision.ops import box_iou, nms
 from support import data
 from support.evaluation import is_softmax
 from support.pictures import shorten, small_photo, to_pixels_xyxy
-from support.predict import answers, keep, name_of
+from support.predict import answers, keep
 
 
 # ---- Readers -----------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ class Scene:
         return [(query, self.boxes[-1, query], self.in_words(-1, query)) for query in queries]
 
     def name_of(self, label):
-        return name_of(self.class_names, label)
+        return self.class_names[label]
 
     def in_words(self, stage, query):
         """What a query says at a stage."""
@@ -214,7 +214,7 @@ def make_scene(dataset, index, class_names, model, threshold):
     images, mask, (target,) = data.collate([dataset[index]])
     out, seen = look(model, images, mask)
     size = target["size"]
-    found, = answers(model, out, [dataset.path_of(index)], [size])
+    found, = answers(model, out, [dataset.path_of(index)], [size], len(class_names))
     scores, labels = best_class(out["logits"][:, 0], is_softmax(model), len(class_names))  # [S, Q]
     true_names = [dataset.class_names[i] for i in target["labels"]]
     truth = list(zip(true_names, to_pixels_xyxy(target["boxes"], size)))

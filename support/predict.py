@@ -114,19 +114,20 @@ class Detector:
         images, mask, _ = data.collate([dataset[index] for index in indices])
         files = [dataset.path_of(index) for index in indices]
         out, batch = self.model(images.to(self.device), mask.to(self.device)), []
-        for file, one in zip(files, answers(self.model, out, files, [size] * len(files))):
+        all_found = answers(self.model, out, files, [size] * len(files), len(self.class_names))
+        for file, one in zip(files, all_found):
             one = {key: values.cpu() for key, values in keep(one, threshold).items()}
-            names = [name_of(self.class_names, label) for label in one["labels"]]
+            names = [self.class_names[label] for label in one["labels"]]
             batch.append(Found(file, size, **one, names=names))
         return batch
 
 
-def answers(model, out, files, sizes):
+def answers(model, out, files, sizes, num_classes):
     """Scored boxes of each image in a batch, as postprocess returns them. Raises DataError for nan."""
     for b, file in enumerate(files):
         if not all(out[key][:, b].isfinite().all() for key in ("logits", "boxes")):
             raise DataError(f"{file}: what the model predicts is not finite; it has diverged")
-    return postprocess(out["logits"][-1], out["boxes"][-1], sizes, is_softmax(model))
+    return postprocess(out["logits"][-1], out["boxes"][-1], sizes, is_softmax(model), num_classes)
 
 
 def keep(found, threshold):
@@ -134,11 +135,6 @@ def keep(found, threshold):
     order = found["scores"].argsort(descending=True, stable=True)
     order = order[found["scores"][order] > threshold]
     return {key: values[order] for key, values in found.items()}
-
-
-def name_of(class_names, label):
-    """A class name; SMCA's official code also answers with a class that has none."""
-    return class_names[label] if label < len(class_names) else f"class {int(label)}"
 
 
 def to_photo(what, place):

@@ -148,11 +148,6 @@ def test_a_token_is_found_where_its_cell_is():
         scene.map_size(23)
 
 
-def test_a_label_without_a_name_is_shown_by_its_number():
-    scene = Scene(None, (10, 10), None, ["cat"], [], torch.ones(1, 2), torch.tensor([[0, 1]]), None, {}, 0.3)
-    assert [scene.in_words(0, query) for query in (0, 1)] == ["cat 1.00", "class 1 1.00"]
-
-
 # ---- What a file of another method can show ----------------------------------------------------------------
 class Attention(torch.nn.Module):
     """It has the name and the arguments of ours."""
