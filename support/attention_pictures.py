@@ -39,11 +39,15 @@ def show_points(axes, points, colour, size=40):
     axes.scatter(*points.view(-1, 2).T.numpy(), s=size, color=colour, ec="black", lw=0.6, zorder=3)
 
 
-def zoom(axes, box, factor):
-    """Show only a square around a box [4], its side `factor` times the longer one; grey off the image."""
-    (x, y), side = box.view(2, 2).mean(0).tolist(), factor / 2 * (box[2:] - box[:2]).max().clamp(min=2).item()
+def zoom(axes, scene, box, factor):
+    """Show only a square around a box [4], its side `factor` times the longer one, inside of the photo."""
+    side = factor * (box[2:] - box[:2]).max().clamp(min=2).item()
+    for middle, length, limits in zip(box.view(2, 2).mean(0).tolist(), scene.size[::-1], ("xlim", "ylim")):
+        low = max(min(middle - side / 2, length - side), 0)
+        ends = low, min(low + side, length)
+        axes.set(**{limits: ends if limits == "xlim" else ends[::-1]})
     axes.axis("on")
-    axes.set(xlim=(x - side, x + side), ylim=(y + side, y - side), xticks=[], yticks=[], facecolor="0.85")
+    axes.set(xticks=[], yticks=[], facecolor="0.85")
 
 
 def panel_figure(width, height, title):
@@ -140,7 +144,7 @@ def draw_sampling(scene):
                 dots = axes.scatter(x, y, c=w, s=14 + 100 * w, vmin=0, vmax=1, cmap="plasma",
                                     marker=markers[level % 5], ec="white", lw=0.3)
             show_points(axes, scene.to_pixels(seen["reference"][0, query, 0, :2]), REFERENCE)
-            zoom(axes, box, 2.5)
+            zoom(axes, scene, box, 2.5)
     figure.colorbar(dots, ax=panels, shrink=0.6, label="weight; those of a head sum to 1")
     keys = [Line2D([], [], ls="", c="grey", marker=markers[i % 5], label=f"level {i + 1}: {h} x {w} cells")
             for i, (h, w) in enumerate(shapes)]
@@ -162,7 +166,7 @@ def draw_samples(scene):
         x, y = scene.to_pixels(points[:, :2]).T.numpy()
         dots = axes.scatter(x, y, c=points[:, 2].numpy(), s=24, vmin=least, vmax=most, cmap="plasma",
                             ec="white", lw=0.3)
-        zoom(axes, box, 2.5)
+        zoom(axes, scene, box, 2.5)
     figure.colorbar(dots, ax=panels, shrink=0.8, label="log2 of the stride that is read")
     return figure
 
@@ -201,7 +205,7 @@ def draw_stages(scene):
             title = f"stage {stage + 1}: {scene.in_words(stage, query)}{overlap}"
             show_scene(axes, scene, title, truth + [(boxes[stage], PREDICTED, "-")])
             axes.title.set_color("#e65100" if better[stage] else "black")
-            zoom(axes, torch.cat([boxes.reshape(-1, 2).amin(0), boxes.reshape(-1, 2).amax(0)]), 1.3)
+            zoom(axes, scene, torch.cat([boxes.reshape(-1, 2).amin(0), boxes.reshape(-1, 2).amax(0)]), 1.3)
     return figure
 
 
@@ -220,7 +224,7 @@ def draw_parts(scene, parts):
             show_scene(axes, scene, f"{part}: {claims.sum()} x {name.rsplit(' ', 1)[0]}")
             for claimed, score in zip(boxes[claims], scores[claims].tolist()):
                 draw_box(axes, claimed, PREDICTED, alpha=0.2 + 0.8 * score)
-            zoom(axes, box, 2)
+            zoom(axes, scene, box, 2)
     return figure
 
 
