@@ -139,8 +139,13 @@ def compare(batches, size, repeats, compiled=False):
                 rows[name].append((peak_memory(lambda: kind(form, shapes, *leaves)), "MiB"))
         usual = next(iter(rows.values()))
         for name, row in rows.items():
-            cells = [f"{x:.3g} {unit} ({first / x:.2f})" for (x, unit), (first, _) in zip(row, usual)]
+            cells = [f"{x:.{digits(x)}f} {unit} ({first / x:.2f})" for (x, unit), (first, _) in zip(row, usual)]
             print(f"| {B} | {name} | {' | '.join(cells)} |", flush=True)
+
+
+def digits(x):
+    """After the point, so that about three digits are shown."""
+    return 0 if x >= 100 else 1 if x >= 10 else 2
 
 
 def main():

@@ -13,7 +13,8 @@ stages made of the same query.
                       object with both a higher IoU and a higher score
     FP exacerbation   of the last stage's false positives: an earlier stage gave a lower score
     oracle            every query answers from its best stage: where it is a true positive the one of largest
-                      score x IoU, and where it never is, the one of lowest score. An upper bound.
+                      score x IoU, and where it never is, the one of lowest score. No strict bound: scores of
+                      several stages rank differently from those of one.
 
 A prediction is a true positive if it is matched to an object as COCO does it: same class, IoU 0.5 or more, in
 the order of scores, one prediction for each object.

@@ -46,7 +46,7 @@ RECIPE = dict(
 )
 
 # What train.py --preset laptop changes for this file: small images need C4 (stride 16) as the feature map.
-LAPTOP = dict(batch_size=8, last_stage=3)
+LAPTOP = dict(last_stage=3)
 
 # Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of
 # H*W), S supervised stages. Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding.

@@ -1,13 +1,9 @@
 """Where a run computes: CUDA, Apple's mps, Intel's xpu, the CPU. Elsewhere nothing asks for a device's name.
 
-    python -m support.devices              which models this machine trains, and how close to its CPU
-    python -m support.devices mps detr     one device, some models
-
 mps and xpu are not at hand here. They are reached through the same functions as CUDA, which tests drive with
 devices that do not exist.
 """
 import contextlib
-import platform
 import re
 import sys
 
@@ -183,46 +179,3 @@ class Scaler(torch.amp.GradScaler):
         if not numbers or state.keys() != own.keys():
             raise SystemExit(f"{checkpoint['path']}: cannot go on from its scaler; --no-amp goes on without")
         self.load_state_dict(state)
-
-
-# ---- What a machine can do, for a bug report ---------------------------------------------------------------
-def try_model(name, file):
-    """What becomes of the model of a file on a device: it trains, that close to the CPU, or why not."""
-    from support.model_files import describe, load_model_file  # not at the top: they need this file
-    from support.options import TRAINING, preset_values
-
-    module, found = load_model_file(file), []
-    options = {k: v for k, v in preset_values("laptop", module).items() if k not in TRAINING}
-    torch.manual_seed(0)
-    model = module.build(4, **options).eval()
-    images, mask = torch.randn(2, 3, 96, 96), torch.zeros(2, 96, 96, dtype=torch.bool)
-    try:
-        for device in ("cpu", name):
-            model.to(device).zero_grad()
-            out = model(images.to(device), mask.to(device))
-            (out["logits"].sum() + out["boxes"].sum()).backward()
-            gradients = [p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None]
-            found.append((out["boxes"].detach().cpu(), torch.cat(gradients)))
-    except Exception as error:
-        operator = missing_operator(error)
-        return f"needs {operator}" if operator else describe(error, file)
-    (boxes, gradient), (boxes_there, gradient_there) = found
-    return (f"trains; boxes within {(boxes_there - boxes).abs().max():.0e} of the CPU's, "
-            f"gradient within {(gradient_there - gradient).norm() / gradient.norm():.1e} of it")
-
-
-def main(words):
-    from support.model_files import known_files
-
-    try:
-        name = choose(words[0] if words else "auto")
-    except ValueError as error:
-        raise SystemExit(f"{words[0]}: {error}")
-    print(f"{name}, --amp in {amp_dtype(name)}; torch {torch.__version__}, "
-          f"Python {platform.python_version()}, {platform.platform()}")
-    for file in words[1:] or known_files():
-        print(f"{file:28} {try_model(name, file)}", flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from support import data, devices, options, pictures, processes, report
+from support import check_device, data, devices, options, pictures, processes, report
 from support.images import DataError
 from support.predict import Detector
 from support.run import Run
@@ -377,13 +377,13 @@ def test_a_run_from_before_the_scaler_goes_on_with_amp(halves, runs, capsys):
 def test_the_report_of_a_machine(tmp_path, capsys, monkeypatch):
     file = tmp_path / "mine.py"
     file.write_text(OWN_FILE)
-    devices.main(["cpu", str(file)])
+    check_device.main(["cpu", str(file)])
     head, line = capsys.readouterr().out.splitlines()
     assert head.startswith("cpu, --amp in ") and torch.__version__ in head
     assert "trains; boxes within 0e+00 of the CPU's, gradient within 0.0e+00" in line
     line = "features = self.backbone(images)"
     file.write_text(OWN_FILE.replace(line, f"raise NotImplementedError({MPS!r})\n        {line}"))
-    devices.main(["cpu", str(file)])
+    check_device.main(["cpu", str(file)])
     assert "needs aten::grid_sampler_2d_backward" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="abacus: torch knows no such device"):
-        devices.main(["abacus"])
+        check_device.main(["abacus"])
