@@ -5,11 +5,11 @@
     python benchmarks/race.py --only sqr deformable_detr       some runners by name
     python benchmarks/race.py --table --group race_all         no training: table and figure from the results
 
-Each runner is `python train.py` with its laptop preset on one thread, so anybody can repeat one by hand. Its
-number of steps is what fits into --minutes of a core at the CPU seconds of its step. These are measured
-first and kept in benchmarks/results/steps.json: delete the file to measure all again.
-What is finished is not run again, what was interrupted goes on where it stopped. Runs lie in
-benchmarks/runs/, their curves in benchmarks/results/race.json, the figures in docs/.
+Each runner is `python train.py` with its laptop preset and batches of 8 on one thread, so anybody can repeat
+one by hand. Its number of steps is what fits into --minutes of a core at the CPU seconds of its step. These
+are measured first and kept in benchmarks/results/steps.json: delete the file to measure all again. What is
+finished is not run again, what was interrupted goes on where it stopped. Runs lie in benchmarks/runs/, their
+curves in benchmarks/results/race.json, the figures in docs/.
 
 Minutes are CPU minutes of the run's process, evaluations included: they do not depend on other work of the
 machine.
@@ -44,10 +44,11 @@ RESULTS, STEPS = (ROOT / "benchmarks/results" / name for name in ("race.json", "
 EVALUATIONS = 10  # in each run
 
 
-def runner(model, *options, steps=None):
+def runner(model, *options, steps=None, batch=8):
     """Flags of train.py. With `steps` the number of steps is given, not what fits into the minutes."""
     length = ["--steps", str(steps)] if steps else []
-    return ["--model", model, *length, *(x for option in options for x in ("--option", option))]
+    chosen = [word for option in options for word in ("--option", option)]
+    return ["--model", model, "--batch-size", str(batch), *length, *chosen]
 
 
 # Every model file is a runner of its own name with its laptop preset. Here are those that differ: other
@@ -60,7 +61,7 @@ SPECIAL = {
     "group_detr K=1": runner("group_detr", "num_groups=1"),
     "group_detr K=6": runner("group_detr", "num_groups=6"),
     "group_detr K=11": runner("group_detr", "num_groups=11"),
-    "detr 3600 steps": runner("detr", steps=3600),
+    "detr 3600 steps": runner("detr", steps=3600, batch=16),
     "deformable_detr 1300 steps": runner("deformable_detr", steps=1300),
     "sqr 1300 steps": runner("sqr", steps=1300),
     "deformable_detr 6 stages": runner("deformable_detr", "dec_layers=6"),
@@ -69,11 +70,11 @@ SPECIAL = {
     "deformable_detr 6 stages, no loss on the first": runner(
         "benchmarks/no_first_loss.py", "recollect=none", "dec_layers=6"),
     "sqr 6 stages, no loss on the first": runner("benchmarks/no_first_loss.py", "dec_layers=6"),
-    "csq": runner("conditional_detr", steps=1000),
-    "csq-i": runner("conditional_detr_ablations", "spatial_query=csq-i", steps=1000),
-    "csq-p": runner("conditional_detr_ablations", "spatial_query=csq-p", steps=1000),
-    "csq-t": runner("conditional_detr_ablations", "spatial_query=csq-t", steps=1000),
-    "csq-c": runner("conditional_detr_ablations", "spatial_query=csq-c", steps=1000),
+    "csq": runner("conditional_detr", steps=1000, batch=16),
+    "csq-i": runner("conditional_detr_ablations", "spatial_query=csq-i", steps=1000, batch=16),
+    "csq-p": runner("conditional_detr_ablations", "spatial_query=csq-p", steps=1000, batch=16),
+    "csq-t": runner("conditional_detr_ablations", "spatial_query=csq-t", steps=1000, batch=16),
+    "csq-c": runner("conditional_detr_ablations", "spatial_query=csq-c", steps=1000, batch=16),
 }
 FILES = known_files()
 RUNNERS = {**{name: runner(name) for name in FILES}, **SPECIAL}

@@ -139,7 +139,8 @@ def compare(batches, size, repeats, compiled=False):
                 rows[name].append((peak_memory(lambda: kind(form, shapes, *leaves)), "MiB"))
         usual = next(iter(rows.values()))
         for name, row in rows.items():
-            cells = [f"{x:.{digits(x)}f} {unit} ({first / x:.2f})" for (x, unit), (first, _) in zip(row, usual)]
+            cells = [f"{x:.{digits(x)}f} {unit} ({first / x:.2f})"
+                     for (x, unit), (first, _) in zip(row, usual)]
             print(f"| {B} | {name} | {' | '.join(cells)} |", flush=True)
 
 

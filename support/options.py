@@ -21,7 +21,7 @@ from support.model_files import (
 # --preset laptop: learns from random weights on two CPU cores. LAPTOP of a model file goes on top.
 LAPTOP = dict(
     steps=3600,
-    batch_size=8,
+    batch_size=16,
     lr=3e-4,
     lr_backbone=3e-4,  # from scratch the backbone learns like the rest
     warmup=100,
