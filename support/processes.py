@@ -1,4 +1,6 @@
 """Several processes: those of torchrun, which train one model together, and those that load images."""
+import atexit
+import multiprocessing
 import os
 import signal
 import sys
@@ -67,3 +69,12 @@ def make_loader(dataset, args, **how):
 def leave_signals_to_the_main_process(worker):
     for number in STOP_SIGNALS:  # they come to every process of the group
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers():
+    """Before Python ends them: it sends SIGTERM, which they ignore, and would wait for ever."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler calls it an error
+    for worker in multiprocessing.active_children():
+        worker.kill()

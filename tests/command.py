@@ -1,5 +1,6 @@
 """train.py as somebody types it: each call is a process of its own, but all share one start of torch."""
 import multiprocessing
+import multiprocessing.util
 import os
 import re
 import runpy
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import train
+from support import processes
 from support.images import DataError
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +29,7 @@ def server():
 
 
 def train_py(flags, cwd, out, err):
+    multiprocessing.util.Finalize(None, processes.end_workers, exitpriority=0)  # a child's atexit
     os.chdir(cwd)
     sys.stdout, sys.stderr = open(out, "w"), open(err, "w")
     sys.argv = ["train.py", *flags]

@@ -59,6 +59,18 @@ def test_a_stopped_run_saves_and_resume_gives_the_very_same_weights(group, tmp_p
     assert_same_weights(*(weights_of(tmp_path / name) for name in ("straight", "stopped")), "after resuming")
 
 
+def test_python_ends_although_something_still_holds_a_loader(tmp_path):
+    """A picture's exception or a debugger may: loading processes ignore SIGTERM, by which Python ends them."""
+    (tmp_path / "holds.py").write_text("""
+from types import SimpleNamespace
+from support import processes
+loader = iter(processes.make_loader([1, 2, 3], SimpleNamespace(workers=1, device="cpu")))
+""".lstrip())
+    done = subprocess.run([sys.executable, tmp_path / "holds.py"], cwd=ROOT, timeout=60, capture_output=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
 def test_ten_kills_lose_nothing(tmp_path):
     """kill -9 at random moments, loading, training and saving: the same weights and log at the end."""
     small_coco(tmp_path / "set", images=6)
