@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torchvision.ops import FrozenBatchNorm2d
 
 # How the paper trains it (section 5.1 and appendix A.3). train.py reads this.
 RECIPE = dict(
@@ -55,6 +54,15 @@ LAPTOP = dict(steps=1600, batch_size=8, lr=8e-4, lr_backbone=8e-4, last_stage=3,
 
 
 # ---- Shared blocks: the same text in all files -------------------------------------------------------------
+class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
+    """torchvision's, but reading x once and not twice: 8 % of DETR's inference at 480 x 640."""
+
+    def forward(self, x):
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return torch.addcmul(shift[:, None, None], x, scale[:, None, None])  # shift + x * scale
+
+
 class Backbone(nn.Module):
     """torchvision ResNet without pooling and classifier.
 
@@ -244,16 +252,17 @@ def deformable_sampling(value, spatial_shapes, locations, weights):
     Source: official ms_deform_attn_core_pytorch; point by point it needs less memory and time.
     """
     B, Q, M, L, K, _ = locations.shape
-    # grid_sample counts from -1 to 1 and knows no heads: they become images
-    grid = (2 * locations - 1).permute(3, 4, 0, 2, 1, 5).flatten(2, 3).unsqueeze(3)  # [L, K, B*M, 1, Q, 2]
-    weights = weights.permute(3, 4, 0, 2, 1).flatten(2, 3)[:, :, :, None, None]  # [L, K, B*M, 1, 1, Q]
+    # grid_sample counts from -1 to 1 and knows no heads: they become images. Contiguous, because one point's
+    # numbers are far apart in memory: without it, a single image takes as long as two
+    grid = (2 * locations - 1).permute(3, 4, 0, 2, 1, 5).reshape(L, K, B * M, 1, Q, 2).contiguous()
+    weights = weights.permute(3, 4, 0, 2, 1).reshape(L, K, B * M, 1, 1, Q).contiguous()
     levels = value.to(grid.dtype).split([h * w for h, w in spatial_shapes], dim=1)
-    total = grid.new_zeros(())
+    total = grid.new_zeros(B * M, value.shape[-1], 1, Q)
     for level, (h, w) in enumerate(spatial_shapes):
         feature_map = levels[level].permute(0, 2, 3, 1).reshape(B * M, -1, h, w)  # [B*M, D/M, h, w]
         for point in range(K):
             sampled = F.grid_sample(feature_map, grid[level, point], align_corners=False)  # [B*M, D/M, 1, Q]
-            total = torch.addcmul(total, sampled, weights[level, point])  # total + weight * sampled
+            total.addcmul_(sampled, weights[level, point])  # total += weight * sampled
     return total.reshape(B, -1, Q).transpose(1, 2)  # [B, Q, D]
 
 

@@ -30,18 +30,20 @@ def server():
 
 def train_py(flags, cwd, out, err):
     multiprocessing.util.Finalize(None, processes.end_workers, exitpriority=0)  # a child's atexit
+    os.setsid()  # a process group of its own, as in a terminal
     os.chdir(cwd)
     sys.stdout, sys.stderr = open(out, "w"), open(err, "w")
     sys.argv = ["train.py", *flags]
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
-def run(*flags, cwd):
-    """What train.py answers to these flags: returncode, stdout, stderr."""
+def run(*flags, cwd, meanwhile=lambda process: None):
+    """What train.py answers to these flags: returncode, stdout, stderr. `meanwhile` may send it signals."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         process = server().Process(target=train_py, args=(list(map(str, flags)), cwd, out, err))
         process.start()
+        meanwhile(process)
         process.join(170)
         assert process.exitcode is not None, "train.py does not end"
         return SimpleNamespace(returncode=process.exitcode, stdout=out.read_text(), stderr=err.read_text())

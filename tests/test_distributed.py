@@ -12,7 +12,7 @@ import torch
 
 import train
 from support import data, processes
-from tests.command import QUICK, ROOT, run
+from tests.command import QUICK, ROOT, run, server
 from tests.folders import small_coco
 from tests.tiny_models import tiny
 
@@ -85,8 +85,12 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(
-        distributed_gradients, (port, str(tmp_path)), nprocs=2, start_method="spawn")
+    children = [server().Process(target=distributed_gradients, args=(rank, port, str(tmp_path)))
+                for rank in (0, 1)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(100)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for name in MODELS:
         wanted = gradients(name, [slice(0, 4)])

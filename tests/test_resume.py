@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -31,20 +32,14 @@ def assert_same_weights(a, b, why):
 
 
 # ---- Stopped -----------------------------------------------------------------------------------------------
-def stop_while_training(flags, cwd, group=False):
-    """Starts train.py and sends it SIGINT, or its whole process group SIGTERM, after three steps."""
-    words = [sys.executable, ROOT / "train.py", *flags, "--out", "stopped", "--log-every", "1"]
-    process = subprocess.Popen(words, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
-    log = cwd / "stopped/log.jsonl"
-    while not (log.exists() and log.read_text().count("\n") >= 3) and process.poll() is None:
+def stop_after_three_steps(process, log, group):
+    """Sends it SIGINT, as Ctrl-C does, or SIGTERM to its whole process group."""
+    while not (log.exists() and log.read_text().count("\n") >= 3) and process.is_alive():
         time.sleep(0.02)
     if group:
         os.killpg(process.pid, signal.SIGTERM)
     else:
-        process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1 and "--resume stopped" in stderr and "Traceback" not in stderr, stderr
+        os.kill(process.pid, signal.SIGINT)
 
 
 @pytest.mark.parametrize("group", [False, True])
@@ -53,14 +48,17 @@ def test_a_stopped_run_saves_and_resume_gives_the_very_same_weights(group, tmp_p
     flags = ["--model", "detr", "--steps", "12", "--eval-every", "12", "--overfit", "4", *QUICK,
              "--workers", "1", "--option", "dropout=0.1"]
     assert run(*flags, "--out", "straight", cwd=tmp_path).returncode == 0
-    stop_while_training(flags, tmp_path, group)
+    done = run(*flags, "--out", "stopped", "--log-every", "1", cwd=tmp_path, meanwhile=partial(
+        stop_after_three_steps, log=tmp_path / "stopped/log.jsonl", group=group))
+    assert done.returncode == 1 and "--resume stopped" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
     done = run("--resume", "stopped", "--workers", 0, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert_same_weights(*(weights_of(tmp_path / name) for name in ("straight", "stopped")), "after resuming")
 
 
 def test_python_ends_although_something_still_holds_a_loader(tmp_path):
-    """A picture's exception or a debugger may: loading processes ignore SIGTERM, by which Python ends them."""
+    """A picture may hold one, or a debugger: loading processes ignore SIGTERM, by which Python ends them."""
     (tmp_path / "holds.py").write_text("""
 from types import SimpleNamespace
 from support import processes
