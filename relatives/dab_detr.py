@@ -44,8 +44,8 @@ RECIPE = dict(
     w_giou=2,
 )
 
-# What train.py --preset laptop changes for this file: small images need C4 (stride 16) as the feature map.
-LAPTOP = dict(last_stage=3)
+# What train.py --preset laptop changes for this file: small images need C3 (stride 8) as the feature map.
+LAPTOP = dict(last_stage=2)
 
 # Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of
 # H*W), S supervised stages. Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding.
@@ -67,7 +67,7 @@ class Backbone(nn.Module):
 
     In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5
     at 16 with dilation). Raises ValueError for unknown values. Not official: norm="batch", which training
-    from scratch needs; last_stage=3, no C5, cheap; dilation of ResNet-18 and -34, which torchvision refuses.
+    from scratch needs; last_stage 3 or 2, cheap; dilation of ResNet-18 and -34, which torchvision refuses.
     Source: official models/backbone.py; ImageNet weights V1, from which all papers start.
     """
 
@@ -77,8 +77,8 @@ class Backbone(nn.Module):
             raise ValueError(f'backbone_norm is {norm!r}, it must be "frozen" or "batch"')
         if name not in torchvision.models.list_models(include="*resne*t*"):
             raise ValueError(f'backbone is {name!r}, it must be a torchvision ResNet such as "resnet50"')
-        if last_stage not in (3, 4):
-            raise ValueError(f"last_stage is {last_stage!r}, it must be 4 (C5, as in the papers) or 3 (C4)")
+        if last_stage not in (2, 3, 4):
+            raise ValueError(f"last_stage is {last_stage!r}, it must be 4 (C5, as in the papers), 3 or 2")
         norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
         weights = "IMAGENET1K_V1" if pretrained else None
         body = torchvision.models.get_model(name, weights=weights, norm_layer=norm_layer)
@@ -92,8 +92,8 @@ class Backbone(nn.Module):
                     module.stride = (1, 1)
                     if module.kernel_size == (3, 3) and not name.startswith("0."):
                         module.dilation = module.padding = (2, 2)
-        if last_stage == 3:
-            del body.layer4
+        for unused in ["layer3", "layer4"][last_stage - 2:]:
+            delattr(body, unused)
         if norm == "frozen":
             # A batch of one or two images has useless statistics: ImageNet's stay, and the first layers, too
             body.conv1.requires_grad_(False)

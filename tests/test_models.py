@@ -12,13 +12,13 @@ from tiny_models import ROOT, TARGETS, TINY, batch, module_named, shake, shaken,
 
 # Options that change what is computed: each must run and train all of its parameters.
 VARIANTS = {
-    "detr": [{}, {"dilation": True}, {"last_stage": 3}, {"enc_layers": 0}],
+    "detr": [{}, {"dilation": True}, {"last_stage": 3}, {"last_stage": 2}, {"enc_layers": 0}],
     "conditional_detr": [{}, {"dec_layers": 1}],
     "deformable_detr": [{}, {"box_refine": True}, {"two_stage": True}, {"num_feature_levels": 1},
                         {"num_feature_levels": 1, "dilation": True},
                         {"num_feature_levels": 2, "last_stage": 3},
                         {"num_feature_levels": 5, "enc_points": 2, "dec_points": 3}],
-    "sam_detr": [{}, {"smca": True}, {"input_norm": True}, {"last_stage": 3}],
+    "sam_detr": [{}, {"smca": True}, {"input_norm": True}, {"last_stage": 2}],
     "sqr": [{}, {"recollect": "dense"}, {"box_refine": True}, {"two_stage": True}],
     "conditional_detr_ablations": [{}, {"dec_layers": 1}] + [
         {"spatial_query": form} for form in ("csq-p", "csq-t", "csq-c", "csq-i")] + [

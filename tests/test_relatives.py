@@ -262,7 +262,8 @@ def test_smca_the_gaussian_by_hand(scale_type):
 
 
 def test_smca_centres_are_relative_to_every_images_own_size_at_the_real_stride():
-    for options, stride in (({}, 32), ({"last_stage": 3}, 16), ({"dilation": True}, 16)):
+    for options, stride in (({}, 32), ({"last_stage": 3}, 16), ({"last_stage": 2}, 8),
+                            ({"dilation": True}, 16)):
         model, seen = small("smca_detr", **options), []
         model.decoder.layers[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[2]))
         model.decoder.reference.register_forward_hook(lambda module, inputs, output: seen.append(output))

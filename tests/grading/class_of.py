@@ -81,7 +81,7 @@ def row(student, found):
     }
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -101,7 +101,7 @@ def main():
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count(), help="files at a time (default: a core each)"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.threads = max(1, (os.cpu_count() or 1) // max(1, args.jobs))
     try:
         known = marks_of(args.like)
