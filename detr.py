@@ -37,8 +37,8 @@ RECIPE = dict(
     w_giou=2,
 )
 
-# What train.py --preset laptop changes for this file: small images need C3 (stride 8) as the feature map.
-LAPTOP = dict(last_stage=2)
+# What train.py --preset laptop changes for this file: small images need C4 (stride 16) as the feature map.
+LAPTOP = dict(last_stage=3)
 
 # Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of
 # H*W), S supervised stages. Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding.
