@@ -51,6 +51,7 @@ def run(*flags, cwd, meanwhile=lambda process: None):
 
 def train_in_child(cwd, flags):
     """For tests that kill or time a run: main() without pictures, which take most of the time."""
+    multiprocessing.util.Finalize(None, processes.end_workers, exitpriority=0)  # a child's atexit
     os.chdir(cwd)
     sys.stdout = sys.stderr = open(os.devnull, "w")
     from support import pictures

@@ -47,13 +47,15 @@ def test_a_stopped_run_saves_and_resume_gives_the_very_same_weights(group, tmp_p
     """As if it had never been stopped, to the last bit (CPU). A scheduler signals the workers, too."""
     flags = ["--model", "detr", "--steps", "12", "--eval-every", "12", "--overfit", "4", *QUICK,
              "--workers", "1", "--option", "dropout=0.1"]
-    assert run(*flags, "--out", "straight", cwd=tmp_path).returncode == 0
+    straight = start(*flags, "--out", "straight", cwd=tmp_path)
     done = run(*flags, "--out", "stopped", "--log-every", "1", cwd=tmp_path, meanwhile=partial(
         stop_after_three_steps, log=tmp_path / "stopped/log.jsonl", group=group))
     assert done.returncode == 1 and "--resume stopped" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
-    done = run("--resume", "stopped", "--workers", 0, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    resumed = start("--resume", "stopped", "--workers", 0, cwd=tmp_path)
+    for child in (straight, resumed):
+        child.join(100)
+        assert child.exitcode == 0
     assert_same_weights(*(weights_of(tmp_path / name) for name in ("straight", "stopped")), "after resuming")
 
 

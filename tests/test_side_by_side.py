@@ -34,7 +34,7 @@ DIFF = {
     ("conditional_detr", "sam_detr"): 245,
     ("deformable_detr", "sqr"): 90,
 }
-LINES = {"detr": 400, "conditional_detr": 450, "deformable_detr": 605, "sam_detr": 545, "sqr": 665}
+LINES = {"detr": 410, "conditional_detr": 460, "deformable_detr": 615, "sam_detr": 555, "sqr": 675}
 
 
 def definitions(text):

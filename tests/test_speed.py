@@ -96,7 +96,7 @@ def test_the_gpu_script_runs_in_tiny_sizes(tmp_path, monkeypatch, capsys):
     rows = [cells(line) for line in lines if line.startswith("| detr")]
     assert [row[2] for row in rows] == ["float32", "bfloat16", "float32, compiled", "bfloat16, compiled"]
     assert len(compiled) == 2 and all(row[3].endswith(" ms") and row[7].endswith(" MiB") for row in rows)
-    assert [cells(line)[1:3] for line in lines if line.startswith("| --amp")] == [["never", "1"]]
+    assert [cells(line)[1:3] for line in lines if line.startswith("| --no-amp")] == [["never", "1"]]
 
 
 def test_without_a_card_the_gpu_script_says_what_to_do(monkeypatch):

@@ -100,4 +100,4 @@ def test_the_command_blanks_a_file_and_lists_what_it_knows():
     assert done.stdout.count('raise NotImplementedError("not written yet")') == 2
     assert done.stdout.count("\n") < (ROOT / "detr.py").read_text().count("\n")
     done = run("YOLO")
-    assert done.returncode == 2 and "no block 'YOLO'; there are Backbone" in done.stderr
+    assert done.returncode == 2 and "no block 'YOLO'; there are FrozenBatchNorm2d, Backbone" in done.stderr
