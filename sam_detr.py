@@ -43,7 +43,7 @@ RECIPE = dict(
     w_giou=2,
 )
 
-# What train.py --preset laptop changes for this file: small images need C3 (stride 8) as the feature map.
+# What train.py --preset laptop changes for this file: small images need a finer feature map.
 LAPTOP = dict(last_stage=2)
 
 # Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of

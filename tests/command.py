@@ -28,10 +28,14 @@ def server():
     return context
 
 
-def train_py(flags, cwd, out, err):
+def begin_child(cwd):
     multiprocessing.util.Finalize(None, processes.end_workers, exitpriority=0)  # a child's atexit
-    os.setsid()  # a process group of its own, as in a terminal
     os.chdir(cwd)
+
+
+def train_py(flags, cwd, out, err):
+    begin_child(cwd)
+    os.setsid()  # a process group of its own, as in a terminal
     sys.stdout, sys.stderr = open(out, "w"), open(err, "w")
     sys.argv = ["train.py", *flags]
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
@@ -51,8 +55,7 @@ def run(*flags, cwd, meanwhile=lambda process: None):
 
 def train_in_child(cwd, flags):
     """For tests that kill or time a run: main() without pictures, which take most of the time."""
-    multiprocessing.util.Finalize(None, processes.end_workers, exitpriority=0)  # a child's atexit
-    os.chdir(cwd)
+    begin_child(cwd)
     sys.stdout = sys.stderr = open(os.devnull, "w")
     from support import pictures
     pictures.draw_predictions = pictures.draw_curves = lambda *_: None

@@ -91,6 +91,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
         child.start()
     for child in children:
         child.join(100)
+        assert child.exitcode == 0
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for name in MODELS:
         wanted = gradients(name, [slice(0, 4)])
