@@ -109,8 +109,8 @@ def test_the_readmes_command_leaves_what_it_promises_and_evaluates(tmp_path):
 
 def test_two_images_are_overfitted(tmp_path):
     """If this fails, nothing else needs to be looked at."""
-    done = run("--model", "detr", "--overfit", 2, "--steps", 300, "--size", 64, "--workers", 0,
-               "--eval-every", 300, cwd=tmp_path)
+    done = run("--model", "detr", "--overfit", 2, "--steps", 180, "--size", 64, "--workers", 0,
+               "--eval-every", 180, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     last = json.loads((tmp_path / "runs/detr-shapes/log.jsonl").read_text().splitlines()[-1])
     assert last["eval"]["AP"] > 0.9, f"AP {last['eval']['AP']:.2f} on the two images it was trained on"
