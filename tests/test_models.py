@@ -142,13 +142,13 @@ def test_torch_compile_gives_the_same_numbers_in_one_graph(name, options):
 
 @pytest.mark.parametrize("name, options", [
     ("conditional_detr", {"dec_layers": 1}),
-    ("deformable_detr", {"num_feature_levels": 2, "dec_layers": 1}),
+    ("deformable_detr", {"num_feature_levels": 2, "dec_layers": 1, "enc_points": 1, "dec_points": 2}),
     ("sam_detr", {"smca": True, "dec_layers": 1}),
-    ("sqr", {"num_feature_levels": 1, "recurrent": True, "two_stage": True})])
+    ("sqr", {"num_feature_levels": 1, "enc_points": 1, "recurrent": True, "two_stage": True})])
 def test_torch_export_takes_any_number_of_images_of_any_size(name, options):
     """What is left: the exported maps have more than one cell, so images more pixels than the largest stride.
 
-    Few levels and layers, because each takes seconds. DETR, with a real backbone, is in test_export.py.
+    Few levels, layers and points: each takes seconds. DETR, with a real backbone, is in test_export.py.
     """
     model = shaken(name, **options).eval()
     B, H, W = torch.export.Dim("B", max=64), torch.export.Dim("H", min=65), torch.export.Dim("W", min=65)
