@@ -74,7 +74,7 @@ def test_every_cell_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "draw_curves", lambda log, path: Image.new("RGB", (200, 200)).save(path))
     few = {"train": 40, "val": 10}
     monkeypatch.setattr(data, "Shapes", lambda n, size, seed, split: Shapes(few[split], size, seed, split))
-    display = SimpleNamespace(Image=Image.open, display=shown.append)
+    display = SimpleNamespace(Image=lambda path: Image.open(path).copy(), display=shown.append)
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(display=display, version_info=(9, 0)))
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     scope, printed = {"shell": shell}, io.StringIO()
