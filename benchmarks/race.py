@@ -308,7 +308,7 @@ def draw(names, path):
         ax.set_xlim(0, None)
     seeds = sorted({len(entries_of(name)) for name in names})
     if seeds[-1] > 1:
-        count = "-".join(map(str, seeds))
+        count = " to ".join(map(str, sorted({seeds[0], seeds[-1]})))
         axes[0].set_title(f"mean of {count} seeds, band from worst to best", fontsize=9)
     ends.sort()
     heights = spaced([end[0] / axes[1].get_ylim()[1] for end in ends], gap=0.055)
