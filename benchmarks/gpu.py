@@ -120,6 +120,8 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     p.add_argument("--only", nargs="+", choices=speed.MODELS, metavar="MODEL", default=speed.METHODS)
+    p.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    p.add_argument("--precision", nargs="+", choices=DTYPES, default=[*DTYPES])
     p.add_argument("--repeats", type=int, default=10)
     p.add_argument("--data", metavar="DIR", help="trains deformable_detr on it at 512 pixels")
     p.add_argument("--tiny", action="store_true", help="tiny sizes: only to see that everything runs")
@@ -128,7 +130,7 @@ def main(argv=None):
         raise SystemExit("No CUDA card here. Give --tiny to see that the script works; on a CPU use "
                          "benchmarks/speed.py, growth.py and sampling.py.")
     card = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
-    rates = {name: matrix_rate(dtype, 128 if args.tiny else 8192) for name, dtype in DTYPES.items()}
+    rates = {name: matrix_rate(DTYPES[name], 128 if args.tiny else 8192) for name in args.precision}
     said = [f"{rate / 1000:.3g} T multiply-adds a second in {name}" for name, rate in rates.items()]
     print(f"{card}, torch {torch.__version__}; one large matrix product: {', '.join(said)}")
     if args.tiny:
@@ -136,7 +138,8 @@ def main(argv=None):
         batches, size, repeats, model_size, maps = (1,), (64, 96), 1, "laptop", sampling.SMALL
         short, pixels, ways = ["--overfit", 2, "--steps", 2], 64, [["--no-amp"]]  # not every CPU has bfloat16
     else:
-        batches, size, repeats, model_size, maps = (1, 8), (800, 1066), args.repeats, "paper", sampling.PAPER
+        batches, size, repeats = args.batch, (800, 1066), args.repeats
+        model_size, maps = "paper", sampling.PAPER
         short, pixels, ways = [], 512, [[], ["--amp"], ["--amp", "--compile"]]
     deformable = ["--model", "deformable_detr", "--preset", "laptop"]
     for part in [part for part in PARTS if part in args.parts]:
@@ -149,7 +152,7 @@ def main(argv=None):
             training("shapes", [*deformable, "--eval-every", 100, *short], ways, 0.6)
         elif args.data:
             flags = [*deformable, "--data", args.data, "--size", pixels, "--eval-every", 240]
-            training("your folder", [*flags, *(short or ["--steps", 2400])], ways[-1:], 0.5)
+            training("your folder", [*flags, *(short or ["--steps", 2400])], ways[:2][-1:], 0.5)
 
 
 if __name__ == "__main__":

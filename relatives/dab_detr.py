@@ -54,12 +54,12 @@ LAPTOP = dict(last_stage=2)
 
 # ---- Shared blocks: the same text in all files -------------------------------------------------------------
 class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
-    """torchvision's, but reading x once and not twice: 8 % of DETR's inference at 480 x 640."""
+    """torchvision's, but reads x once, not twice (8 % of DETR's inference), and leaves bfloat16 as it is."""
 
     def forward(self, x):
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         shift = self.bias - self.running_mean * scale
-        return torch.addcmul(shift[:, None, None], x, scale[:, None, None])  # shift + x * scale
+        return torch.addcmul(shift[:, None, None].to(x), x, scale[:, None, None].to(x))  # shift + x * scale
 
 
 class Backbone(nn.Module):

@@ -128,11 +128,6 @@ def why_no_amp(name):
             "or give --no-amp")
 
 
-def amp_must_prove_itself(name):
-    """Whether --amp might be slower than float32: on a CUDA card it is known to pay."""
-    return kind_of(name) != "cuda"
-
-
 @contextlib.contextmanager
 def autocast(args):
     """The context of a forward pass: float32, or with --amp the short type of the device."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 
 import train
 from tiny_models import ROOT, TARGETS, TINY, batch, module_named, shake, shaken, tiny
@@ -242,6 +243,21 @@ def test_a_file_of_relatives_runs_from_any_folder(name, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(ROOT / "relatives" / f"{name}.py"), run_name="__main__")
     assert "parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_frozen_norm_is_torchvisions_and_keeps_the_type_of_its_input(dtype):
+    """With --amp: in float32 its maps would take twice the memory, and be copied for the next convolution."""
+    ours, theirs = (module.FrozenBatchNorm2d(4) for module in (module_named("detr"), torchvision.ops))
+    for buffer in ours.state_dict().values():
+        buffer.uniform_(0.5, 2)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 4, 3, 5).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        out = ours(x)
+    assert out.dtype == dtype
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(out.float(), theirs(x.float()), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", FILES)

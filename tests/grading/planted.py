@@ -53,7 +53,7 @@ ACTIVATION = f"{HIDDEN}.relu())"
 NORMALISED = "return (n - offset) / (((last - offset) + 1e-6) + offset)"
 STEM = "self.body.maxpool(self.body.relu(self.body.bn1(self.body.conv1(x))))"
 MERGED = "return self.out_proj(out.transpose(1, 2).flatten(2))"
-GRID = "F.grid_sample(feature_map, grid[level, point], "
+GRID = "F.grid_sample(feature_map, point, "
 SELF_ATTENTION_V = "q, k, v = self.sa_proj(src + pos, src + pos, src)"
 
 
