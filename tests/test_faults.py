@@ -6,6 +6,7 @@ import sys
 import types
 
 import pytest
+import torch
 
 import test_models as models
 import test_sam_detr as sam
@@ -67,6 +68,10 @@ FAULTS = [
      "import copy\n", "import copy\nfrom conditional_detr import MLP\n"),
     (models.test_a_file_of_relatives_runs_from_any_folder, ("sam_detr_multiscale",), "sam_detr_multiscale",
      "sys.path.append(str(Path(__file__).resolve().parents[1]))", ""),
+    (models.test_the_frozen_norm_is_torchvisions_and_keeps_the_type_of_its_input, (torch.float32,), "detr",
+     "self.bias - self.running_mean", "self.bias + self.running_mean"),
+    (models.test_the_frozen_norm_is_torchvisions_and_keeps_the_type_of_its_input, (torch.bfloat16,), "detr",
+     "shift[:, None, None].to(x)", "shift[:, None, None]"),
     (models.test_frozen_norm_keeps_imagenets_first_layers_and_batch_norm_trains_all, ("detr",), "detr",
      "body.layer1.requires_grad_(False)", "body.layer2.requires_grad_(False)"),
     (models.test_detrs_first_self_attention_gives_every_query_the_same_vector, (), "detr",
