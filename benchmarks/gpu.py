@@ -9,8 +9,8 @@ models, compiled: inference and a training step (forward, matching, losses, back
 1066 pixels. "Of its rate" is what the multiply-adds of the model would take at the speed of one large matrix
 product, divided by its time; of float32 with the tensor cores (TF32), which PyTorch gives to convolutions.
 sampling: the forms of benchmarks/sampling.py, as they are and compiled. train: the laptop preset of one model
-until AP 0.6. Every row is printed as soon as it is known, and what fails says so in its row. On an H200 models
-takes two minutes. Compiling takes minutes for each row, so that part must be named.
+until AP 0.6. Every row is printed as soon as it is known, and what fails says so in its row. On an H200
+models takes two minutes. compiled must be named, because it takes minutes for each row.
 """
 import argparse
 import json
