@@ -16,8 +16,9 @@ from support import processes
 from support.images import DataError
 
 ROOT = Path(__file__).parents[1]
-QUICK = ["--workers", "0", "--size", "48", "--batch-size", "4",
-         "--option", "enc_layers=1", "--option", "dec_layers=1"]
+# A checkpoint of 10 MB instead of 50: the tests write hundreds of them
+QUICK = ["--workers", "0", "--size", "48", "--batch-size", "4", "--option", "enc_layers=1", "--option",
+         "dec_layers=1", "--option", "last_stage=2", "--option", "hidden_dim=32"]
 RESUMED = ["--workers", "0"]
 
 

@@ -90,11 +90,18 @@ def test_a_detector_goes_to_any_device_and_refuses_one_that_is_not_there(machine
         detector.to("cuda:1")
 
 
-def test_no_processes_load_images_on_a_mac(monkeypatch):
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert processes.default_workers() == 0
+def test_images_are_loaded_by_copies_of_this_process_or_by_itself(monkeypatch):
+    """A new Python would import torch first, for every evaluation: the way of a Mac, Windows, Python 3.14."""
+    def context(workers):
+        args = SimpleNamespace(workers=workers, device="cpu")
+        return processes.make_loader([1], args).multiprocessing_context
+
+    for elsewhere in ("darwin", "win32"):
+        monkeypatch.setattr(sys, "platform", elsewhere)
+        assert processes.default_workers() == 0 and context(1) is None
     monkeypatch.setattr(sys, "platform", "linux")
-    assert processes.default_workers() > 0
+    assert processes.default_workers() > 0 and context(0) is None
+    assert context(1).get_start_method() == "fork"
 
 
 def test_time_memory_and_transfers_ask_the_device(modules, monkeypatch):
