@@ -148,8 +148,8 @@ def test_variables_of_somebody_elses_make_no_silent_process(variables, monkeypat
     assert (started["RANK"], started["WORLD"]) == (0, 1)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_bfloat16_trains_every_model(name):
+@pytest.mark.parametrize("name", ["detr", "deformable_detr"])  # the others: test_models.py, test_relatives.py
+def test_a_step_in_bfloat16_is_nearly_that_in_float32(name):
     steps = {}
     for amp in (False, True):
         logged, found = gradients(name, [slice(0, 4)], options={"backbone_norm": "batch"}, amp=amp)
