@@ -137,23 +137,25 @@ def main(argv=None):
     if args.tiny:
         print("Tiny sizes: these numbers say nothing.")
         batches, size, repeats, model_size, maps = (1,), (64, 96), 1, "laptop", sampling.SMALL
-        short, pixels, ways = ["--overfit", 2, "--steps", 2], 64, [["--no-amp"]]  # not every CPU has bfloat16
+        short, pixels = ["--overfit", 2, "--steps", 2], 64
+        precision, ways = "--no-amp", [["--no-amp"]]  # not every CPU has bfloat16
     else:
         batches, size, repeats = args.batch, (800, 1066), args.repeats
         model_size, maps = "paper", sampling.PAPER
-        short, pixels, ways = [], 512, [[], ["--amp"], ["--amp", "--compile"]]
+        short, pixels = [], 512
+        precision, ways = "--amp", [[], ["--amp"], ["--amp", "--compile"]]
     deformable = ["--model", "deformable_detr", "--preset", "laptop"]
     for part in [part for part in PARTS if part in args.parts]:
         if part in ("models", "compiled"):
             models(args.only, batches, size, repeats, rates, model_size, compiled=part == "compiled")
         elif part == "sampling":
-            for compiled in (False, True)[:len(batches)]:
+            for compiled in (False,) if args.tiny else (False, True):
                 sampling.compare(batches, maps, repeats, compiled)
         elif part == "train":
             training("shapes", [*deformable, "--eval-every", 100, *short], ways, 0.6)
         elif args.data:
             flags = [*deformable, "--data", args.data, "--size", pixels, "--eval-every", 240]
-            training("your folder", [*flags, *(short or ["--steps", 2400])], ways[:2][-1:], 0.5)
+            training("your folder", [*flags, *(short or ["--steps", 2400])], [[precision]], 0.5)
 
 
 if __name__ == "__main__":
