@@ -138,12 +138,12 @@ def main(argv=None):
         print("Tiny sizes: these numbers say nothing.")
         batches, size, repeats, model_size, maps = (1,), (64, 96), 1, "laptop", sampling.SMALL
         short, pixels = ["--overfit", 2, "--steps", 2], 64
-        precision, ways = "--no-amp", [["--no-amp"]]  # not every CPU has bfloat16
+        ways = ways_for_photos = [["--no-amp"]]  # not every CPU has bfloat16
     else:
         batches, size, repeats = args.batch, (800, 1066), args.repeats
         model_size, maps = "paper", sampling.PAPER
         short, pixels = [], 512
-        precision, ways = "--amp", [[], ["--amp"], ["--amp", "--compile"]]
+        ways, ways_for_photos = [[], ["--amp"], ["--amp", "--compile"]], [["--amp"]]
     deformable = ["--model", "deformable_detr", "--preset", "laptop"]
     for part in [part for part in PARTS if part in args.parts]:
         if part in ("models", "compiled"):
@@ -155,7 +155,7 @@ def main(argv=None):
             training("shapes", [*deformable, "--eval-every", 100, *short], ways, 0.6)
         elif args.data:
             flags = [*deformable, "--data", args.data, "--size", pixels, "--eval-every", 240]
-            training("your folder", [*flags, *(short or ["--steps", 2400])], [[precision]], 0.5)
+            training("your folder", [*flags, *(short or ["--steps", 2400])], ways_for_photos, 0.5)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def default_workers():
 
 def make_loader(dataset, args, **how):
     """Loads batches in args.workers processes, or in this one if there are none."""
-    # Python 3.14 no longer copies this process of itself: each loader would spend seconds on importing torch
+    # Since Python 3.14 the default is a new Python for each loader, which imports torch first, for seconds
     context = "fork" if args.workers and sys.platform == "linux" else None
     # A generator of its own: otherwise every loader draws a number from the global one, which dropout uses,
     # and a resumed run, having made one loader more, would not repeat the straight one.

@@ -91,7 +91,7 @@ def test_a_detector_goes_to_any_device_and_refuses_one_that_is_not_there(machine
 
 
 def test_images_are_loaded_by_copies_of_this_process_or_by_itself(monkeypatch):
-    """A new Python would import torch first, for every evaluation: the way of a Mac, Windows, Python 3.14."""
+    """A new Python (default on a Mac, Windows, Python 3.14) would import torch for every evaluation."""
     def context(workers):
         args = SimpleNamespace(workers=workers, device="cpu")
         return processes.make_loader([1], args).multiprocessing_context
