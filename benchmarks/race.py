@@ -83,7 +83,8 @@ RELATIVES = [name for name in FILES if name not in MAIN and (DOCS / f"{name}.md"
 # What is run, shown in one table and drawn in docs/GROUP.png
 GROUPS = {
     "race": MAIN,
-    "race_all": [*MAIN, "deformable_detr plain", "deformable_detr two-stage", "sqr dense", *RELATIVES],
+    "race_all": [*MAIN, *RELATIVES],
+    "variants": ["deformable_detr", "deformable_detr plain", "deformable_detr two-stage", "sqr", "sqr dense"],
     "supervision": ["conditional_detr", "group_detr K=1", "group_detr", "group_detr K=6", "group_detr K=11",
                     "deformable_detr", "hdetr", "sqr", "sqr dense"],
     "rivals": ["conditional_detr", "smca_detr", "dab_detr", "sam_detr"],
