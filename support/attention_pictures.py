@@ -149,7 +149,7 @@ def draw_sampling(scene):
     keys = [Line2D([], [], ls="", c="grey", marker=markers[i % 5], label=f"level {i + 1}: {h} x {w} cells")
             for i, (h, w) in enumerate(shapes)]
     keys.append(Line2D([], [], ls="", c=REFERENCE, marker="o", label="reference point"))
-    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), fontsize=9)
+    figure.legend(handles=keys, loc="outside lower center", ncols=2 * len(best), fontsize=9)
     return figure
 
 
