@@ -264,6 +264,17 @@ def test_sqr_without_recollection_is_drawn_as_what_it_is():
     assert draw is attention_pictures.draw_sampling
 
 
+def test_the_key_of_all_levels_fits_below_a_single_query():
+    model, image = tiny("deformable_detr", num_feature_levels=3).eval(), torch.zeros(1, 3, 64, 96)
+    out, seen = look(model, image, image[:, 0] > 1)
+    scene = scene_of(model, out["logits"], out["boxes"], seen)
+    scene.threshold = 1
+    figure = attention_pictures.draw_sampling(scene)
+    figure.draw_without_rendering()
+    key = figure.legends[0].get_window_extent()
+    assert len(figure.legends[0].get_texts()) == 4 and key.x0 > 0 and key.x1 < figure.bbox.width
+
+
 def test_groups_and_one_to_many_queries_are_drawn_beside_each_other():
     many = {"logits": torch.full((1, 1, 4, 3), -9.0), "boxes": torch.full((1, 1, 4, 4), 0.5)}
     many["logits"][..., :3, 0] = 2  # three of four queries say what the best query says, at its place
