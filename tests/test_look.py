@@ -1,6 +1,7 @@
 """What look() returns are the model's own numbers; what a Scene says of them; which picture fits a model."""
 import functools
 
+import numpy as np
 import pytest
 import torch
 
@@ -268,7 +269,7 @@ def test_the_key_of_all_levels_fits_below_a_single_query():
     model, image = tiny("deformable_detr", num_feature_levels=3).eval(), torch.zeros(1, 3, 64, 96)
     out, seen = look(model, image, image[:, 0] > 1)
     scene = scene_of(model, out["logits"], out["boxes"], seen)
-    scene.threshold = 1
+    scene.photo, scene.threshold = np.zeros((64, 96, 3), np.uint8), 1
     figure = attention_pictures.draw_sampling(scene)
     figure.draw_without_rendering()
     key = figure.legends[0].get_window_extent()
