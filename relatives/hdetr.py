@@ -43,7 +43,7 @@ RECIPE = dict(
     w_giou=2,
 )
 
-# What train.py --preset laptop changes for this file: one stage, and levels at strides 8, 16, 32, all made of C3.
+# What train.py --preset laptop changes for this file: one stage, and strides 8, 16, 32, all made of C3.
 LAPTOP = dict(steps=1600, batch_size=8, lr=8e-4, lr_backbone=8e-4, last_stage=2, num_feature_levels=3,
               enc_layers=1, enc_points=2, two_stage=False, num_one2many=60)
 
