@@ -333,7 +333,6 @@ class BoxPositions(nn.Module):
         return {"reference": box}
 
 
-
 # ---- Decoder: queries look at each other, then at the image (paper, section 3.2) ---------------------------
 class DecoderLayer(nn.Module):
     """Queries look at each other, then at the image: tgt [B, Q, D], memory [B, T, D] -> [B, Q, D]."""

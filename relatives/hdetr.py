@@ -442,7 +442,6 @@ def move_box(reference, delta):
     return (delta + F.pad(logit, (0, 4 - logit.shape[-1]))).sigmoid()  # a point says nothing about its size
 
 
-
 # ---- Decoder: queries look at each other, then at the image (paper, section 4.1) ---------------------------
 class DecoderLayer(nn.Module):
     """Queries look at each other, then at the image: tgt [B, Q, D], memory [B, T, D] -> [B, Q, D]."""

@@ -323,7 +323,6 @@ class Gaussian(nn.Module):
         return -g.flatten(-2) / 8  # log G, with beta = 8
 
 
-
 # ---- Decoder: queries look at each other, then at the image (paper, section 3.2) ---------------------------
 class DecoderLayer(nn.Module):
     """Queries look at each other, then at the image: tgt [B, Q, D], memory [B, T, D] -> [B, Q, D]."""
