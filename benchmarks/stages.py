@@ -1,14 +1,16 @@
-"""Do later decoder stages make a query better? The measurements that SQR starts from, for a run of any model.
+"""Do later decoder stages make a query better? DETR's and SQR's measurements of it, for a run of any model.
 
     python benchmarks/stages.py runs/deformable_detr-shapes runs/sqr-shapes
     python benchmarks/stages.py runs/sqr-shapes --loops 8        the last stage alone, again and again (DQRR)
     python benchmarks/stages.py RUN --picture docs/stages.png    where an early stage knew better
 
-Printed for each run: AP of every stage; AP where every query answers from its surest stage, that of the
-highest score (SQR's authors propose to try it; it needs no truth); AP of an oracle that knows which stage to
-trust; the two rates of the paper (section 3), which compare the last stage's prediction with what earlier
-stages made of the same query.
+Printed for each run: AP of every stage; the same after NMS, which lifts DETR's first stage and lowers its last
+one a little in its paper (section 4.2, figure 4); AP where every query answers from its surest stage, that of
+the highest score (SQR's authors propose to try it; it needs no truth); AP of an oracle that knows which stage
+to trust; the two rates of SQR's paper (section 3), which compare the last stage's prediction with what
+earlier stages made of the same query.
 
+    NMS               of two boxes of one class that overlap by IoU 0.5 or more only the surer one stays
     TP fading         of the last stage's true positives: an earlier stage was a true positive for the same
                       object with both a higher IoU and a higher score
     FP exacerbation   of the last stage's false positives: an earlier stage gave a lower score
@@ -26,7 +28,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from torchvision.ops import box_convert, box_iou
+from torchvision.ops import batched_nms, box_convert, box_iou
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import devices, pictures  # noqa: E402
@@ -97,6 +99,13 @@ def at_stage(image, stage):
     return {name: getattr(image, name)[stage, queries] for name in ("scores", "labels", "boxes")}
 
 
+def suppress(predictions):
+    """Predictions after non-maximum suppression: the surest of each pile of duplicates."""
+    boxes, scores, labels = (predictions[name] for name in ("boxes", "scores", "labels"))
+    kept = batched_nms(boxes, scores, labels, iou_threshold=0.5)
+    return {name: values[kept] for name, values in predictions.items()}
+
+
 # ---- From a checkpoint -------------------------------------------------------------------------------------
 @torch.no_grad()
 def predict(model, dataset, args):
@@ -136,6 +145,13 @@ def load(path, loops):
 
 def average_precision(dataset, images, choose):
     return coco_eval(dataset, {image.image_id: choose(image) for image in images})["AP"]
+
+
+def of_stages(dataset, images, change=dict):
+    """AP of every stage, as text; with `change` its predictions go through that first."""
+    stages = range(len(images[0].scores))
+    values = [average_precision(dataset, images, lambda image: change(at_stage(image, s))) for s in stages]
+    return ", ".join(f"{value:.3f}" for value in values)
 
 
 # ---- Picture -----------------------------------------------------------------------------------------------
@@ -184,16 +200,14 @@ def main():
     p.add_argument("--loops", type=int, metavar="N", help="of sqr.py: run only the last stage, N times")
     p.add_argument("--picture", metavar="FILE", help="of the last run")
     args = p.parse_args()
-    print("| run | AP of stages 1, 2, ... | surest stage | oracle | TP fading | FP exacerbation |\n"
-          "|---|---|---|---|---|---|")
+    print("| run | AP of stages 1, 2, ... | after NMS | surest stage | oracle | TP fading "
+          "| FP exacerbation |\n|---|---|---|---|---|---|---|")
     for path in args.runs:
         model, dataset, settings = load(path, args.loops)
         images = predict(model, dataset, settings)
-        stages = [average_precision(dataset, images, lambda image: at_stage(image, s))
-                  for s in range(len(images[0].scores))]
         fading, exacerbation = rates(images)
         print(
-            f"| {path.name} | {', '.join(f'{ap:.3f}' for ap in stages)} "
+            f"| {path.name} | {of_stages(dataset, images)} | {of_stages(dataset, images, suppress)} "
             f"| {average_precision(dataset, images, highest_score):.3f} "
             f"| {average_precision(dataset, images, oracle):.3f} | {fading:.0%} | {exacerbation:.0%} |",
             flush=True,

@@ -86,6 +86,13 @@ def test_the_surest_stage_answers_for_every_query_whether_it_is_right_or_not():
     assert best["labels"].tolist() == [1, 2] and best["boxes"][0, 0] == 30
 
 
+def test_nms_leaves_the_surest_of_each_pile_of_one_class():
+    """The first two are the same box, the third is of another class, the fourth overlaps too little."""
+    one = image([[0.6, 0.9, 0.5, 0.4]], [[1.0, 1.0, 1.0, 0.3]], [[0, 0, 1, 0]])
+    left = stages.suppress(stages.at_stage(one, 0))
+    assert left["scores"].tolist() == pytest.approx([0.9, 0.5, 0.4]) and left["labels"].tolist() == [0, 1, 0]
+
+
 @pytest.mark.parametrize("recollect, groups", [("none", 2), ("selective", 5), ("dense", 6)])
 def test_without_a_loss_on_the_first_stage_the_others_have_theirs(recollect, groups):
     model = shaken(no_first_loss, dec_layers=3, recollect=recollect, box_refine=True)
