@@ -4,11 +4,11 @@
     python benchmarks/stages.py runs/sqr-shapes --loops 8        the last stage alone, again and again (DQRR)
     python benchmarks/stages.py RUN --picture docs/stages.png    where an early stage knew better
 
-Printed for each run: AP of every stage; the same after NMS, which lifts the first stage of DETR and lowers its
-last one a little (its paper's section 4.2, figure 4); AP where every query answers from its surest stage,
-that of the highest score (SQR's authors propose to try it; it needs no truth); AP of an oracle that knows
-which stage to trust; the two rates of SQR's paper (section 3), which compare the last stage's prediction with
-what earlier stages made of the same query.
+Printed for each run: AP of every stage; the same after NMS, which lifts the first stage of DETR and lowers
+its last one a little (its paper's section 4.2, figure 4); AP where every query answers from its surest
+stage, that of the highest score (SQR's authors propose to try it; it needs no truth); AP of an oracle that
+knows which stage to trust; the two rates of SQR's paper (section 3), which compare the last stage's
+prediction with what earlier stages made of the same query.
 
     NMS               of two boxes of one class that overlap by IoU 0.5 or more only the surer one stays
     TP fading         of the last stage's true positives: an earlier stage was a true positive for the same
