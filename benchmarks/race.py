@@ -11,8 +11,8 @@ are measured first and kept in benchmarks/results/steps.json: delete the file to
 finished is not run again, what was interrupted goes on where it stopped. Runs lie in benchmarks/runs/, their
 curves in benchmarks/results/race.json, the figures in docs/.
 
-Minutes are CPU minutes of the run's process, evaluations included: waiting does not count. They
-still grow a little with a second run beside it, since the two share caches and memory.
+Minutes are CPU minutes of the run's process, evaluations included: waiting does not count. They still grow
+a little with a second run beside it, since the two share caches and memory.
 """
 import argparse
 import datetime

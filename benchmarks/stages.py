@@ -99,8 +99,9 @@ def at_stage(image, stage):
     return {name: getattr(image, name)[stage, queries] for name in ("scores", "labels", "boxes")}
 
 
-def suppress(predictions):
-    """Predictions after non-maximum suppression: the surest of each pile of duplicates."""
+def after_nms(image, stage):
+    """What non-maximum suppression leaves of a stage: the surest of each pile of duplicates."""
+    predictions = at_stage(image, stage)
     boxes, scores, labels = (predictions[name] for name in ("boxes", "scores", "labels"))
     kept = batched_nms(boxes, scores, labels, iou_threshold=0.5)
     return {name: values[kept] for name, values in predictions.items()}
@@ -147,10 +148,10 @@ def average_precision(dataset, images, choose):
     return coco_eval(dataset, {image.image_id: choose(image) for image in images})["AP"]
 
 
-def of_stages(dataset, images, change=dict):
-    """AP of every stage, as text; with `change` its predictions go through that first."""
+def of_stages(dataset, images, choose=at_stage):
+    """AP of every stage, as text; `choose` makes its predictions of an image and a stage."""
     stages = range(len(images[0].scores))
-    values = [average_precision(dataset, images, lambda image: change(at_stage(image, s))) for s in stages]
+    values = [average_precision(dataset, images, lambda image: choose(image, s)) for s in stages]
     return ", ".join(f"{value:.3f}" for value in values)
 
 
@@ -207,7 +208,7 @@ def main():
         images = predict(model, dataset, settings)
         fading, exacerbation = rates(images)
         print(
-            f"| {path.name} | {of_stages(dataset, images)} | {of_stages(dataset, images, suppress)} "
+            f"| {path.name} | {of_stages(dataset, images)} | {of_stages(dataset, images, after_nms)} "
             f"| {average_precision(dataset, images, highest_score):.3f} "
             f"| {average_precision(dataset, images, oracle):.3f} | {fading:.0%} | {exacerbation:.0%} |",
             flush=True,

@@ -89,7 +89,7 @@ def test_the_surest_stage_answers_for_every_query_whether_it_is_right_or_not():
 def test_nms_leaves_the_surest_of_each_pile_of_one_class():
     """The first two are the same box, the third is of another class, the fourth overlaps too little."""
     one = image([[0.6, 0.9, 0.5, 0.4]], [[1.0, 1.0, 1.0, 0.3]], [[0, 0, 1, 0]])
-    left = stages.suppress(stages.at_stage(one, 0))
+    left = stages.after_nms(one, 0)
     assert left["scores"].tolist() == pytest.approx([0.9, 0.5, 0.4]) and left["labels"].tolist() == [0, 1, 0]
 
 
