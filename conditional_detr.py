@@ -38,7 +38,7 @@ RECIPE = dict(
 )
 
 # For train.py --preset laptop: small images need a finer map; by trial C4 (3) for DETR, C3 (2) after it.
-LAPTOP = dict(last_stage=2)
+LAPTOP = dict(last_stage=2, temperature=20)
 
 # Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of
 # H*W), S supervised stages. Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding.
@@ -270,9 +270,9 @@ class Encoder(nn.Module):
 
 
 # ---- Conditional cross-attention: the spatial query (paper, sections 3.3 to 3.5) ---------------------------
-def sine_xy(xy, dim):
+def sine_xy(xy, dim, temperature=10000):
     """Sine encoding of points [..., 2], (x, y) in [0, 1]: [..., dim], y first as in sine_positions."""
-    return torch.cat([sine(xy[..., 1], dim // 2), sine(xy[..., 0], dim // 2)], dim=-1)  # [..., dim]
+    return sine(xy.flip(-1), dim // 2, temperature).flatten(-2)  # [..., dim]
 
 
 def concat_heads(content, position, nheads):
@@ -373,6 +373,7 @@ class ConditionalDETR(nn.Module):
         dim_feedforward=2048,
         dropout=0.1,
         num_queries=300,
+        temperature=10000,  # of sine positions; for small maps less is better (DAB-DETR, section 4.5)
     ):
         super().__init__()
         check_options(ConditionalDETR, locals())
@@ -380,6 +381,7 @@ class ConditionalDETR(nn.Module):
         self.input_proj = nn.Conv2d(self.backbone.channels[-1], hidden_dim, kernel_size=1)
         self.encoder = Encoder(enc_layers, hidden_dim, nheads, dim_feedforward, dropout)
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
+        self.temperature = temperature
         self.reference = MLP(hidden_dim, hidden_dim, 2, depth=2)
         self.decoder = Decoder(dec_layers, hidden_dim, nheads, dim_feedforward, dropout)
         self.class_head = nn.Linear(hidden_dim, num_classes)
@@ -394,16 +396,16 @@ class ConditionalDETR(nn.Module):
     def forward(self, images, mask):
         """images [B, 3, H, W], mask [B, H, W] -> {"logits": [S, B, Q, C], "boxes": [S, B, Q, 4]}."""
         check_input(images, mask)
-        features = self.backbone(images)[-1]  # [B, C5, h, w]
+        features = self.input_proj(self.backbone(images)[-1])  # [B, D, h, w]
         mask = resize_mask(mask, features.shape[-2:])  # [B, h, w]
-        pos = sine_positions(mask, self.input_proj.out_channels, offset=0)  # [B, T, D]
+        pos = sine_positions(mask, features.shape[1], offset=0, temperature=self.temperature)  # [B, T, D]
         mask = mask.flatten(1)  # [B, T]
 
-        src = self.input_proj(features).flatten(2).transpose(1, 2)  # [B, T, D]
+        src = features.flatten(2).transpose(1, 2)  # [B, T, D]
         memory = self.encoder(src, pos, mask)  # [B, T, D]
         query_pos = self.query_embed.weight.expand(images.shape[0], -1, -1)  # [B, Q, D]
         s = self.reference(query_pos)  # [B, Q, 2], before the sigmoid; not detached, the same for all layers
-        p_s = sine_xy(s.sigmoid(), query_pos.shape[-1])  # [B, Q, D]
+        p_s = sine_xy(s.sigmoid(), query_pos.shape[-1], self.temperature)  # [B, Q, D]
         hs = self.decoder(query_pos, p_s, memory, pos, mask)  # [S, B, Q, D]
         boxes = self.box_head(hs) + F.pad(s, (0, 2))  # Eq. (1): only the centre is relative to s
         return {"logits": self.class_head(hs), "boxes": boxes.sigmoid()}

@@ -276,9 +276,9 @@ class Encoder(nn.Module):
 
 
 # ---- Semantics Aligner: queries made of what they are to match (paper, section 3) --------------------------
-def sine_xy(xy, dim):
+def sine_xy(xy, dim, temperature=10000):
     """Sine encoding of points [..., 2], (x, y) in [0, 1]: [..., dim], y first as in sine_positions."""
-    return torch.cat([sine(xy[..., 1], dim // 2), sine(xy[..., 0], dim // 2)], dim=-1)  # [..., dim]
+    return sine(xy.flip(-1), dim // 2, temperature).flatten(-2)  # [..., dim]
 
 
 def valid_size(mask):

@@ -291,9 +291,9 @@ class Encoder(nn.Module):
 
 
 # ---- Conditional cross-attention: the spatial query (paper, sections 3.3 to 3.5) ---------------------------
-def sine_xy(xy, dim):
+def sine_xy(xy, dim, temperature=10000):
     """Sine encoding of points [..., 2], (x, y) in [0, 1]: [..., dim], y first as in sine_positions."""
-    return torch.cat([sine(xy[..., 1], dim // 2), sine(xy[..., 0], dim // 2)], dim=-1)  # [..., dim]
+    return sine(xy.flip(-1), dim // 2, temperature).flatten(-2)  # [..., dim]
 
 
 def concat_heads(content, position, nheads):
@@ -454,13 +454,13 @@ class DABDETR(nn.Module):
     def forward(self, images, mask):
         """images [B, 3, H, W], mask [B, H, W] -> {"logits": [S, B, Q, C], "boxes": [S, B, Q, 4]}."""
         check_input(images, mask)
-        features = self.backbone(images)[-1]  # [B, C5, h, w]
+        features = self.input_proj(self.backbone(images)[-1])  # [B, D, h, w]
         mask = resize_mask(mask, features.shape[-2:])  # [B, h, w]
         # 4.5: a temperature of 20 suits maps of some dozen cells; boxes keep 10000 (as in the official code)
-        pos = sine_positions(mask, self.input_proj.out_channels, offset=0, temperature=20)  # [B, T, D]
+        pos = sine_positions(mask, features.shape[1], offset=0, temperature=20)  # [B, T, D]
         mask = mask.flatten(1)  # [B, T]
 
-        src = self.input_proj(features).flatten(2).transpose(1, 2)  # [B, T, D]
+        src = features.flatten(2).transpose(1, 2)  # [B, T, D]
         memory = self.encoder(src, pos, mask)  # [B, T, D]
         # Query p * num_queries + q has content pattern p and anchor q; without patterns the content is zero
         content = memory.new_zeros(1, memory.shape[-1]) if self.patterns is None else self.patterns.weight

@@ -45,7 +45,7 @@ RECIPE = dict(
 )
 
 # For train.py --preset laptop: small images need a finer map; by trial C4 (3) for DETR, C3 (2) after it.
-LAPTOP = dict(last_stage=2)
+LAPTOP = dict(last_stage=2, temperature=20)
 
 # Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of
 # H*W), S supervised stages. Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding.
@@ -395,6 +395,7 @@ class SMCADETR(nn.Module):
         dim_feedforward=2048,
         dropout=0.1,
         num_queries=300,
+        temperature=10000,  # of sine positions; for small maps less is better (DAB-DETR, section 4.5)
         scale_type="xy",
     ):
         super().__init__()
@@ -404,6 +405,7 @@ class SMCADETR(nn.Module):
         self.input_proj = nn.Conv2d(self.backbone.channels[-1], hidden_dim, kernel_size=1)
         self.encoder = Encoder(enc_layers, hidden_dim, nheads, dim_feedforward, dropout)
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
+        self.temperature = temperature
         self.decoder = Decoder(dec_layers, hidden_dim, nheads, dim_feedforward, dropout, scale_type)
         self.class_head = nn.Linear(hidden_dim, num_classes + 1)  # one sigmoid too many (as official)
         self.box_head = MLP(hidden_dim, hidden_dim, 4, depth=3)
@@ -417,13 +419,13 @@ class SMCADETR(nn.Module):
         """images [B, 3, H, W], mask [B, H, W] -> {"logits": [S, B, Q, C+1], "boxes": [S, B, Q, 4]}."""
         check_input(images, mask)
         size = image_size(mask) / self.stride  # [B, 2], in cells
-        features = self.backbone(images)[-1]  # [B, C5, h, w]
+        features = self.input_proj(self.backbone(images)[-1])  # [B, D, h, w]
         shape = features.shape[-2:]
         mask = resize_mask(mask, shape)  # [B, h, w]
-        pos = sine_positions(mask, self.input_proj.out_channels, offset=0)  # [B, T, D]
+        pos = sine_positions(mask, features.shape[1], offset=0, temperature=self.temperature)  # [B, T, D]
         mask = mask.flatten(1)  # [B, T]
 
-        src = self.input_proj(features).flatten(2).transpose(1, 2)  # [B, T, D]
+        src = features.flatten(2).transpose(1, 2)  # [B, T, D]
         memory = self.encoder(src, pos, mask)  # [B, T, D]
         query_pos = self.query_embed.weight.expand(images.shape[0], -1, -1)  # [B, Q, D]
         hs, s = self.decoder(query_pos, memory, shape, size, pos, mask)  # [S, B, Q, D], [B, Q, 2]

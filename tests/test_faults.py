@@ -76,6 +76,8 @@ FAULTS = [
      "body.layer1.requires_grad_(False)", "body.layer2.requires_grad_(False)"),
     (models.test_detrs_first_self_attention_gives_every_query_the_same_vector, (), "detr",
      "self.sa_proj(tgt + query_pos, tgt + query_pos, tgt)", "self.sa_proj(*[tgt + query_pos] * 3)"),
+    (models.test_reference_points_are_encoded_as_cells_are_with_the_same_temperature, ("conditional_detr",),
+     "conditional_detr", "query_pos.shape[-1], self.temperature)", "query_pos.shape[-1])"),
     (models.test_only_conditional_detrs_first_layer_adds_positions_and_has_no_lambda, (), "conditional_detr",
      "p_q = p_s if i == 0 else self.query_scale(tgt) * p_s", "p_q = p_s"),
     (models.test_conditional_attention_adds_a_content_and_a_spatial_score_in_every_head, (),

@@ -286,6 +286,23 @@ def test_detrs_first_self_attention_gives_every_query_the_same_vector():
     torch.testing.assert_close(seen[0], seen[0][:, :1].expand_as(seen[0]))
 
 
+@pytest.mark.parametrize("name", ["detr", "conditional_detr", "group_detr", "smca_detr"])
+def test_reference_points_are_encoded_as_cells_are_with_the_same_temperature(name):
+    """DAB-DETR, section 4.5. The first of the second image's 3 x 2 cells is at (x, y) = (1/2, 1/3)."""
+    module, model = module_named(name), shaken(name, temperature=20).eval()
+    calls = record([model.decoder])
+    with torch.no_grad():
+        model(*batch())
+        (inputs, _), = calls
+        y, x = (module.sine(torch.tensor(place), 16, temperature=20) for place in (1 / 3, 1 / 2))
+        pos = inputs[{"detr": 2, "smca_detr": 4}.get(name, 3)]
+        torch.testing.assert_close(pos[1, 0], torch.cat([y, x]))
+        if hasattr(model, "reference"):  # the others encode no points
+            query_pos, p_s = inputs[:2]
+            s = model.reference(query_pos).sigmoid()
+            torch.testing.assert_close(p_s, module.sine_xy(s, 32, temperature=20))
+
+
 def test_only_conditional_detrs_first_layer_adds_positions_and_has_no_lambda():
     model = shaken("conditional_detr", dec_layers=3).eval()
     layers = model.decoder.layers
