@@ -38,7 +38,7 @@ RECIPE = dict(
 )
 
 # For train.py --preset laptop: small images need a finer map; by trial C4 (3) for DETR, C3 (2) after it.
-LAPTOP = dict(last_stage=3, temperature=20)
+LAPTOP = dict(last_stage=3)
 
 # Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of
 # H*W), S supervised stages. Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding.
