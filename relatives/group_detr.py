@@ -379,8 +379,8 @@ class GroupDETR(nn.Module):
         dim_feedforward=2048,
         dropout=0.1,
         num_queries=300,
-        num_groups=11,
         temperature=10000,  # of sine positions; for small maps less is better (DAB-DETR, section 4.5)
+        num_groups=11,
     ):
         super().__init__()
         check_options(GroupDETR, locals())
