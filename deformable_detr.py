@@ -41,7 +41,7 @@ RECIPE = dict(
 )
 
 # What train.py --preset laptop changes for this file: refinement, and strides 8, 16, 32, all made of C3.
-LAPTOP = dict(steps=1600, batch_size=8, lr=8e-4, lr_backbone=8e-4, last_stage=2, num_feature_levels=3,
+LAPTOP = dict(steps=1800, batch_size=8, lr=8e-4, lr_backbone=8e-4, last_stage=2, num_feature_levels=3,
               enc_points=2, box_refine=True)
 
 # Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of
