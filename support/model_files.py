@@ -124,7 +124,7 @@ def check_options(module, options):
     for name, value in options.items() if defaults else ():
         if name not in defaults:
             others = files_with_option(name)
-            hint = f"these have it: {', '.join(others)}" if others else f"it has {', '.join(defaults)}"
+            hint = f"it belongs to {', '.join(others)}" if others else f"it has {', '.join(defaults)}"
             raise SystemExit(f"--option {name}: {name_of_model} has no such option; {hint}.")
         kind = type(defaults[name])
         fits = type(value) is kind or (kind is float and type(value) is int) or defaults[name] is None

@@ -25,7 +25,7 @@ WRONG = {
     "a bool for an int": (["--option", "num_queries=true"], "it must be int"),
     "a word for a float": (["--option", "dropout=none"], "it must be float"),
     "an option of another file": (["--model", "conditional_detr", "--option", "spatial_query=csq-p"],
-                                  "these have it: conditional_detr_ablations"),
+                                  "it belongs to conditional_detr_ablations"),
     "missing folder": (["--data", "nowhere"], "nowhere"),
     "missing checkpoint": (["--resume", "nowhere"], "nowhere"),
     "an empty name": (["--resume", ""], "--resume is empty"),
