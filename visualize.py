@@ -15,10 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from support import data
+from support import UserError, data, one_line
 from support.attention_pictures import draw_look
 from support.checkpoints import load_checkpoint, read_init
-from support.images import DataError, one_line
 from support.look import CannotDraw, make_scene
 from support.options import parse_model_options
 from support.pictures import DPI, draw_detections
@@ -76,7 +75,7 @@ def held_out(trained, folder, count, class_names=()):
     sets = data.load(folder or trained["data"], **paths, **how, splits=("val",))
     chosen = data.first_with_boxes(sets["val"], count)
     if not len(chosen):
-        raise DataError(f"{sets['val'].name}: no image has a box")
+        raise UserError(f"{sets['val'].name}: no image has a box")
     return chosen
 
 
@@ -153,7 +152,7 @@ def main(argv=None):
     args = parse(argv)
     try:
         draw_all(args)
-    except DataError as error:
+    except UserError as error:
         raise SystemExit(f"data: {one_line(error)}")
     except OSError as error:
         raise SystemExit(f"{str(error.filename)[-100:]}: {error.strerror}" if error.strerror else str(error))

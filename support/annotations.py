@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from support.images import AnnotatedImage, DataError, file_size, shorten, visible
+from support import UserError, shorten, visible
+from support.images import AnnotatedImage, file_size
 
 SMALLEST_SIDE = 0.1  # pixels; float32 arithmetic leaves nothing of a box that is thinner
 CROWDED = 1000  # boxes in one image; every box needs a query, and memory grows with their square
@@ -116,7 +117,7 @@ def read_images(contents, folder, errors):
         elif not (height and width):
             try:
                 images[i] = file, *file_size(file, i)
-            except DataError as error:
+            except UserError as error:
                 errors["image files that cannot be used"].append(str(error))
         elif not (is_whole(height) and is_whole(width) and min(height, width) > 0):
             errors["images whose width and height are not whole numbers above 0 (may be left out)"].append(

@@ -10,8 +10,9 @@ import numpy as np
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
+from support import UserError, reason, visible
 from support.annotations import problem_lines
-from support.images import DataError, SizeDataError, as_data_error, images_in, load_image, reason, visible
+from support.images import SizeUserError, as_user_error, images_in, load_image
 from support.splits import already_in, identity, read_splits
 
 
@@ -24,8 +25,8 @@ def check_files(readings):
             load_image(image)
             check_header(image, reading.notes)
             fingerprint = hashlib.sha256(Path(image.path).read_bytes()).digest()
-        except (DataError, OSError) as error:
-            fault = "are of another size" if isinstance(error, SizeDataError) else "cannot be used"
+        except (UserError, OSError) as error:
+            fault = "are of another size" if isinstance(error, SizeUserError) else "cannot be used"
             reading.errors[f"image files that {fault}"].append(str(error))
             continue
         original, home = originals.setdefault(fingerprint, (image.path, split))
@@ -35,7 +36,7 @@ def check_files(readings):
 
 def check_header(image, notes):
     """What the header of an image file says and its pixels do not."""
-    with as_data_error(image.path, image.id), Image.open(image.path) as raw:
+    with as_user_error(image.path, image.id), Image.open(image.path) as raw:
         orientation = raw.getexif().get(ExifTags.Base.Orientation, 1)
         if orientation in (2, 3, 4, 5, 6, 7, 8):
             notes["photos to be turned (EXIF), used as they were annotated"].append(image.path)
@@ -134,7 +135,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (DataError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"data: {reason(error)}")
     except KeyboardInterrupt:
         sys.exit("\nInterrupted; nothing was changed.")

@@ -3,29 +3,29 @@ import json
 import os
 import reprlib
 
-from support.images import DataError, reason
+from support import UserError, reason
 
 
 def read_coco(path, image_folder, known, reading):
-    """A COCO file as a dict, its three lists checked to be lists of dicts. DataError, without the path."""
+    """A COCO file as a dict, its three lists checked to be lists of dicts. UserError, without the path."""
     try:
         text = path.read_bytes()
         if not text.strip():
-            raise DataError("is empty")
+            raise UserError("is empty")
         contents = json.loads(text, object_pairs_hook=without_repetition)
     except OSError as error:
-        raise DataError(f"cannot be read: {reason(error)}") from None
+        raise UserError(f"cannot be read: {reason(error)}") from None
     except RecursionError:
-        raise DataError("cannot be read as JSON: nested too deeply") from None
+        raise UserError("cannot be read as JSON: nested too deeply") from None
     except ValueError as error:  # it says line and column
-        raise DataError(f"cannot be read as JSON: {error}") from None
+        raise UserError(f"cannot be read as JSON: {error}") from None
     if not isinstance(contents, dict):
-        raise DataError("should be an object with images, annotations and categories (is this a file of "
+        raise UserError("should be an object with images, annotations and categories (is this a file of "
                         f"results?), it is {reprlib.repr(contents)}")
     for key in ("images", "annotations", "categories"):
         entries = contents.get(key)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise DataError(f'"{key}" should be a list of objects, it is {reprlib.repr(entries)}')
+            raise UserError(f'"{key}" should be a list of objects, it is {reprlib.repr(entries)}')
     return {key: contents[key] for key in ("images", "annotations", "categories")}
 
 

@@ -7,7 +7,7 @@
 
 Legend: B images, C classes, n objects in one image, H x W pixels. Boxes are (cx, cy, w, h) in [0, 1] of the
 unpadded image; `boxes_xyxy` are two corners in pixels.
-Whatever is wrong with somebody's data ends in a DataError, a single line for the person who runs the program.
+Whatever is wrong with somebody's data ends in a UserError, a single line for the person who runs the program.
 """
 import copy
 import os
@@ -21,18 +21,17 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from support import UserError, visible
 from support.annotations import problem_lines
 from support.evaluation import to_coco
 from support.images import (
     IMAGE_SUFFIXES,
     AnnotatedImage,
-    DataError,
     file_size,
     images_in,
     load_image,
     size_shown,
     to_input_and_target,
-    visible,
 )
 from support.shapes import Shapes
 from support.splits import read_splits
@@ -56,7 +55,7 @@ class CocoFolder(Dataset):
     dataset[key], key an index or (epoch, index), returns the image, float32 [3, H, W] with ImageNet's mean
     and std taken out, and a target: labels int64 [n]; boxes float32 [n, 4]; image_id; size, the original
     (height, width). Random numbers depend on (seed, epoch, index) alone, whichever worker draws them, and no
-    global generator moves. Raises DataError for an image that cannot be used.
+    global generator moves. Raises UserError for an image that cannot be used.
     """
 
     def __init__(self, name, images, categories, notes, train, augment, size, seed, flip=True, held_out=None):
@@ -74,7 +73,7 @@ class CocoFolder(Dataset):
         annotated = self.images[index]
         try:
             image = tv_tensors.Image(v2.functional.pil_to_tensor(load_image(annotated)))  # uint8 [3, H, W]
-        except DataError as error:
+        except UserError as error:
             more = "; python -m support.check_data DIR finds all such images" if self.class_names else ""
             raise type(error)(f"{error}{more}") from None
         boxes = tv_tensors.BoundingBoxes(annotated.boxes_xyxy[~annotated.crowd], format="XYXY",
@@ -204,7 +203,7 @@ def first_with_boxes(dataset, n, augment=False):
 def from_images(paths, augment="laptop", size=None):
     """Image files, and all images in folders, as a data set without boxes, prepared as for evaluation.
 
-    paths: one or several; PIL images are taken, too. augment, size: as in `load`. Raises DataError.
+    paths: one or several; PIL images are taken, too. augment, size: as in `load`. Raises UserError.
     """
     nothing = np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0), np.zeros(0, bool)
     images = []
@@ -215,9 +214,9 @@ def from_images(paths, augment="laptop", size=None):
             continue
         inside = images_in(path) if os.path.isdir(path) else [path]
         if not inside:
-            raise DataError(f"{path}: no images in this folder; looked for {' '.join(IMAGE_SUFFIXES)}")
+            raise UserError(f"{path}: no images in this folder; looked for {' '.join(IMAGE_SUFFIXES)}")
         if not os.path.exists(path):
-            raise DataError(f"{path}: no such image or folder")
+            raise UserError(f"{path}: no such image or folder")
         for i, file in enumerate(inside, len(images)):
             images.append(AnnotatedImage(i, str(file), *file_size(file, i), *nothing))
     return CocoFolder("images", images, {}, [], False, augment, size or default_size(augment, False), seed=0)
@@ -243,7 +242,7 @@ def largest_canvas(size, augment):
 
 def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_images=None, size=None,
          augment="laptop", seed=0, splits=("train", "val"), class_names=(), split=None, flip=True):
-    """{"train": data set, "val": data set}, or only those that `splits` names. Raises DataError.
+    """{"train": data set, "val": data set}, or only those that `splits` names. Raises UserError.
 
     folder       None or "shapes": the embedded set. Otherwise a folder in one of LAYOUTS. Or give the four
                  paths (VOC: instead of a JSON file, a list in ImageSets/Main or a folder of XML files)
@@ -257,14 +256,14 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
     class_names  of a model that is evaluated: VOC files of val alone then get the numbers of these
     """
     if augment not in ("laptop", "paper", "none"):
-        raise DataError(f'augment can be "laptop", "paper" or "none", not {augment!r}')
+        raise UserError(f'augment can be "laptop", "paper" or "none", not {augment!r}')
     if size is not None and size < 32 or seed < 0:
-        raise DataError(f"size must be at least 32 pixels (it is {size}) and seed at least 0 (it is {seed})")
+        raise UserError(f"size must be at least 32 pixels (it is {size}) and seed at least 0 (it is {seed})")
     given = {"train": (train_json, train_images), "val": (val_json, val_images)}
     shapes_wanted = is_shapes(folder, train_json, train_images, val_json, val_images)
     size = size or default_size(augment, shapes_wanted)
     if shapes_wanted and split is not None:
-        raise DataError("the embedded shapes have a val of their own: leave out --split")
+        raise UserError("the embedded shapes have a val of their own: leave out --split")
     if shapes_wanted:
         shapes = {"train": Shapes(20000, size, seed, "train"), "val": Shapes(250, size, 0, "val")}
         return {part: shapes[part] for part in splits}
@@ -274,11 +273,11 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
         if reading.errors:
             message, *others = problem_lines(reading.errors)
             if reading.path is None:
-                raise DataError(message)
+                raise UserError(message)
             more = f" (and {len(others)} more kinds of errors)" if others else ""
             same = shlex.quote(str(folder)) if folder else "with the same paths"
             same += f" --split {split}" if split else ""
-            raise DataError(f"{reading.path}: {message}{more}; to see everything: "
+            raise UserError(f"{reading.path}: {message}{more}; to see everything: "
                             f"python -m support.check_data {same}")
     datasets = {}
     for part in splits:

@@ -10,43 +10,15 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
+from support import UserError, reason
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")  # of files looked for
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 THINNEST = 30  # an image longer than this many times its short side may have no pixels left when made small
 
 
-class DataError(Exception):
-    """Something is wrong with the data: in one line what, where (file, image, annotation), and what to do."""
-
-    def __init__(self, message):
-        super().__init__(shorten(one_line(message), 1500))
-
-
-class SizeDataError(DataError):
+class SizeUserError(UserError):
     """An image file has another size than its annotations say."""
-
-
-def one_line(error):
-    """What an exception says, in one line. From a DataLoader worker it is a traceback's last one."""
-    text = str(error).strip()
-    if "Traceback (most recent call last)" in text:
-        text = text.splitlines()[-1].split("DataError: ", 1)[-1]
-    return visible(text)
-
-
-def visible(text):
-    """A text without line breaks, control characters and halves of characters: safe to print or to store."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
-
-
-def shorten(text, limit):
-    """A text without its middle if it is longer than `limit` characters; a path has up to 4096."""
-    return text if len(text) <= limit else f"{text[:limit // 2]} ... {text[-limit // 2:]}"
-
-
-def reason(error):
-    """What an exception says, without number and path where it is the system's."""
-    return getattr(error, "strerror", None) or one_line(error) or repr(error)
 
 
 @dataclass
@@ -64,12 +36,12 @@ class AnnotatedImage:
 
 
 @contextlib.contextmanager
-def as_data_error(path, image_id):
-    """Whatever PIL raises for a damaged file becomes a DataError: OSError, SyntaxError, struct.error, ..."""
+def as_user_error(path, image_id):
+    """Whatever PIL raises for a damaged file becomes a UserError: OSError, SyntaxError, struct.error, ..."""
     try:
         yield
     except Exception as error:
-        kind = SizeDataError if isinstance(error, SizeDataError) else DataError
+        kind = SizeUserError if isinstance(error, SizeUserError) else UserError
         what = "not an image, or damaged" if isinstance(error, UnidentifiedImageError) else reason(error)
         raise kind(f"{path} (image id {image_id}): {what}; repair or remove it") from None
 
@@ -81,17 +53,17 @@ def size_shown(raw):
 
 
 def images_in(folder):
-    """The image files in a folder, by their endings, as sorted Paths. DataError if it cannot be read."""
+    """The image files in a folder, by their endings, as sorted Paths. UserError if it cannot be read."""
     try:
         return sorted(path for path in Path(folder).iterdir()
                       if path.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(path))
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: {reason(error)}") from None
+        raise UserError(f"{folder}: {reason(error)}") from None
 
 
 def file_size(path, image_id):
     """(height, width) of an image file as a viewer shows it."""
-    with as_data_error(path, image_id), Image.open(path) as raw:
+    with as_user_error(path, image_id), Image.open(path) as raw:
         return size_shown(raw)[::-1]
 
 
@@ -101,26 +73,26 @@ def open_image(annotated):
 
 
 def load_image(annotated):
-    """An AnnotatedImage's pixels as a PIL image in RGB. DataError if damaged or not of the annotated size.
+    """An AnnotatedImage's pixels as a PIL image in RGB. UserError if damaged or not of the annotated size.
 
     A camera stores what its sensor saw, plus an EXIF note "turn me". Tools that obey the note draw boxes on
     the turned image, others on the raw one: the annotated size tells which. Where it does not (half a turn, a
     mirror, a square) we obey, as nearly all tools do.
     """
-    with as_data_error(annotated.path, annotated.id), open_image(annotated) as raw:
+    with as_user_error(annotated.path, annotated.id), open_image(annotated) as raw:
         size, shown = (annotated.width, annotated.height), size_shown(raw)
         if size not in (shown, raw.size):
-            raise SizeDataError(f"the file has {shown[0]} x {shown[1]} pixels, its annotations say "
+            raise SizeUserError(f"the file has {shown[0]} x {shown[1]} pixels, its annotations say "
                             f"{annotated.width} x {annotated.height}")
         if max(size) > THINNEST * min(size):
-            raise DataError(f"{annotated.width} x {annotated.height} pixels are too thin to be resized")
+            raise UserError(f"{annotated.width} x {annotated.height} pixels are too thin to be resized")
         return to_rgb(ImageOps.exif_transpose(raw) if size == shown else raw)
 
 
 def to_rgb(image):
     """Any PIL image -> RGB. 16 bits are scaled to 8, not clipped; transparent parts become white."""
     if image.mode == "F":
-        raise DataError("floating-point pixels have no agreed range; save it with 8 or 16 bits")
+        raise UserError("floating-point pixels have no agreed range; save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # "I;16", or "I": 32 bits, in which some versions of PIL hold 16
         values = np.asarray(image).clip(0).astype(float)
         image = Image.fromarray((values * 255 / max(65535, values.max())).round().astype(np.uint8))

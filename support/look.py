@@ -210,7 +210,7 @@ def best_class(logits, softmax, num_classes):
 
 
 def make_scene(dataset, index, class_names, model, threshold):
-    """(Scene of one image of a data set, its boxes with a score over the threshold). Raises DataError."""
+    """(Scene of one image of a data set, its boxes with a score over the threshold). Raises UserError."""
     images, mask, (target,) = data.collate([dataset[index]])
     out, seen = look(model, images, mask)
     size = target["size"]

@@ -6,7 +6,7 @@
         print(name, score, box)
     detector = load("detr-r50-e632da11.pth", model="detr")    # weights of the official repository
 
-Everything that is wrong with what it is given ends in a DataError of one line.
+Everything that is wrong with what it is given ends in a UserError of one line.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,9 @@ import torch
 import torchvision
 from PIL import Image
 
-from support import data, devices
+from support import UserError, data, devices
 from support.checkpoints import load_checkpoint, load_weights, read_init
 from support.evaluation import is_softmax, postprocess
-from support.images import DataError
 from support.model_files import build_model, load_model_file, model_of_run
 
 PATHS = ("train_json", "train_images", "val_json", "val_images")
@@ -29,7 +28,7 @@ def load(source, model=None, device="cpu", **options):
     """A Detector from a run's folder (its last checkpoint), from a checkpoint, or from official weights.
 
     model: a name or a .py file; official weights need it, a run knows its own. options: of the model, as in
-    train.py, e.g. two_stage=True for such official weights. Raises DataError.
+    train.py, e.g. two_stage=True for such official weights. Raises UserError.
     """
     try:
         checkpoint = load_checkpoint(source) if Path(source).is_dir() else read_init(source)
@@ -40,9 +39,9 @@ def load(source, model=None, device="cpu", **options):
         else:
             detector = of_official(checkpoint, source, model, options)
     except SystemExit as error:
-        raise DataError(error) from None
+        raise UserError(error) from None
     except OSError as error:
-        raise DataError(f"{source}: {error.strerror}") from None
+        raise UserError(f"{source}: {error.strerror}") from None
     return detector.to(device)
 
 
@@ -73,11 +72,11 @@ class Detector:
     device: str = "cpu"
 
     def to(self, device):
-        """Moves it to a device: "auto", or any that torch knows. Raises DataError."""
+        """Moves it to a device: "auto", or any that torch knows. Raises UserError."""
         try:
             self.device = devices.choose(str(device))
         except ValueError as error:
-            raise DataError(f"{device}: {error}") from None
+            raise UserError(f"{device}: {error}") from None
         self.model = self.model.to(self.device)
         return self
 
@@ -87,16 +86,16 @@ class Detector:
 
     @torch.no_grad()
     def predict(self, what, threshold=0.3, batch_size=8):
-        """Found on one photo, or a list of Found on several, scored over the threshold. Raises DataError.
+        """Found on one photo, or a list of Found on several, scored over the threshold. Raises UserError.
 
         what: a path; a PIL image; a numpy array [H, W, 3], RGB (of OpenCV's BGR: array[:, :, ::-1]); a tensor
         [3, H, W]; both uint8, or floats from 0 to 1. Several: a folder, a list, an array or a tensor with one
         dimension more. Those of one size share a batch, so that there is no padding, which changes numbers.
         """
         if not 0 <= threshold < 1:
-            raise DataError(f"threshold {threshold}: it must be at least 0 and less than 1")
+            raise UserError(f"threshold {threshold}: it must be at least 0 and less than 1")
         if batch_size < 1:
-            raise DataError(f"batch_size {batch_size}: it must be at least 1")
+            raise UserError(f"batch_size {batch_size}: it must be at least 1")
         several = isinstance(what, (list, tuple)) or getattr(what, "ndim", 3) == 4
         photos = [to_photo(one, f"image {i}") for i, one in enumerate(what if several else [what])]
         dataset, by_size, found = self.dataset(photos), {}, {}
@@ -123,10 +122,10 @@ class Detector:
 
 
 def answers(model, out, files, sizes, num_classes):
-    """Scored boxes of each image in a batch, as postprocess returns them. Raises DataError for nan."""
+    """Scored boxes of each image in a batch, as postprocess returns them. Raises UserError for nan."""
     for b, file in enumerate(files):
         if not all(out[key][:, b].isfinite().all() for key in ("logits", "boxes")):
-            raise DataError(f"{file}: what the model predicts is not finite; it has diverged")
+            raise UserError(f"{file}: what the model predicts is not finite; it has diverged")
     return postprocess(out["logits"][-1], out["boxes"][-1], sizes, is_softmax(model), num_classes)
 
 
@@ -138,11 +137,11 @@ def keep(found, threshold):
 
 
 def to_photo(what, place):
-    """Paths and PIL images as they are; an array or a tensor becomes a PIL image. Raises DataError."""
+    """Paths and PIL images as they are; an array or a tensor becomes a PIL image. Raises UserError."""
     if isinstance(what, (str, Path, Image.Image)):
         return what
     if not isinstance(what, (np.ndarray, torch.Tensor)):
-        raise DataError(f"{place}: a {type(what).__name__} is no path, PIL image, numpy array or tensor")
+        raise UserError(f"{place}: a {type(what).__name__} is no path, PIL image, numpy array or tensor")
     shape, dtype, is_tensor = list(what.shape), what.dtype, isinstance(what, torch.Tensor)
     if is_tensor:
         what = what.detach().cpu()
@@ -151,15 +150,15 @@ def to_photo(what, place):
     if what.ndim == 2:  # grey
         what = what[:, :, None]
     if what.ndim != 3 or what.shape[2] not in (1, 3, 4) or not what.size:
-        raise DataError(f"{place}: shape {shape}; " + ("a tensor is [3, H, W]" if is_tensor else
+        raise UserError(f"{place}: shape {shape}; " + ("a tensor is [3, H, W]" if is_tensor else
                                                        "a numpy array is [H, W, 3]"))
     if what.dtype.kind == "f":
         if not (what.min() >= 0 and what.max() <= 1):  # also catches nan
-            raise DataError(f"{place}: floats from {what.min():.3g} to {what.max():.3g}; give uint8, or "
+            raise UserError(f"{place}: floats from {what.min():.3g} to {what.max():.3g}; give uint8, or "
                             "floats from 0 to 1, before any normalisation")
         what = (what * 255).round().astype(np.uint8)
     if what.dtype != np.uint8:
-        raise DataError(f"{place}: {dtype}; give uint8 from 0 to 255, or floats from 0 to 1")
+        raise UserError(f"{place}: {dtype}; give uint8 from 0 to 255, or floats from 0 to 1")
     return Image.fromarray(np.ascontiguousarray(what if what.shape[2] > 1 else what[:, :, 0]))
 
 

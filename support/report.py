@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from support import data, devices, processes
-from support.images import DataError, one_line
+from support import UserError, data, devices, one_line, processes
 from support.model_files import check_output, describe
 
 
@@ -25,7 +24,7 @@ def one_line_errors():
             stream.reconfigure(errors="backslashreplace", line_buffering=True)  # a log file can be watched
     try:
         yield
-    except DataError as error:
+    except UserError as error:
         raise SystemExit(f"data: {one_line(error)}")
     except FloatingPointError as error:
         raise SystemExit(f"The model is broken: {error}.")
@@ -120,7 +119,7 @@ def try_out(model, train_set, args, train_step, file):
             seconds = step()
             if args.amp:
                 check_amp(step, args)
-    except (DataError, FloatingPointError):
+    except (UserError, FloatingPointError):
         raise
     except Exception as error:
         operator = devices.missing_operator(error)

@@ -5,9 +5,9 @@ import os
 from collections import Counter
 from pathlib import Path
 
+from support import UserError
 from support.annotations import Reading, compare_categories, read_annotated_images, read_categories
 from support.coco import read_coco, read_coco_beside
-from support.images import DataError
 from support.voc import read_voc
 from support.yolo import find_yolo, read_yolo
 
@@ -37,10 +37,10 @@ def find_split(split, folder, json_path=None, image_folder=None, unsplit=False):
     """
     if folder is None:
         if not (json_path and image_folder):
-            raise DataError(f"without a data folder, --{split}-json and --{split}-images are both needed")
+            raise UserError(f"without a data folder, --{split}-json and --{split}-images are both needed")
         suffix = Path(json_path).suffix.lower()
         if suffix == ".xml":
-            raise DataError(f"{json_path}: one VOC file; give the folder of all, or a list of names")
+            raise UserError(f"{json_path}: one VOC file; give the folder of all, or a list of names")
         voc = os.path.isdir(json_path) or suffix == ".txt"
         reader = read_voc if voc else read_yolo if suffix in (".yaml", ".yml") else read_coco
         return reader, Path(json_path), Path(image_folder)
@@ -56,7 +56,7 @@ def find_split(split, folder, json_path=None, image_folder=None, unsplit=False):
     looked_for = ", ".join(pattern for _, pattern, _ in (*layouts[:len(LAYOUTS)], *UNSPLIT * unsplit))
     others = " or ".join(names[1:])
     hint = "" if unsplit else "If all images lie together, hold some out with --split 0.2. "
-    raise DataError(f"{folder}: no {split} annotations here; looked for {looked_for}, data.yaml, also with "
+    raise UserError(f"{folder}: no {split} annotations here; looked for {looked_for}, data.yaml, also with "
                     f"{others} instead of {split}. {hint}For another layout give --train-json, "
                     "--train-images, --val-json and --val-images")
 
@@ -68,7 +68,7 @@ def first_layout(folder, layouts):
         if not paths or images == "images" and not Path(folder, images).is_dir():
             continue
         if reader is read_coco_beside and len(paths) > 1:
-            raise DataError(f"{folder}: several {pattern} here; which? Give --train-json and --train-images")
+            raise UserError(f"{folder}: several {pattern} here; which? Give --train-json and --train-images")
         return reader, paths[0].parent if pattern.endswith("*.xml") else paths[0], Path(folder, images)
     return None
 
@@ -77,14 +77,14 @@ def read_splits(folder, given, splits, class_names=(), share=None, seed=0):
     """({category id: name}, {split: Reading}), as far as they can be read.
 
     given: the paths of data.load as {split: (json, images)}. share: of the training images, held out as val.
-    DataError only for paths that make no sense.
+    UserError only for paths that make no sense.
     """
     if folder is not None and any(path is not None for pair in given.values() for path in pair):
-        raise DataError("give a data folder or the four paths (--train-json, ...), not both")
+        raise UserError("give a data folder or the four paths (--train-json, ...), not both")
     if folder is not None and not os.path.isdir(folder):
         if os.path.isfile(folder):
-            raise DataError(f"{folder}: a file, not a folder; give the folder of annotations and images")
-        raise DataError(f'{folder or repr(folder)}: no such folder; the embedded data set is called "shapes"')
+            raise UserError(f"{folder}: a file, not a folder; give the folder of annotations and images")
+        raise UserError(f'{folder or repr(folder)}: no such folder; the embedded data set is called "shapes"')
     if share is not None:
         check_unsplit(folder, given, share)
         splits = ("train",)
@@ -103,10 +103,10 @@ def read_splits(folder, given, splits, class_names=(), share=None, seed=0):
             categories = categories or own
             compare_categories(own, categories, reading.errors)
             if split in splits and not os.path.exists(image_folder):
-                raise DataError(f"{image_folder}: no such folder; it should hold the images")
+                raise UserError(f"{image_folder}: no such folder; it should hold the images")
             if split in splits:
                 reading.images = read_annotated_images(contents, image_folder, categories, reading)
-        except DataError as error:
+        except UserError as error:
             reading.errors[str(error)] = []
         if split in splits or reading.path or any(given[split]):  # no training set: val has its own classes
             readings[split] = reading
@@ -117,16 +117,16 @@ def read_splits(folder, given, splits, class_names=(), share=None, seed=0):
 
 
 def check_unsplit(folder, given, share):
-    """DataError unless there is one set of images, and a share to take from it."""
+    """UserError unless there is one set of images, and a share to take from it."""
     if not 0 < share < 1:
-        raise DataError(f"--split {share}: it must be a share between 0 and 1, for example 0.2")
+        raise UserError(f"--split {share}: it must be a share between 0 and 1, for example 0.2")
     if any(path is not None for path in given["val"]):
-        raise DataError("--split takes val from the training images: leave out --val-json and --val-images")
+        raise UserError("--split takes val from the training images: leave out --val-json and --val-images")
     found = []
-    with contextlib.suppress(DataError):  # there is no val, or what is wrong will be said when it is read
+    with contextlib.suppress(UserError):  # there is no val, or what is wrong will be said when it is read
         found = [find_split(split, folder, *given[split])[1:] for split in ("train", "val")]
     if len(found) == 2 and found[0] != found[1]:
-        raise DataError(f"{folder} has a val of its own, {found[1][1]}: leave out --split")
+        raise UserError(f"{folder} has a val of its own, {found[1][1]}: leave out --split")
 
 
 def hold_out(reading, share, seed):
@@ -141,7 +141,7 @@ def hold_out(reading, share, seed):
 
     total, n = len(reading.images), round(share * len(reading.images))
     if not 0 < n < total:
-        raise DataError(f"--split {share} of {total} images leaves none for train or none for val")
+        raise UserError(f"--split {share} of {total} images leaves none for train or none for val")
     classes = [set(image.labels[~image.crowd].tolist()) for image in reading.images]
     images_with = Counter(label for present in classes for label in present)
 

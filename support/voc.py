@@ -4,8 +4,9 @@ import re
 from collections import defaultdict
 from xml.etree import ElementTree
 
+from support import UserError, reason, visible
 from support.annotations import SHARES, is_shares
-from support.images import DataError, images_in, reason, visible
+from support.images import images_in
 
 # float() also takes 1_0, nan, other digits
 NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -49,9 +50,9 @@ def xml_files(path):
             names = [line.strip() for line in path.read_text("utf-8-sig").split("\n")]
             files = [path.parent.parent.parent / f"Annotations/{name}.xml" for name in names if name]
     except (OSError, ValueError) as error:  # ValueError: not text
-        raise DataError(f"cannot be read: {reason(error)}") from None
+        raise UserError(f"cannot be read: {reason(error)}") from None
     if not files:
-        raise DataError("no XML files here" if os.path.isdir(path) else "is empty")
+        raise UserError("no XML files here" if os.path.isdir(path) else "is empty")
     return files
 
 

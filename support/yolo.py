@@ -6,8 +6,9 @@ import re
 import reprlib
 from pathlib import Path
 
+from support import UserError, reason
 from support.annotations import is_whole
-from support.images import IMAGE_SUFFIXES, DataError, file_size, reason
+from support.images import IMAGE_SUFFIXES, file_size
 from support.voc import parse_number
 
 COMMENT = re.compile(r"""("(?:\\.|[^"\\])*"|'(?:''|[^'])*')|(?:^|\s)#.*""")  # not within quotes
@@ -21,11 +22,11 @@ FORM = "label lines that are neither class, x, y, width, height nor a class and 
 
 # ---- data.yaml ---------------------------------------------------------------------------------------------
 def read_lines(path):
-    """The lines of a text file. DataError, without the path."""
+    """The lines of a text file. UserError, without the path."""
     try:
         return path.read_text("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:  # ValueError: not text
-        raise DataError(f"cannot be read: {reason(error)}") from None
+        raise UserError(f"cannot be read: {reason(error)}") from None
 
 
 def read_yaml(path):
@@ -35,7 +36,7 @@ def read_yaml(path):
         line = COMMENT.sub(r"\1", line).rstrip()
         start = re.match(r"""["']?(\w+)["']?\s*:(?:\s+|$)""", line)
         if start and start[1] in found:
-            raise DataError(f"line {number}: {start[1]} stands here for the second time")
+            raise UserError(f"line {number}: {start[1]} stands here for the second time")
         if start:
             key = start[1]
             found[key] = number, [line[start.end():]]
@@ -59,7 +60,7 @@ def text_of(keys, name):
     number, lines = keys.get(name, (0, [""]))
     value = " ".join(lines).strip()
     if value.startswith(("[", "{", "- ")):
-        raise DataError(f"line {number}: {name} should be one folder or list, it is {reprlib.repr(value)}")
+        raise UserError(f"line {number}: {name} should be one folder or list, it is {reprlib.repr(value)}")
     return unquote(value)
 
 
@@ -79,7 +80,7 @@ def read_names(number, lines):
     numbered = [key is not None for key, _ in pairs]
     ids = [int(key) for key, _ in pairs] if all(numbered) else list(range(len(pairs)))
     if not (pairs and understood and any(numbered) == all(numbered) and len(set(ids)) == len(ids)):
-        raise DataError(f"line {number}: names should be a list such as [cat, dog] or numbered such as "
+        raise UserError(f"line {number}: names should be a list such as [cat, dog] or numbered such as "
                         f"{{0: cat, 1: dog}}, it is {reprlib.repr(text)}")
     return {i: unquote(name) for i, (_, name) in zip(ids, pairs)}
 
@@ -95,7 +96,7 @@ def read_classes(path, keys, notes):
             notes[f"line {keys['nc'][0]}: nc is {nc}, but there are {len(names)} names; the names count"] = []
         return names
     if not (is_whole(nc) and 0 < nc <= MOST):
-        raise DataError("names no classes; it needs a line such as names: [cat, dog]")
+        raise UserError("names no classes; it needs a line such as names: [cat, dog]")
     return dict.fromkeys(range(nc))
 
 
@@ -112,15 +113,15 @@ def find_yolo(folder, split_names, unsplit):
     if path is None:
         for labels in (folder / place.replace("images", "labels") for place in beside if place != "."):
             if any(labels.glob("*.txt")):
-                raise DataError(f"{labels}: YOLO's labels, but no {folder / 'data.yaml'} to name the classes")
+                raise UserError(f"{labels}: YOLO's labels, but no {folder / 'data.yaml'} to name the classes")
         return None
     try:
         keys = read_yaml(path) if path.suffix != ".txt" else {}
         for name in split_names:
             if text_of(keys, name):
                 return path, locate(path.parent, keys, name)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return next(((path, folder / place) for place in beside if (folder / place).is_dir()), None)
 
 
@@ -141,7 +142,7 @@ def locate(folder, keys, name):
         if os.path.exists(place):  # Path.exists raises for names that are too long
             return place
     where = f"line {keys[name][0]}, {name}"
-    raise DataError(f"{where}: {folder / inside} does not exist; paths are relative to this file")
+    raise UserError(f"{where}: {folder / inside} does not exist; paths are relative to this file")
 
 
 def images_of(place):
@@ -173,11 +174,11 @@ def read_yolo(path, image_folder, known, reading):
     contents = {"images": [], "annotations": [], "places": [],
                 "categories": [{"id": i, "name": name} for i, name in names.items()]}
     if image_folder and not os.path.exists(image_folder):
-        raise DataError(f"{image_folder}: no such folder; it should hold the images")
+        raise UserError(f"{image_folder}: no such folder; it should hold the images")
     files, used = images_of(image_folder) if image_folder else [], set()
     for i, file in enumerate(files, 1):
         entry = {"id": i, "file_name": os.path.abspath(file)}
-        with contextlib.suppress(DataError):  # read_images will say it
+        with contextlib.suppress(UserError):  # read_images will say it
             entry["height"], entry["width"] = file_size(file, i)
         contents["images"].append(entry)
         labels = next((labels for labels in labels_of(file) if os.path.isfile(labels)), None)
@@ -189,7 +190,7 @@ def read_yolo(path, image_folder, known, reading):
                 contents["places"].append(where)
         used.add(labels)
     if files and used == {None}:
-        raise DataError(f"no image has labels; looked for {' and '.join(map(str, labels_of(files[0])))}, ...")
+        raise UserError(f"no image has labels; looked for {' and '.join(map(str, labels_of(files[0])))}, ...")
     for folder in sorted({labels.parent for labels in used - {None}}):
         for labels in sorted({*folder.glob("*.txt")} - used):
             if labels.name != "classes.txt":
@@ -201,7 +202,7 @@ def read_labels(file, keypoints, reading):
     """(place, class id, (cx, cy, w, h) as shares of the image) of each line of a label file."""
     try:
         lines = read_lines(file)
-    except DataError as error:
+    except UserError as error:
         reading.errors["label files that cannot be read"].append(f"{file}: {error}")
         return
     for number, line in enumerate(lines, 1):

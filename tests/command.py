@@ -12,8 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import train
-from support import processes
-from support.images import DataError
+from support import UserError, processes
 
 ROOT = Path(__file__).parents[1]
 # A checkpoint of 10 MB instead of 50: the tests write hundreds of them
@@ -71,7 +70,7 @@ def start(*flags, cwd):
 
 def check_refused(flags, message, capsys):
     """main() ends with a single line that says what is wrong, and no run is left behind."""
-    with pytest.raises((SystemExit, DataError)) as stopped:
+    with pytest.raises((SystemExit, UserError)) as stopped:
         train.main(list(map(str, flags)))
     from_argparse = stopped.value.args == (2,)
     text = capsys.readouterr().err.strip().splitlines()[-1] if from_argparse else str(stopped.value)

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torchvision.ops import box_convert
 
-from support.images import one_line
+from support import one_line
 
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]  # not sorted, not from 0, not without gaps
 TRAIN = [[10, 8, 20, 16], [30, 4, 12, 30], None]  # the box of each image, [x, y, width, height]
@@ -161,7 +161,7 @@ def assert_same(a, b, why):
 
 
 def assert_one_line(error, *words):
-    """A DataError is one line that any terminal shows, and holds these words."""
+    """A UserError is one line that any terminal shows, and holds these words."""
     message = one_line(error)
     assert str(error).isprintable(), f"one line, please: {error!r}"
     for word in words:

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torchvision.ops import box_convert
 
-from support import data
-from support.images import DataError
+from support import UserError, data
 from tests.folders import CATEGORIES, TRAIN, VAL, assert_one_line, change, coco_folder, edit, write_split
 
 
@@ -37,9 +36,9 @@ def test_four_paths_do_as_well_as_a_folder(tmp_path):
     paths = dict(train_json=str(tmp_path / "a.json"), train_images=str(tmp_path / "pictures"),
                  val_json=tmp_path / "deep/b.json", val_images=tmp_path / "others")
     assert_targets_are_right(data.load(**paths, size=64))
-    with pytest.raises(DataError, match="--val-json and --val-images"):
+    with pytest.raises(UserError, match="--val-json and --val-images"):
         data.load(train_json=paths["train_json"], train_images=paths["train_images"])
-    with pytest.raises(DataError, match="not both"):
+    with pytest.raises(UserError, match="not both"):
         data.load(tmp_path, **paths)
 
 
@@ -68,7 +67,7 @@ def test_val_alone_keeps_the_classes_of_the_training_set(folder):
         "a model trained on two classes has two outputs, whatever the validation file says"
     assert any("no box of class dog, cat" in note for note in sets["val"].notes)
     (folder / "annotations/instances_train.json").write_text("{")
-    with pytest.raises(DataError, match="instances_train.json"):
+    with pytest.raises(UserError, match="instances_train.json"):
         data.load(folder, splits=("val",))  # guessing the classes could give wrong results without a word
     (folder / "annotations/instances_train.json").unlink()
     assert data.load(folder, splits=("val",))["val"].class_names == ["cat"], "val is all there is"
@@ -111,7 +110,7 @@ def test_val_alone_keeps_the_classes_of_the_training_set(folder):
 ])
 def test_a_broken_annotation_file_is_named_with_the_place(folder, how, words):
     change(folder, how)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         data.load(folder)
     assert_one_line(error.value, "instances_train.json", *words)
 
@@ -128,14 +127,14 @@ def test_a_broken_annotation_file_is_named_with_the_place(folder, how, words):
 ])
 def test_broken_json_is_named_with_the_position(folder, text, words):
     (folder / "annotations/instances_val.json").write_bytes(text)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         data.load(folder)
     assert_one_line(error.value, "instances_val.json", *words)
 
 
 def test_missing_things_are_named(folder):
     def message(*args, **kwargs):
-        with pytest.raises(DataError) as error:
+        with pytest.raises(UserError) as error:
             data.load(*args, **kwargs)
         assert_one_line(error.value)
         return str(error.value)
@@ -160,10 +159,10 @@ def test_missing_things_are_named(folder):
 
 def test_val_must_not_know_other_classes_than_train(folder):
     change(folder, lambda c: c["categories"].append({"id": 9, "name": "cow"}), "val")
-    with pytest.raises(DataError, match="_val.json: .*id 9 is 'cow', in train it does not exist"):
+    with pytest.raises(UserError, match="_val.json: .*id 9 is 'cow', in train it does not exist"):
         data.load(folder)
     change(folder, lambda c: c.update(categories=[{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]), "val")
-    with pytest.raises(DataError, match="_val.json: .*id 3 is 'cat', in train it is 'dog'"):
+    with pytest.raises(UserError, match="_val.json: .*id 3 is 'cat', in train it is 'dog'"):
         data.load(folder)
 
 
@@ -218,7 +217,7 @@ def test_outline_area_is_kept_and_nonsense_is_not(folder):
 
 def test_a_name_with_line_breaks_and_without_end_still_gives_one_line(folder):
     change(folder, edit("images", 1, file_name="2\n.png" * 1000))
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         data.load(folder)
     assert_one_line(error.value, "do not exist: 1")
     assert len(str(error.value)) < 1000
@@ -227,12 +226,12 @@ def test_a_name_with_line_breaks_and_without_end_still_gives_one_line(folder):
 def test_an_error_says_how_to_see_all_of_them(folder):
     change(folder, edit("annotations", 0, bbox=None))
     change(folder, edit("annotations", 1, category_id=5))
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         data.load(folder)
     assert_one_line(error.value, "1.png", "1 more kinds of errors", f"python -m support.check_data {folder}")
     paths = {f"{split}_{what}": path for split in ("train", "val") for what, path in (
         ("json", folder / f"annotations/instances_{split}.json"), ("images", folder / split))}
-    with pytest.raises(DataError, match="python -m support.check_data with the same paths"):
+    with pytest.raises(UserError, match="python -m support.check_data with the same paths"):
         data.load(**paths)
 
 
@@ -250,7 +249,7 @@ def test_iscrowd_is_understood_or_said(folder, value, crowd):
 def test_boxes_from_0_to_1_are_refused_and_one_pixel_is_not(folder):
     for box in ([0.1, 0.2, 0.3, 0.4], [-0.001, 0.5, 1, 1.001]):
         change(folder, lambda c: [entry.update(bbox=box) for entry in c["annotations"]] and None)
-        with pytest.raises(DataError, match="from 0 to 1.*YOLO.*: 2 "):
+        with pytest.raises(UserError, match="from 0 to 1.*YOLO.*: 2 "):
             data.load(folder)
     change(folder, lambda c: [entry.update(bbox=[0, 0, 1, 1]) for entry in c["annotations"]] and None)
     assert data.load(folder)["train"].images[0].boxes_xyxy.tolist() == [[0, 0, 1, 1]]
@@ -315,7 +314,7 @@ def test_a_crowded_image_is_said_before_memory_is_gone(folder):
 
 def test_directories_and_unreadable_files_are_named(folder, monkeypatch):
     def message(words):
-        with pytest.raises(DataError, match=words) as error:
+        with pytest.raises(UserError, match=words) as error:
             data.load(folder)
         assert_one_line(error.value, "train")
 
@@ -339,9 +338,9 @@ def test_val_alone_is_enough_to_evaluate(folder):
     assert list(sets) == ["val"] and sets["val"].class_names == ["dog", "cat"] and len(sets["val"]) == 2
     json_only, images_only = ({name: val[name]} for name in ("val_json", "val_images"))
     for wrong in (json_only, images_only, val | {"train_json": "x"}):
-        with pytest.raises(DataError, match="are both needed"):
+        with pytest.raises(UserError, match="are both needed"):
             data.load(**wrong, splits=("val",))
-    with pytest.raises(DataError, match="--train-json and --train-images are both needed"):
+    with pytest.raises(UserError, match="--train-json and --train-images are both needed"):
         data.load(**val)
 
 
@@ -359,5 +358,5 @@ def test_a_subset_and_images_without_annotations(folder):
     assert bare[2][0].shape == (3, 48, 64) and bare.count_boxes(2) == 0 and bare.class_names == []
     for wrong, words in ((folder / "gone.png", "no such image"), (folder, "no images in this folder"),
                          (folder / "val/notes.txt", "not an image"), ("a\0b", "no such image")):
-        with pytest.raises(DataError, match=words):
+        with pytest.raises(UserError, match=words):
             data.from_images(wrong)

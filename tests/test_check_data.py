@@ -6,9 +6,8 @@ import sys
 import pytest
 from PIL import Image
 
-from support import check_data, data
+from support import UserError, check_data, data
 from support.annotations import SHARES
-from support.images import DataError
 from tests.folders import TRAIN, assert_one_line, change, coco_folder, edit, write_image, write_noise
 
 
@@ -25,11 +24,11 @@ def check(capsys, *flags):
 
 
 def refused(folder):
-    """Whether training would stop: `load` or one of the images raises DataError."""
+    """Whether training would stop: `load` or one of the images raises UserError."""
     try:
         for dataset in data.load(folder, size=32).values():
             [dataset[i] for i in range(len(dataset))]
-    except DataError:
+    except UserError:
         return True
     return False
 
@@ -192,7 +191,7 @@ def test_problems_of_all_kinds_are_listed_together_while_loading_names_the_first
     assert status == 1 and text.splitlines()[-1].startswith("train.py will not use this")
     for words in ("do not exist: 1", "cannot be used: 1", "categories: 1", "should be an object"):
         assert words in text
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         data.load(folder)
     assert_one_line(error.value, "instances_train.json", "1.png", f"python -m support.check_data {folder}")
 
@@ -216,7 +215,7 @@ def test_four_paths_and_wrong_arguments(folder, capsys):
     assert text.endswith("This can be evaluated on.\n")
     assert check(capsys, "shapes") == (0, "shapes is the embedded data set: there is nothing to check.\n")
     for flags in ([folder / "nowhere"], [folder, *paths]):
-        with pytest.raises(DataError):
+        with pytest.raises(UserError):
             check(capsys, *flags)
     with pytest.raises(SystemExit) as usage:
         check(capsys)

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 import train
-from support import options
-from support.images import DataError
+from support import UserError, options
 from support.model_files import load_model_file
 from support.run import claim_folder
 from tests.command import QUICK, check_refused, run
@@ -147,5 +146,5 @@ def test_a_full_disk_gets_one_line(tmp_path):
 
 
 def test_data_errors_are_raised_not_printed(tmp_path):
-    with pytest.raises(DataError):
+    with pytest.raises(UserError):
         train.main(["--data", str(tmp_path), *QUICK])

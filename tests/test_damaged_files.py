@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from support import check_data, data
-from support.images import AnnotatedImage, DataError, load_image
+from support import UserError, check_data, data
+from support.images import AnnotatedImage, load_image
 from tests.folders import (
     TRAIN,
     VOC_TRAIN,
@@ -40,7 +40,7 @@ def check(capsys, folder):
 
 
 def assert_sound(folder, capsys):
-    """What `load` accepts must be sane, DataError is the only other answer, and the check says the same.
+    """What `load` accepts must be sane, UserError is the only other answer, and the check says the same.
 
     Returns the training images, None if refused.
     """
@@ -48,7 +48,7 @@ def assert_sound(folder, capsys):
     try:
         sets = data.load(folder, size=32, augment="none")
         targets = [sets["train"][i][1] for i in range(len(sets["train"]))]
-    except DataError as error:
+    except UserError as error:
         problem = str(error)
         place = re.search(r"train|data\.yaml", problem.replace(str(folder), ""))
         assert place and str(folder) in problem, f"where? {problem}"
@@ -239,7 +239,7 @@ def test_damaged_images_are_named_or_still_rgb(tmp_path, ending):
             try:
                 image = load_image(annotated)
                 assert (image.mode, image.size) == ("RGB", (24, 18))
-            except DataError as error:
+            except UserError as error:
                 assert_one_line(error, str(path), "image id 5")
                 refused += 1
         assert time.process_time() - start < 5, "it took far too long"

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import train
-from support import check_device, data, devices, options, pictures, processes, report
-from support.images import DataError
+from support import UserError, check_device, data, devices, options, pictures, processes, report
 from support.predict import Detector
 from support.run import Run
 from tests.test_readme import OWN_FILE
@@ -86,7 +85,7 @@ def test_a_detector_goes_to_any_device_and_refuses_one_that_is_not_there(machine
     detector = Detector(torch.nn.Linear(1, 1), [], {})
     machine()
     assert detector.to("auto").device == detector.to(torch.device("cpu")).device == "cpu"
-    with pytest.raises(DataError, match="cuda:1: this torch sees no cuda device"):
+    with pytest.raises(UserError, match="cuda:1: this torch sees no cuda device"):
         detector.to("cuda:1")
 
 

@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from support import data
-from support.images import AnnotatedImage, DataError, load_image, one_line, shorten, visible
+from support import UserError, data, one_line, shorten, visible
+from support.images import AnnotatedImage, load_image
 from tests.folders import (
     assert_one_line,
     bright,
@@ -99,7 +99,7 @@ def test_exif_is_ignored_where_the_annotations_ignore_it(folder):
 
 def test_an_image_of_another_size_than_annotated_is_refused(folder):
     write_image(folder / "train/2.png", width=100, height=80)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         data.load(folder)["train"][1]
     assert_one_line(error.value, "2.png", "image id 2", "100 x 80", "64 x 48")
 
@@ -113,7 +113,7 @@ def test_an_image_of_another_size_than_annotated_is_refused(folder):
 def test_a_damaged_image_gives_one_line(folder, spoil, words):
     write_noise(folder / "train/1.png")
     spoil(folder / "train/1.png")
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         data.load(folder)["train"][0]
     assert_one_line(error.value, str(folder / "train/1.png"), "image id 1", *words)
     assert "repair or remove it; python -m support.check_data DIR finds all" in str(error.value)
@@ -125,7 +125,7 @@ def test_an_error_in_a_worker_is_still_one_line(folder, spoil):
     spoil(folder / "train/1.png")
     dataset = data.first_with_boxes(data.load(folder)["train"], 1)
     batches = iter(DataLoader(dataset, num_workers=1, collate_fn=data.collate))
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         next(batches)
     assert next(batches, None) is None  # the end: lets the worker go
     message = one_line(error.value)
@@ -136,7 +136,7 @@ def test_a_hair_thin_image_is_refused(folder):
     write_image(folder / "train/1.png", width=640, height=2)
     change(folder, edit("images", 0, width=640, height=2))
     change(folder, edit("annotations", 0, bbox=[0, 0, 5, 2]))
-    with pytest.raises(DataError, match="too thin"):
+    with pytest.raises(UserError, match="too thin"):
         data.load(folder)["train"][0]
 
 
@@ -154,6 +154,6 @@ def test_an_exif_orientation_that_does_not_exist_turns_nothing(folder, orientati
 
 def test_an_error_is_one_line_that_any_terminal_shows():
     assert visible("a\nb\tc\u00a0\x1b[2J\ud800\u202e\u00fc") == "a b c \\x1b[2J\\ud800\\u202e\u00fc"
-    error = DataError("two\nlines of " + "x" * 5000)
+    error = UserError("two\nlines of " + "x" * 5000)
     assert str(error).startswith("two lines of xx") and len(str(error)) < 2000
     assert one_line(error) == str(error) and shorten("abcdefgh", 6) == "abc ... fgh"

@@ -9,7 +9,7 @@ import torch
 from PIL import ExifTags, Image
 
 import visualize
-from support.images import DataError
+from support import UserError
 from support.look import look
 from support.predict import Detector, load, official_names, to_photo, trained_size
 from tests.folders import write_noise
@@ -171,14 +171,14 @@ def test_the_class_head_tells_how_many_classes_official_weights_have():
 def test_what_is_no_photo_is_refused_in_a_line(what, message, photos, detector):
     Path("empty").mkdir()
     Path("text.jpg").write_text("no image")
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         detector.predict(what)
     assert message in str(error.value) and str(error.value).isprintable()
 
 
 @pytest.mark.parametrize("flags", [dict(threshold=1), dict(threshold=float("nan")), dict(batch_size=0)])
 def test_numbers_out_of_range_are_refused(flags, detector):
-    with pytest.raises(DataError, match="it must be at least"):
+    with pytest.raises(UserError, match="it must be at least"):
         detector.predict([], **flags)
 
 
@@ -197,7 +197,7 @@ def test_what_cannot_be_loaded_is_an_exception_of_one_line(source, how, message,
     Path("text.jpg").write_text("no image")
     torch.save({"model": {}}, "official.pth")
     save("ours.pt", "detr", {}, TINY)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         load(source, **how)
     assert message in str(error.value) and str(error.value).isprintable()
 
@@ -205,5 +205,5 @@ def test_what_cannot_be_loaded_is_an_exception_of_one_line(source, how, message,
 def test_a_model_that_has_diverged_says_so(photos):
     model = shaken("detr").eval()
     model.class_head.bias.data[0] = float("nan")
-    with pytest.raises(DataError, match="0.png: what the model predicts is not finite"):
+    with pytest.raises(UserError, match="0.png: what the model predicts is not finite"):
         Detector(model, ["cat"], {"preset": "laptop", "size": 64}).predict(photos)

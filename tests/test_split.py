@@ -10,8 +10,7 @@ import torch
 
 import train
 import visualize
-from support import check_data, checkpoints, data, options, pictures
-from support.images import DataError
+from support import UserError, check_data, checkpoints, data, options, pictures
 from tests.command import QUICK, check_refused
 from tests.folders import (
     VOC_TRAIN,
@@ -108,7 +107,7 @@ def test_a_split_is_a_function_of_names_and_seed_with_every_class_in_both_parts(
 
 def test_what_cannot_be_split_gets_one_line(tmp_path):
     def message(*args, **kwargs):
-        with pytest.raises(DataError) as error:
+        with pytest.raises(UserError) as error:
             data.load(*args, **kwargs)
         return str(error.value)
 

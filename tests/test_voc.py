@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from support import check_data, data
-from support.images import DataError
+from support import UserError, check_data, data
 from tests.folders import VOC_TRAIN, VOC_VAL, assert_one_line, voc_box, voc_text, write_image, write_voc
 
 ENTITIES = "".join(f"<!ENTITY {name} '{10 * f'&{of};'}'>" for of, name in zip("abcdefgh", "bcdefghi"))
@@ -108,7 +107,7 @@ def test_a_broken_voc_file_is_named_with_the_object(voc, capsys, text, words):
     status, printed = check(capsys, folder)
     assert status == (words is not None)
     if words:
-        with pytest.raises(DataError) as error:
+        with pytest.raises(UserError) as error:
             data.load(folder)
         assert_one_line(error.value, "b.", *words)
         assert all(word in printed for word in words)
@@ -118,18 +117,18 @@ def test_a_voc_class_that_only_val_has_is_refused(voc, capsys):
     folder, xmls = voc
     path = folder / "valid/d.xml" if xmls.name == "train" else xmls / "d.xml"
     path.write_text(voc_text([("ant", 1, 2, 30, 40)]))
-    with pytest.raises(DataError, match="id 3 is 'ant', in train it does not exist"):
+    with pytest.raises(UserError, match="id 3 is 'ant', in train it does not exist"):
         data.load(folder)
 
 
 def test_voc_files_that_do_not_exist_are_named(voc):
     folder, xmls = voc
     next(folder.glob("*/b.png")).unlink()
-    with pytest.raises(DataError, match="do not exist: 1 .*b.png"):
+    with pytest.raises(UserError, match="do not exist: 1 .*b.png"):
         data.load(folder)
     if xmls.name == "Annotations":
         (xmls / "b.xml").unlink()
-        with pytest.raises(DataError, match="cannot be read: 1 .*b.xml"):
+        with pytest.raises(UserError, match="cannot be read: 1 .*b.xml"):
             data.load(folder)
 
 
@@ -168,10 +167,10 @@ def test_a_filename_that_is_not_there_gives_way_to_the_image_called_like_the_xml
         notes, name = notes_and_path(beside, "b")
         assert name == "b.png" and "does not exist: the image called like the XML file is used: 1 (" in notes
     (beside / "train/b.png").unlink()
-    with pytest.raises(DataError, match="do not exist: 1 .*b .png"):
+    with pytest.raises(UserError, match="do not exist: 1 .*b .png"):
         data.load(beside)  # b.npy is no image, b.gif is a folder
     write_image(beside / "train/b.jpg"), write_image(beside / "train/b.webp")
-    with pytest.raises(DataError, match="several images are called like them: 1 .*b.jpg, b.webp"):
+    with pytest.raises(UserError, match="several images are called like them: 1 .*b.jpg, b.webp"):
         data.load(beside)
 
 
@@ -203,7 +202,7 @@ def test_val_alone_is_numbered_as_the_model_was_trained(beside):
     assert data.load(**val)["val"].class_names == ["cat"], "all that these files know"
     dataset = data.load(**val, class_names=["ant", "cat", "dog"])["val"]
     assert dataset.class_names == ["ant", "cat", "dog"] and dataset.images[0].labels.tolist() == [1]
-    with pytest.raises(DataError, match="'cat', in train it does not exist"):
+    with pytest.raises(UserError, match="'cat', in train it does not exist"):
         data.load(**val, class_names=["dog"])
 
 
@@ -219,6 +218,6 @@ def test_a_list_or_folder_that_is_none_is_named(beside, name, content, words):
         path.mkdir()
     elif content is not None:
         path.write_bytes(content)
-    with pytest.raises(DataError, match=words) as error:
+    with pytest.raises(UserError, match=words) as error:
         data.load(val_json=path, val_images=beside / "valid", splits=("val",))
     assert_one_line(error.value, name.split("/")[0])

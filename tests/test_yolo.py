@@ -3,8 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from support import check_data, data, yolo
-from support.images import DataError
+from support import UserError, check_data, data, yolo
 from tests.folders import assert_one_line, coco_folder, write_image, write_label, yolo_folder
 
 BLOCK = """\
@@ -82,14 +81,14 @@ def test_the_four_paths_may_name_data_yaml(tmp_path):
     assert [image.labels.tolist() for image in data.load(**val, splits=("val",))["val"].images] == [[0], [1]]
     sets = data.load(train_json=val["val_json"], train_images=tmp_path / "images/train", **val)
     assert (len(sets["train"]), len(sets["val"])) == (3, 2)
-    with pytest.raises(DataError, match="nowhere: no such folder"):
+    with pytest.raises(UserError, match="nowhere: no such folder"):
         data.load(**val | {"val_images": tmp_path / "nowhere"}, splits=("val",))
 
 
 def test_val_is_evaluated_where_the_training_images_are_not(tmp_path):
     yolo_folder(tmp_path, train=None, data_yaml="train: images/train\nval: images/val\nnames: [dog, cat]")
     assert len(data.load(tmp_path, splits=("val",))["val"]) == 2
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         data.load(tmp_path)
     assert_one_line(error.value, "data.yaml: line 1, train: ", f"{tmp_path}/images/train does not exist")
 
@@ -135,14 +134,14 @@ def test_names_are_read_as_people_write_them(text, names, tmp_path):
 def test_a_data_yaml_that_is_not_understood_gets_one_line(text, words, tmp_path):
     text = text if isinstance(text, bytes) else text.encode()
     yolo_folder(tmp_path).joinpath("data.yaml").write_bytes(text)
-    with pytest.raises(DataError, match=f"data.yaml: {words}") as error:
+    with pytest.raises(UserError, match=f"data.yaml: {words}") as error:
         data.load(tmp_path)
     assert_one_line(error.value)
 
 
 def test_labels_without_a_file_that_names_the_classes(tmp_path):
     yolo_folder(tmp_path).joinpath("data.yaml").unlink()
-    with pytest.raises(DataError, match="labels/train: YOLO's labels, but no .*data.yaml"):
+    with pytest.raises(UserError, match="labels/train: YOLO's labels, but no .*data.yaml"):
         data.load(tmp_path)
 
 
@@ -202,7 +201,7 @@ def said_of(folder, capsys):
     status, refused = check_data.main([str(folder)]), False
     try:
         data.load(folder)
-    except DataError as error:
+    except UserError as error:
         refused = bool(assert_one_line(error) or error)
     text = capsys.readouterr().out
     assert status == refused, text
@@ -250,5 +249,5 @@ def test_images_without_any_labels_say_where_they_were_looked_for(tmp_path):
     write_image(tmp_path / "images/train/a.b.jpg")
     yolo_folder(tmp_path, train=None)
     wanted = "no image has labels; looked for .*/labels/train/a.b.txt and .*/images/train/a.b.txt"
-    with pytest.raises(DataError, match=wanted):
+    with pytest.raises(UserError, match=wanted):
         data.load(tmp_path)
