@@ -1,10 +1,10 @@
 """Take a block out of a file, for somebody to write it again.
 
-    python -m tests.grading.blank conditional_detr.py SpatialQuery > my_detr.py
+    python -m tests.grading.blank conditional_detr.py concat_heads > work/my_detr.py
 
-A function or method (CLASS.METHOD) keeps its docstring and loses the rest; of a class all methods do but
-__init__, because parameters must exist for weights to be loaded. Several blocks may be named.
-docs/exercises.md proposes some.
+A function or method (CLASS.METHOD) keeps its docstring and loses the rest. Of a class all methods do, except
+for __init__, because parameters must exist for weights to be loaded. You can name several blocks;
+docs/exercises.md proposes some. The folder work/ is for your files: git ignores it (mkdir -p work).
 """
 
 import argparse
@@ -42,9 +42,8 @@ def blank(text, *names):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("file")
     parser.add_argument("block", nargs="+", help="function, class, or CLASS.METHOD")
     args = parser.parse_args()

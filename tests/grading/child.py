@@ -94,17 +94,20 @@ def main():
     sys.argv = [path]
     limit_memory_and_output()
     start_clocks(job["seconds"])
+
+    def report(line):
+        with open(job["report"], "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
     try:
         student = load_file(path)
     except BaseException as error:
-        why = f"cannot be imported: {sentence(error, path)}"
-        Path(job["report"]).with_name("cannot").write_text(why, encoding="utf-8")
-        return
+        return report(f"cannot be imported: {sentence(error, path)}")
+    student.again = lambda: load_file(path)
+    report(None)
     for name in job["names"]:
         start_clocks(job["seconds"])
-        failure = marks.failure_of(name, student, ours, job["seed"], lambda error: sentence(error, path))
-        with open(job["report"], "a", encoding="utf-8") as report:
-            report.write(json.dumps(failure) + "\n")
+        report(marks.failure_of(name, student, ours, job["seed"], lambda error: sentence(error, path)))
     os._exit(0)  # threads of the file do not hold us up
 
 

@@ -1,4 +1,4 @@
-"""Run the marks of tests/grading/marks.py on somebody's file, in a process of its own (tests/grading/child.py).
+"""Run the marks of tests/grading/marks.py on somebody's file, in a process of its own (child.py).
 
 The file may hang, leave Python, print without end or ask for all memory. That costs one mark, and the next
 process judges the others. Nothing here stops a person who means to cheat: docs/teaching.md says what helps.
@@ -24,7 +24,8 @@ GIGABYTES = 4  # of memory beyond what torch itself takes
 SECONDS = 60  # of processor time for each mark; by the clock it may take four times as long
 
 # The marks of every file and their points. The first sentence of a mark's docstring describes it.
-SHARED = {"shapes": 1, "loading": 1, "independence": 1, "start": 1, "backbone": 1, "padding": 2, "positions": 2}
+SHARED = {"shapes": 1, "loading": 1, "independence": 1, "start": 1, "backbone": 1, "padding": 2,
+          "positions": 2}
 WHOLE = {"training": 1, "gradients": 2, "everything": 2, "official": 2}
 MARKS = {
     "detr": {**SHARED, "attention": 3, "queries": 1, "heads": 2, **WHOLE},
@@ -32,13 +33,13 @@ MARKS = {
     "deformable_detr": {**SHARED, "attention": 1, "sampling": 4, "references": 2, "heads": 2, "refinement": 3,
                         "two_stage": 3, **WHOLE},
     "sam_detr": {**SHARED, "attention": 2, "aligner": 4, "references": 2, "heads": 2, "smca": 2, **WHOLE},
-    "sqr": {**SHARED, "attention": 1, "sampling": 2, "references": 1, "heads": 1, "refinement": 2, "two_stage": 2,
-            "recollection": 4, "recurrent": 2, **WHOLE},
+    "sqr": {**SHARED, "attention": 1, "sampling": 2, "references": 1, "heads": 1, "refinement": 2,
+            "two_stage": 2, "recollection": 4, "recurrent": 2, **WHOLE},
     "train": {"matcher": 4, "pairing": 2, "class_loss": 4, "l1_loss": 2, "giou_loss": 2, "box_counts": 1,
               "stages": 1, "total": 1, "empty": 2, "proposals": 1, "criterion": 2},
 }
-RELATIVE = {"shapes": 1, "loading": 1, "independence": 1, "start": 2, "training": 2, "groups": 4, "gradients": 4,
-            "everything": 6, "official": 3}
+RELATIVE = {"shapes": 1, "loading": 1, "independence": 1, "start": 2, "training": 2, "groups": 4,
+            "gradients": 4, "everything": 6, "official": 3}
 
 
 def marks_of(like):
@@ -71,7 +72,8 @@ class Grade(NamedTuple):
 
 def all_lost(file, like, why, names=None, seed=0):
     """The Grade of a file that cannot be judged."""
-    return Grade(str(file), like, seed, {name: Verdict("lost", why) for name in names or marks_of(like)}, [], 0)
+    lost = {name: Verdict("lost", why) for name in names or marks_of(like)}
+    return Grade(str(file), like, seed, lost, [], 0)
 
 
 def missing(file):
@@ -87,15 +89,24 @@ def grade(file, like, seed=0, names=None, seconds=SECONDS, threads=2):
     if not Path(file).is_file():
         return all_lost(file, like, missing(file), asked, seed)
     names = [mark for mark in marks_of(like) if mark in with_bases(asked)]
-    failures = {}  # {mark: None where it is met}
-    with tempfile.TemporaryDirectory() as folder:
-        copy = copied(Path(file).resolve(), Path(folder) / "submission")
-        while left := [name for name in names if name not in failures]:
-            job = dict(file=str(copy), like=like, seed=seed, names=left, seconds=seconds, threads=threads)
-            failures.update(judged_by_child(job, Path(folder)))
-    verdicts = settle({name: failures[name] for name in names})
+    verdicts = settle(failures_of(file, like, seed, names, seconds, threads))
+    for name, verdict in verdicts.items():  # the reason may be a mark that nobody asked for
+        reasons = [f": {v.why}" for other, v in verdicts.items() if v.status == "lost" and other not in asked]
+        if verdict.status == "unjudged" and reasons:
+            verdicts[name] = Verdict("unjudged", verdict.why + reasons[0])
     return Grade(str(file), like, seed, {name: verdicts[name] for name in asked}, repeated(file, like),
                  time.monotonic() - started)
+
+
+def failures_of(file, like, seed, names, seconds=SECONDS, threads=2):
+    """{mark: Failure, or None where it is met}, from as many processes as the file ends."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copied(Path(file).resolve(), Path(folder) / "submission")
+        while left := [name for name in names if name not in found]:
+            job = dict(file=str(copy), like=like, seed=seed, names=left, seconds=seconds, threads=threads)
+            found.update(judged_by_child(job, Path(folder)))
+    return {name: found[name] for name in names}
 
 
 def with_bases(names):
@@ -124,22 +135,21 @@ def judged_by_child(job, folder):
     with open(output, "wb") as sink:
         child = subprocess.Popen(
             [sys.executable, "-m", "tests.grading.child"], cwd=ROOT, stdin=subprocess.PIPE, stdout=sink,
-            stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+            stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
         try:
             child.communicate(json.dumps({**job, "report": str(report)}).encode(),
                               timeout=4 * job["seconds"] * (len(job["names"]) + 2))
         except (subprocess.TimeoutExpired, BrokenPipeError):
             pass
         kill(child)
-    found, names = {}, iter(job["names"])
-    for line in report.read_text(encoding="utf-8", errors="replace").splitlines():
-        failure = json.loads(line)
-        found[next(names)] = Failure(*failure) if failure else None
+    lines = [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()]
     why = why_ended(child.returncode, output, job["seconds"])
-    if not found and (folder / "cannot").exists():  # importing it has failed, and would fail again
-        return dict.fromkeys(job["names"], Failure((folder / "cannot").read_text(encoding="utf-8"), "stops"))
-    if len(found) < len(job["names"]):
-        found[next(names)] = Failure(why, "stops")
+    if not lines or lines[0]:  # the file cannot be imported, and that would not change
+        return dict.fromkeys(job["names"], Failure(lines[0] if lines else why, "stops"))
+    found = {name: line and Failure(*line) for name, line in zip(job["names"], lines[1:])}
+    for name in job["names"][len(found):][:1]:
+        found[name] = Failure(why, "stops")
     return found
 
 

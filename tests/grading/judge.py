@@ -5,7 +5,7 @@ only the first of them is lost, and those that build on it are not judged. Their
 """
 from typing import NamedTuple
 
-CONTRACT = ["shapes", "loading", "independence"]
+CONTRACT = ["shapes", "loading", "independence", "training!"]
 # These need all parts at once, so that they say nothing new where another mark fails
 TOGETHER = ("gradients", "everything", "official", "criterion")
 # What a mark needs before it can be judged. "attention!" counts only if that failure is sure: a view without
@@ -14,20 +14,22 @@ BUILDS_ON = {
     "loading": ["shapes"],
     "independence": ["shapes"],
     "start": CONTRACT,
-    "training": CONTRACT,
+    "training": [*CONTRACT, "attention"],
     "heads": CONTRACT,
     "queries": [*CONTRACT, "heads", "attention!", "positions!"],
     "attention": [*CONTRACT, "heads", "queries", "backbone", "references"],
     "backbone": [*CONTRACT, "heads", "attention!", "sampling"],
     "sampling": [*CONTRACT, "heads", "attention!", "backbone!"],
     "padding": [*CONTRACT, "heads", "attention", "backbone", "sampling"],
-    "positions": [*CONTRACT, "heads", "attention", "backbone", "sampling", "queries"],
+    "positions": [*CONTRACT, "heads", "attention", "backbone", "sampling", "queries", "references",
+                  "spatial_query!"],
     "references": [*CONTRACT, "heads", "attention!"],
     "spatial_query": [*CONTRACT, "heads", "attention", "backbone", "positions", "references!"],
-    "aligner": [*CONTRACT, "heads", "attention", "backbone", "references"],
-    "smca": [*CONTRACT, "aligner", "heads", "backbone", "attention", "references"],
+    "aligner": [*CONTRACT, "heads", "attention", "backbone", "references", "positions"],
+    "smca": [*CONTRACT, "padding", "aligner", "heads", "backbone", "attention", "references"],
     "refinement": [*CONTRACT, "heads", "references", "attention", "training", "sampling", "recollection"],
-    "two_stage": [*CONTRACT, "heads", "references", "refinement", "backbone", "attention!", "training"],
+    "two_stage": [*CONTRACT, "heads", "references", "refinement", "backbone", "attention!", "training",
+                  "padding", "positions"],
     "recollection": [*CONTRACT, "heads", "attention!", "training"],
     "recurrent": [*CONTRACT, "heads", "attention!", "training", "recollection"],
     "groups": [*CONTRACT, "training"],
@@ -72,24 +74,27 @@ def settle(failures):
             return [belongs] if belongs != mark else []
         if mark in TOGETHER:
             return [name for name in failed if name not in TOGETHER]
-        bases = [*CONTRACT, "heads"] if kind == "sure" else BUILDS_ON.get(mark, ())
+        bases = BUILDS_ON.get(mark, ())
+        if kind == "sure":
+            bases = [*CONTRACT, "heads"] if mark != "training" else CONTRACT
         if kind == "loading" and mark != "loading":
             bases = CONTRACT
-        return [base for base in map(str, bases) if base.rstrip("!") in failed and base != mark
+        return [base.rstrip("!") for base in bases if base.rstrip("!") in failed and base.rstrip("!") != mark
                 and (base[-1] != "!" or failed[base[:-1]].kind == "sure")]
+
+    def roots(mark, seen=()):
+        """The marks that are lost themselves and come before it, or it alone."""
+        first = [base for base in before(mark) if base not in seen]
+        return list(dict.fromkeys(root for base in first for root in roots(base, (*seen, mark)))) or [mark]
 
     verdicts = {}
     for mark in failures:
-        first = [base.rstrip("!") for base in before(mark)] if mark in failed else []
-        while again := [base for base in first if before(base)]:  # down to those that are lost themselves
-            first = [base for base in first if base not in again] + [
-                base.rstrip("!") for name in again for base in before(name)]
-        if mark not in failed:
+        first = roots(mark) if mark in failed else []
+        if not first:
             verdicts[mark] = Verdict("met")
-        elif first:
-            names = list(dict.fromkeys(f"`{base}`" for base in first))
-            verdicts[mark] = Verdict("unjudged", f"not judged before {', '.join(names[:3])} "
-                                                 f"{'is' if len(names) == 1 else 'are'} met")
-        else:
+        elif first == [mark]:
             verdicts[mark] = Verdict("lost", failed[mark].sentence)
+        else:
+            names = ", ".join(f"`{name}`" for name in first[:3]) + (" is" if len(first) == 1 else " are")
+            verdicts[mark] = Verdict("unjudged", f"not judged before {names} met")
     return verdicts

@@ -1,12 +1,11 @@
-"""What the tests of the grading share: a small backbone, and the marks that a module loses."""
+"""Shared by the tests of the grading: a small backbone, and the marks that a module loses."""
 
 from torch import nn
 
-from tests.grading import marks
 from tests.grading.files import ours_named
-from tests.grading.grader import MARKS, marks_of
-
-CHEAP = {file: [m for m in names if m != "official"] for file, names in MARKS.items()}
+from tests.grading.grader import marks_of
+from tests.grading.judge import settle
+from tests.grading.marks import failure_of
 
 
 class Block(nn.Module):
@@ -20,7 +19,7 @@ class Block(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """What our Backbone takes of a ResNet, with one convolution for each part: a tenth of the time."""
+    """The parts of a ResNet that our Backbone takes, with one convolution for each: a tenth of the time."""
 
     def __init__(self, norm_layer):
         super().__init__()
@@ -31,17 +30,19 @@ class SmallResNet(nn.Module):
         self.fc = nn.Linear(64, 10)
 
 
-def lost(student, file, names):
-    """{mark: sentence} of the marks that a module does not get."""
-    ours, found = ours_named(file), {}
-    for name in names:
-        try:
-            getattr(marks, name)(student, ours, 0)
-        except Exception as error:
-            found[name] = f"{type(error).__name__}: {error}"
-    return found
-
-
 def cheap(file):
     """The marks of a file but for the one that builds a ResNet-50."""
     return [mark for mark in marks_of(file) if mark != "official"]
+
+
+def failing(student, file, names=None):
+    """{mark: sentence} of all marks that fail."""
+    found = {name: failure_of(name, student, ours_named(file), 0) for name in names or cheap(file)}
+    return {name: failure.sentence for name, failure in found.items() if failure}
+
+
+def judged(student, file):
+    """{status: {mark: sentence}}"""
+    verdicts = settle({name: failure_of(name, student, ours_named(file), 0) for name in cheap(file)})
+    return {status: {name: v.why for name, v in verdicts.items() if v.status == status}
+            for status in ("met", "lost", "unjudged")}
