@@ -8,7 +8,6 @@ Broken files cost their own marks; the others go on. Weights and images are draw
 import argparse
 import csv
 import os
-import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -42,9 +41,8 @@ def seed_of(student, seed):
 
 def graded(student, file, args):
     try:
-        found = grade(file, args.like, seed_of(student, args.seed), args.marks, args.seconds, args.threads)
-        return found._replace(warnings=found.warnings + (
-            repeated(file, args.like, args.exercise) if args.exercise else []))
+        found = grade(file, args.like, seed_of(student, args.seed), args.marks, args.seconds)
+        return found._replace(warnings=repeated(file, args.like, args.exercise))
     except Exception as error:  # whatever a file can do to us, the others are graded
         return all_lost(file, args.like, f"{type(error).__name__}: {error}", args.marks)
 
@@ -60,9 +58,8 @@ def row(student, found):
             "please look": "; ".join(found.warnings)}
 
 
-def main(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+def options(argv):
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--like", required=True, help="the file of ours that they are meant to equal")
     parser.add_argument("--name", help="name of the file, where submissions are folders")
@@ -70,40 +67,38 @@ def main(argv=None):
     parser.add_argument("--exercise", nargs="+", default=[], metavar="BLOCK",
                         help="blocks that were to be written: warn where they are our code, word for word")
     parser.add_argument("--seed", type=int, default=0, help="other weights and images for everybody")
-    parser.add_argument("--seconds", type=int, default=SECONDS,
-                        help=f"processor time for each mark (default {SECONDS})")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help="processor time of a mark (default 60)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="files at a time (default: cores)")
     args = parser.parse_args(argv)
-    args.threads = max(1, (os.cpu_count() or 1) // max(1, args.jobs))
     try:
         known = marks_of(args.like)
     except ValueError as error:
         parser.error(f"--like {error}")
     if unknown := set(args.marks or ()) - set(known):
         parser.error(f"--marks {', '.join(sorted(unknown))}: {args.like} has {', '.join(known)}")
-    if not args.folder.is_dir():
-        parser.error(f"{args.folder} is no folder")
-    files, unclear = submissions(args.folder, args.name)
-    if not files and not unclear:
+    args.files, args.unclear = submissions(args.folder, args.name) if args.folder.is_dir() else ({}, {})
+    if not args.files and not args.unclear:
         parser.error(f"{args.folder} has no submissions: neither .py files nor folders with one")
+    return args
+
+
+def main(argv=None):
+    args = options(argv)
     out = args.folder / "grades"
     out.mkdir(exist_ok=True)
     found = {student: all_lost(args.folder / student, args.like, why, args.marks)
-             for student, why in unclear.items()}
+             for student, why in args.unclear.items()}
     with ThreadPoolExecutor(max(1, args.jobs)) as pool:
-        running = {pool.submit(graded, student, file, args): student for student, file in files.items()}
+        running = {pool.submit(graded, student, file, args): student for student, file in args.files.items()}
         for future in tqdm(as_completed(running), total=len(running), unit="file", disable=None):
             found[running[future]] = future.result()
+        for student, one in found.items():
+            write_results(out / f"{student}.json", one)
     rows = [row(student, found[student]) for student in sorted(found)]
-    for student, one in found.items():
-        write_results(out / f"{student}.json", one)
     with open(args.folder / "grades.csv", "w", newline="", encoding="utf-8") as table:
         writer = csv.DictWriter(table, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    for line in rows:
-        if line["please look"]:
-            print(f"please look at {line['student']}: this file {line['please look']}", file=sys.stderr)
     print(f"{len(rows)} submissions: {args.folder / 'grades.csv'}, and one JSON each in {out}")
 
 

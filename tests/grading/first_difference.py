@@ -1,8 +1,7 @@
 """Where do my numbers leave yours?  python -m tests.grading.first_difference work/my_detr.py --like detr
 
-Both models get the same weights (through load_official) and the same images. If their parts have the same
-names, the arguments and outputs of all parts are compared in the order of execution, otherwise the stages of
-the output.
+Both models get the same weights and images. Arguments and outputs of parts that have the same name in both
+are compared in the order of execution, then the output, stage by stage.
 """
 import argparse
 import inspect
@@ -15,29 +14,16 @@ from torchvision.ops import box_convert
 from tests.grading.child import load_file, sentence
 from tests.grading.files import ours_named
 from tests.grading.marks import failure_of, ranked
-from tests.grading.pairs import (
-    PADDED,
-    WIDE,
-    NotLoaded,
-    NotWritten,
-    Pair,
-    batch,
-    file_of,
-    gradient_pattern,
-    gradient_sizes,
-    origin,
-)
+from tests.grading.pairs import PADDED, WIDE, Pair, batch, file_of, gradient_pattern, gradient_sizes, origin
 
 # Looked at one after the other: (name, options of the pair, changes of the weights, image sizes)
 PLAIN = ("with the default options", {}, (), PADDED)
-SELECTIVE = {"recollect": "selective"}
-TWO_STAGE = [("with two_stage", {"variant": "two_stage"}, (ranked,), PADDED),
-             ("with two_stage, a wide image", {"variant": "two_stage"}, (ranked,), WIDE)]
+REFINED = ("with box_refine", {"variant": "refinement"}, (), PADDED)
+TWO_STAGE = ("with two_stage", {"variant": "two_stage"}, (ranked,), WIDE)
 VARIANTS = {
-    "deformable_detr": [PLAIN, ("with box_refine", {"variant": "refinement"}, (), PADDED), *TWO_STAGE],
+    "deformable_detr": [PLAIN, REFINED, TWO_STAGE],
     "sam_detr": [PLAIN, ("with smca", {"variant": "smca"}, (), PADDED)],
-    "sqr": [("with recollect=none", {}, (), PADDED), ("with recollection", SELECTIVE, (), PADDED),
-            ("with box_refine", {"variant": "refinement", **SELECTIVE}, (), PADDED), *TWO_STAGE,
+    "sqr": [PLAIN, ("with recollection", {"recollect": "selective"}, (), PADDED), REFINED, TWO_STAGE,
             ("with recurrent", {"recurrent": True}, (), PADDED)],
 }
 
@@ -53,35 +39,34 @@ def tensors(x, name):
 
 
 def events(model, inputs, train):
-    """({(part, which call, name): tensor} of all arguments and outputs, the model's output)."""
+    """{(part, which call, name): tensor} of all arguments and outputs, at last those of the model."""
     found, calls, hooks = {}, {}, []
+
+    def keep(name, values):
+        for what, value in values.items():
+            found.update({(name, calls[name], place): x.clone() for place, x in tensors(value, what)})
 
     def before(name, signature):
         def hook(module, args, kwargs):
             calls[name] = calls.get(name, 0) + 1
-            for argument, value in signature.bind(*args, **kwargs).arguments.items():
-                for what, x in tensors(value, argument):
-                    found[name, calls[name], f"argument `{what}`"] = x.clone()
-
-        return hook
-
-    def after(name):
-        def hook(module, args, output):
-            for what, x in tensors(output, "output"):
-                found[name, calls[name], what] = x.clone()
+            keep(name, {f"argument {k}": x for k, x in signature.bind(*args, **kwargs).arguments.items()})
 
         return hook
 
     for name, module in model.named_modules():
         if name and not name.startswith("backbone."):
-            hook = before(name, inspect.signature(module.forward))
-            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            hooks.append(module.register_forward_hook(after(name)))
+            hooks.append(module.register_forward_pre_hook(
+                before(name, inspect.signature(module.forward)), with_kwargs=True))
+            hooks.append(module.register_forward_hook(
+                lambda module, args, output, name=name: keep(name, {"output": output})))
     with torch.no_grad():
         out = model.train(train)(*inputs)
     for hook in hooks:
         hook.remove()
-    return found, out
+    for name, x in tensors(out, "output"):  # stages one by one
+        rows = [x] if "proposals" in name else x
+        found.update({("the model", i + 1, name): row for i, row in enumerate(rows)})
+    return found
 
 
 def close(a, b):
@@ -102,39 +87,30 @@ def how(theirs, ours):
         return "inverted" if theirs.equal(~ours) else f"{(theirs != ours).sum()} of {ours.numel()} differ"
     theirs, ours = theirs.double(), ours.double()
     ratio = (theirs * ours).sum() / ours.square().sum()
+    halves = ours.roll(ours.shape[-1] // 2, -1)
+    corners = box_convert(ours, "cxcywh", "xyxy") if ours.shape[-1] == 4 else halves
     for words, x in [(f"scaled by {ratio:.4g}", ratio * ours), ("the sigmoid is missing", ours.logit()),
-                     ("a sigmoid too much", ours.sigmoid()), *pairs_of_numbers(ours)]:
+                     ("a sigmoid too much", ours.sigmoid()), ("its two halves are swapped", halves),
+                     ("corners (x, y, x, y) instead of centre and size", corners)]:
         if close(theirs, x):
             return words
     return f"off by up to {(theirs - ours).abs().max():.2g}"
 
 
-def pairs_of_numbers(x):
-    if x.shape[-1] == 4:
-        yield "corners (x, y, x, y) instead of centre and size", box_convert(x, "cxcywh", "xyxy")
-    if x.shape[-1] % 2 == 0:
-        yield "its two halves (x and y?) are swapped", x.roll(x.shape[-1] // 2, -1)
-
-
 # ---- The first difference ----------------------------------------------------------------------------------
 def first_event(pair, train, sizes=PADDED):
     """(place, description, last place that agrees) of the first difference, or None."""
-    theirs, their_out = events(pair.student, batch(pair.seed, sizes), train)
-    ours, our_out = events(pair.ours, batch(pair.seed, sizes), train)
+    theirs, ours = (events(model, batch(pair.seed, sizes), train) for model in (pair.student, pair.ours))
     last = "nothing that can be compared inside, the names of the parts differ"
-    for key in [key for key in ours if key in theirs]:
-        name, call, what = key
-        place = f"{what} of {name}" + (f" (call {call})" if call > 1 else "")
-        if not close(theirs[key], ours[key]):
-            return place, how(theirs[key], ours[key]), last
-        last = place
-    for (name, x), (_, y) in zip(*(list(tensors(out, "the output")) for out in (their_out, our_out))):
-        stages = range(len(y)) if x.shape == y.shape and "proposals" not in name else [None]
-        for stage in stages:
-            a, b = (x, y) if stage is None else (x[stage], y[stage])
-            if not close(a, b):
-                return name + ("" if stage is None else f" of stage {stage + 1}"), how(a, b), last
-    return None
+    for name, call, what in ours:
+        count = "stage" if name == "the model" else "call"
+        place = f"{what} of {name}" + (f" ({count} {call})" if call > 1 or count == "stage" else "")
+        a, b = theirs.get((name, call, what)), ours[name, call, what]
+        if a is not None and not close(a, b):
+            return place, how(a, b), last
+        last = last if a is None else place
+    missing = [place for place in ours if place[0] == "the model" and place not in theirs]
+    return (f"{missing[0][2]} of the model", "it is missing", last) if missing else None
 
 
 def first_difference(student, ours, seed=0, variants=None):
@@ -144,10 +120,8 @@ def first_difference(student, ours, seed=0, variants=None):
         try:
             pair = Pair(student, ours, seed, calm=False, **options)
             pair.load(*changes)
-        except (NotLoaded, NotWritten, NotImplementedError, TypeError, ValueError) as error:
+        except Exception as error:  # not written yet, or not loaded
             yield f"{what}: cannot be built or filled. {sentence(error.__cause__ or error, path)}"
-            if not options:
-                return
             continue
         for train in (False, True):
             mode = "training" if train else "inference"
@@ -175,28 +149,23 @@ def first_difference(student, ours, seed=0, variants=None):
 
 
 def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file")
     parser.add_argument("--like", required=True, help="the file of ours that it is meant to equal")
     parser.add_argument("--seed", type=int, default=0, help="other weights and images")
     args = parser.parse_args()
-    if not Path(args.file).is_file():
-        parser.error(f"{args.file}: no such file")
+    path = Path(args.file).resolve()
     if args.like == "train":
-        parser.error("--like train has no parts to follow; its marks name the loss that is off: "
+        parser.error("--like train has no parts to follow; its marks name the loss: "
                      f"python -m pytest tests/grading --file {args.file} --like train --points")
     try:
         ours = ours_named(args.like)
+        student = load_file(str(path))
     except ValueError as error:
         parser.error(f"--like {error}")
-    path = Path(args.file).resolve()
-    try:
-        student = load_file(str(path))
     except Exception as error:
         parser.error(f"{args.file} cannot be imported: {sentence(error, path)}")
-    for line in first_difference(student, ours, args.seed):
-        print(line)
+    print(*first_difference(student, ours, args.seed), sep="\n")
 
 
 if __name__ == "__main__":

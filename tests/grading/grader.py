@@ -1,4 +1,4 @@
-"""Run the marks of tests/grading/marks.py on somebody's file, in a process of its own (child.py).
+"""Run the marks on somebody's file, in a process of its own (child.py).
 
 The file may hang, leave Python, print without end or ask for all memory. That costs one mark, and the next
 process judges the others. Nothing here stops a person who means to cheat: docs/teaching.md says what helps.
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.grading.files import ROOT, model_files, path_of
-from tests.grading.judge import BUILDS_ON, Failure, Verdict, settle
+from tests.grading.judge import BUILDS_ON, TOGETHER, Failure, Verdict, settle
 from tests.grading.repeats import repeated
 
 GIGABYTES = 4  # of memory beyond what torch itself takes
@@ -47,12 +47,10 @@ def marks_of(like):
     if like in MARKS:
         return MARKS[like]
     text = path_of(like).read_text(encoding="utf-8")
-    found = dict(RELATIVE)
-    if not re.search(r"num_groups|num_one2many", text):
-        del found["groups"]
+    without = {"groups"} if not re.search(r"num_groups|num_one2many", text) else set()
     if not (ROOT / "tests" / "golden" / f"{like}.json").exists():
-        del found["official"]
-    return found
+        without.add("official")
+    return {mark: points for mark, points in RELATIVE.items() if mark not in without}
 
 
 class Grade(NamedTuple):
@@ -70,26 +68,24 @@ class Grade(NamedTuple):
         return {mark: points for mark, points in marks_of(self.like).items() if mark in self.verdicts}
 
 
-def all_lost(file, like, why, names=None, seed=0):
+def all_lost(file, like, why, names=None):
     """The Grade of a file that cannot be judged."""
-    lost = {name: Verdict("lost", why) for name in names or marks_of(like)}
-    return Grade(str(file), like, seed, lost, [], 0)
+    return Grade(str(file), like, 0, {name: Verdict("lost", why) for name in names or marks_of(like)}, [], 0)
 
 
 def missing(file):
     """One sentence about a file that is not there."""
-    others = sorted(path.name for path in Path(file).parent.glob("*.py"))
-    there = f"there is {', '.join(others[:5])}" if others else "its folder has no .py file"
-    return f"{file}: no such file; {there}"
+    others = sorted(path.name for path in Path(file).parent.glob("*.py"))[:5]
+    return f"{file}: no such file; " + (f"there is {', '.join(others)}" if others else "there is no .py file")
 
 
-def grade(file, like, seed=0, names=None, seconds=SECONDS, threads=2):
+def grade(file, like, seed=0, names=None, seconds=SECONDS):
     """The Grade of a file. A mark is judged together with those that it builds on."""
     started, asked = time.monotonic(), list(names or marks_of(like))
     if not Path(file).is_file():
-        return all_lost(file, like, missing(file), asked, seed)
-    names = [mark for mark in marks_of(like) if mark in with_bases(asked)]
-    verdicts = settle(failures_of(file, like, seed, names, seconds, threads))
+        return all_lost(file, like, missing(file), asked)
+    names = [mark for mark in marks_of(like) if mark in with_bases(asked, like)]
+    verdicts = settle(failures_of(file, like, seed, names, seconds))
     for name, verdict in verdicts.items():  # the reason may be a mark that nobody asked for
         reasons = [f": {v.why}" for other, v in verdicts.items() if v.status == "lost" and other not in asked]
         if verdict.status == "unjudged" and reasons:
@@ -98,24 +94,24 @@ def grade(file, like, seed=0, names=None, seconds=SECONDS, threads=2):
                  time.monotonic() - started)
 
 
-def failures_of(file, like, seed, names, seconds=SECONDS, threads=2):
+def failures_of(file, like, seed, names, seconds=SECONDS):
     """{mark: Failure, or None where it is met}, from as many processes as the file ends."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         copy = copied(Path(file).resolve(), Path(folder) / "submission")
         while left := [name for name in names if name not in found]:
-            job = dict(file=str(copy), like=like, seed=seed, names=left, seconds=seconds, threads=threads)
+            job = dict(file=str(copy), like=like, seed=seed, names=left, seconds=seconds)
             found.update(judged_by_child(job, Path(folder)))
     return {name: found[name] for name in names}
 
 
-def with_bases(names):
+def with_bases(names, like):
     """These marks, and all that they build on."""
     found, left = set(), list(names)
     while left:
-        if (name := left.pop()) not in found:
+        if (name := left.pop().rstrip("!")) not in found:
             found.add(name)
-            left += BUILDS_ON.get(name, ())
+            left += marks_of(like) if name in TOGETHER else BUILDS_ON.get(name, ())
     return found
 
 
@@ -157,10 +153,8 @@ def kill(child):
     """The process and whatever it has started."""
     try:
         os.killpg(child.pid, signal.SIGKILL)
-    except AttributeError:  # Windows has no groups
+    except (AttributeError, ProcessLookupError):  # Windows has no groups; or it has ended
         child.kill()
-    except ProcessLookupError:
-        pass
     child.wait()
 
 
@@ -168,11 +162,9 @@ def why_ended(code, output, seconds):
     """One sentence about a process that ended before its time."""
     if code in (-getattr(signal, name, 99) for name in ("SIGPROF", "SIGALRM", "SIGKILL", "SIGXCPU")):
         return f"takes longer than {seconds} seconds of processor time, or four times as long by the clock"
-    with open(output, "rb") as file:
-        file.seek(max(0, output.stat().st_size - 2000))
-        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    last = output.read_bytes()[-2000:].decode(errors="replace").strip().rpartition("\n")[2]
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
-    return f"ends Python ({how})" + (f"; its last line: {lines[-1][:200]}" if lines else "")
+    return f"ends Python ({how})" + (f"; its last line: {last[:200]}" if last else "")
 
 
 # ---- Results for people and programs -----------------------------------------------------------------------
@@ -193,29 +185,24 @@ def table(grade):
 
 def asked_for():
     """{mark: the first paragraph of its docstring}, read and not imported: torch takes seconds."""
-    found = {}
-    for name in ("marks.py", "criterion_marks.py"):
-        for node in ast.parse((ROOT / "tests" / "grading" / name).read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.FunctionDef):
-                found[node.name] = " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
-    return found
+    texts = [(ROOT / "tests" / "grading" / f"{name}.py").read_text(encoding="utf-8")
+             for name in ("marks", "criterion_marks")]
+    return {node.name: " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
+            for text in texts for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
 
 
-def gradescope(grade, visibility="visible"):
+def gradescope(grade):
     """The dict of Gradescope's results.json: a test with points, sentence and visibility for every mark."""
     sentences, tests = asked_for(), []
     for mark, points in grade.marks().items():
         status, why = grade.verdicts[mark]
-        met = status == "met"
-        why = {"met": "met", "lost": f"lost: {why}", "unjudged": why}[status]
-        tests.append({"name": mark, "score": points if met else 0, "max_score": points,
-                      "status": "passed" if met else "failed", "output": f"{sentences[mark]}\n{why}",
-                      "visibility": visibility})
+        tests.append({"name": mark, "score": points if status == "met" else 0, "max_score": points,
+                      "status": "passed" if status == "met" else "failed", "visibility": "visible",
+                      "output": f"{sentences[mark]}\n{'lost: ' * (status == 'lost')}{why or 'met'}"})
     if grade.warnings:  # only the course's staff sees these
         tests.append({"name": "please look", "score": 0, "max_score": 0, "visibility": "hidden",
                       "output": "\n".join(f"This file {warning}." for warning in grade.warnings)})
     return {"score": grade.points("met"), "execution_time": round(grade.seconds), "tests": tests,
-            "visibility": visibility,
             "output": f"like {grade.like}, seed {grade.seed}; {grade.points('unjudged')} points not judged"}
 
 

@@ -8,39 +8,38 @@ from typing import NamedTuple
 CONTRACT = ["shapes", "loading", "independence", "training!"]
 # These need all parts at once, so that they say nothing new where another mark fails
 TOGETHER = ("gradients", "everything", "official", "criterion")
+LOSSES = ("class_loss", "l1_loss", "giou_loss")
 # What a mark needs before it can be judged. "attention!" counts only if that failure is sure: a view without
 # any other part has shown it. So two marks may need each other's part, and the evidence decides.
+HEADS = [*CONTRACT, "heads"]
 BUILDS_ON = {
     "loading": ["shapes"],
     "independence": ["shapes"],
     "start": CONTRACT,
     "training": [*CONTRACT, "attention"],
     "heads": CONTRACT,
-    "queries": [*CONTRACT, "heads", "attention!", "positions!"],
-    "attention": [*CONTRACT, "heads", "queries", "backbone", "references"],
-    "backbone": [*CONTRACT, "heads", "attention!", "sampling"],
-    "sampling": [*CONTRACT, "heads", "attention!", "backbone!"],
-    "padding": [*CONTRACT, "heads", "attention", "backbone", "sampling"],
-    "positions": [*CONTRACT, "heads", "attention", "backbone", "sampling", "queries", "references",
-                  "spatial_query!"],
-    "references": [*CONTRACT, "heads", "attention!"],
-    "spatial_query": [*CONTRACT, "heads", "attention", "backbone", "positions", "references!"],
-    "aligner": [*CONTRACT, "heads", "attention", "backbone", "references", "positions"],
-    "smca": [*CONTRACT, "padding", "aligner", "heads", "backbone", "attention", "references"],
-    "refinement": [*CONTRACT, "heads", "references", "attention", "training", "sampling", "recollection"],
-    "two_stage": [*CONTRACT, "heads", "references", "refinement", "backbone", "attention!", "training",
-                  "padding", "positions"],
-    "recollection": [*CONTRACT, "heads", "attention!", "training"],
-    "recurrent": [*CONTRACT, "heads", "attention!", "training", "recollection"],
+    "queries": [*HEADS, "attention!"],
+    "attention": [*HEADS, "queries", "backbone", "references"],
+    "backbone": [*HEADS, "attention!", "sampling"],
+    "sampling": [*HEADS, "attention!", "backbone!"],
+    "references": [*HEADS, "attention!"],
+    "padding": [*HEADS, "attention", "backbone", "sampling"],
+    "positions": [*HEADS, "attention", "backbone", "sampling", "queries", "references", "spatial_query!"],
+    "spatial_query": [*HEADS, "attention", "backbone", "positions", "references"],
+    "aligner": [*HEADS, "attention", "backbone", "references", "positions"],
+    "smca": [*HEADS, "padding", "aligner", "backbone", "attention", "references"],
+    "recollection": [*HEADS, "attention!", "training"],
+    "recurrent": [*HEADS, "attention!", "training", "recollection"],
+    "refinement": [*HEADS, "references", "attention", "training", "sampling", "recollection"],
+    "two_stage": [*HEADS, "refinement", "backbone", "attention!", "training", "padding", "positions"],
     "groups": [*CONTRACT, "training"],
-    "class_loss": ["pairing"],
-    "l1_loss": ["pairing"],
-    "giou_loss": ["pairing"],
-    "stages": ["pairing", "l1_loss"],
-    "box_counts": ["pairing", "class_loss", "l1_loss", "giou_loss"],
-    "total": ["class_loss", "l1_loss", "giou_loss"],
-    "empty": ["class_loss", "l1_loss", "giou_loss"],
-    "proposals": ["total", "pairing", "class_loss", "l1_loss", "giou_loss"],
+    "pairing": ["matcher"],
+    **dict.fromkeys(LOSSES, ["pairing"]),
+    "stages": ["pairing", *LOSSES],
+    "total": [*LOSSES],
+    "empty": ["stages", *LOSSES],
+    "box_counts": ["pairing", "empty", *LOSSES],
+    "proposals": ["pairing", "total", "empty", *LOSSES],
 }
 
 
@@ -76,7 +75,7 @@ def settle(failures):
             return [name for name in failed if name not in TOGETHER]
         bases = BUILDS_ON.get(mark, ())
         if kind == "sure":
-            bases = [*CONTRACT, "heads"] if mark != "training" else CONTRACT
+            bases = CONTRACT if mark == "training" else HEADS
         if kind == "loading" and mark != "loading":
             bases = CONTRACT
         return [base.rstrip("!") for base in bases if base.rstrip("!") in failed and base.rstrip("!") != mark

@@ -30,14 +30,6 @@ class Layer(nn.Module):
         return (self.norm3 if cross else self.norm2)(x + self.drop(y))
 
 
-class Stack(nn.Module):
-    def __init__(self, count, *sizes, cross):
-        super().__init__()
-        self.layers = nn.ModuleList([Layer(*sizes, cross) for _ in range(count)])
-        if cross:
-            self.norm = nn.LayerNorm(sizes[0])
-
-
 class Detector(nn.Module):
     def __init__(self, classes, backbone, width, heads, enc, dec, hidden, dropout, queries):
         super().__init__()
@@ -45,14 +37,16 @@ class Detector(nn.Module):
         body = torchvision.models.get_model(backbone, weights=None, norm_layer=frozen)
         channels = body.fc.in_features
         del body.fc, body.avgpool
-        for part in (body.conv1, body.layer1):
-            part.requires_grad_(False)
+        body.conv1.requires_grad_(False)
+        body.layer1.requires_grad_(False)
         self.backbone = nn.ModuleList([nn.ModuleDict({"body": body})])
         self.input_proj = nn.Conv2d(channels, width, 1)
         self.query_embed = nn.Embedding(queries, width)
-        sizes = (width, heads, hidden, dropout)
-        stacks = {"encoder": Stack(enc, *sizes, cross=False), "decoder": Stack(dec, *sizes, cross=True)}
-        self.transformer = nn.ModuleDict(stacks)
+        self.transformer = nn.ModuleDict({"encoder": nn.Module(), "decoder": nn.Module()})
+        for (name, part), count in zip(self.transformer.items(), (enc, dec)):
+            layers = [Layer(width, heads, hidden, dropout, cross=name == "decoder") for _ in range(count)]
+            part.layers = nn.ModuleList(layers)
+        self.transformer["decoder"].norm = nn.LayerNorm(width)
         for p in self.transformer.parameters():
             if p.dim() > 1:
                 nn.init.xavier_uniform_(p)

@@ -34,7 +34,7 @@ class NotWritten(Exception):
 
 
 class NotLoaded(Exception):
-    """load_official does not take a checkpoint."""
+    """load_official does not take our checkpoint."""
 
 
 class NotFinite(Exception):
@@ -157,9 +157,7 @@ def checked(out):
     """The output, if it keeps the contract."""
     assert isinstance(out, dict), f"forward returns {type(out).__name__}, not a dict of logits and boxes"
     for key in BOTH:
-        assert key in out, f"forward returns no {key!r}"
-        kind = type(out[key]).__name__
-        assert isinstance(out[key], torch.Tensor), f"{key} is {kind}, not one tensor of all stages"
+        assert isinstance(out.get(key), torch.Tensor), f"forward returns no {key!r}, one tensor of all stages"
     return out
 
 
@@ -178,7 +176,7 @@ def same(what, theirs, ours, tolerance=1e-3, rows="stage"):
     assert theirs.shape == ours.shape, f"{what}: shape is {list(theirs.shape)}, not {list(ours.shape)}"
     assert theirs.isfinite().all(), f"{what}: some numbers are not finite"
     allowed = tolerance * max(1, ours[ours.isfinite()].abs().max().item())
-    off = (theirs - ours).abs().nan_to_num(0).flatten(1).amax(1)
+    off = (theirs - ours).abs().nan_to_num(0).reshape(len(ours) if ours.dim() else 1, -1).amax(1)
     wrong = [str(row + 1) for row in (off > allowed).nonzero().flatten().tolist()]
     where = f" in {rows}{'s' * (len(wrong) > 1)} {', '.join(wrong)}" if rows else ""
     assert not wrong, f"{what} differ by up to {off.max():.2g}{where} (allowed {allowed:.1g})"
@@ -197,27 +195,16 @@ def first_not_finite(model, images, mask):
     return NotFinite("some numbers are not finite", "shapes")
 
 
-def few(values):
-    """Some numbers of a tensor for a message."""
-    values = values.flatten().unique().tolist()
-    return ", ".join(f"{v:.3g}" for v in values[:4]) + (" ..." if len(values) > 4 else "")
-
-
 # ---- Parameters and gradients ------------------------------------------------------------------------------
 def named(model):
     """Parameters outside of the backbone, by name."""
     return [(name, p) for name, p in model.named_parameters() if not name.startswith("backbone.")]
 
 
-def index(model, parameter):
-    return next(i for i, p in enumerate(model.parameters()) if p is parameter)
-
-
 def origin(pair):
     """Where the student keeps our parameters: [(which of its own, for each number the index into named)].
 
-    Every number of a checkpoint gets a value of its own, and load_official shows where it went. So it does
-    not matter how the student names, splits or packs parameters.
+    Every number of a checkpoint gets a value of its own: names, splitting and packing do not matter.
     """
     first, bounds = 1000, []
     checkpoint = pair.checkpoint  # goes back into both when the origins are known
@@ -246,9 +233,13 @@ def origin(pair):
     for (name, p), count in zip(named(pair.ours), seen.tolist()):
         assert count >= p.numel(), f"load_official loses an entry of the checkpoint: it is {name} in our file"
         assert count == p.numel(), (
-            f"load_official fills {count // p.numel()} parameters with one entry of the checkpoint: our file has it "
-            f"once, as {name}")
+            f"load_official fills {count // p.numel()} parameters with one entry of the checkpoint: our file "
+            f"has it once, as {name}")
     return found
+
+
+def lengths(gradients):
+    return torch.tensor([0 if g is None else g.double().norm() for g in gradients], dtype=torch.float64)
 
 
 def norms(pair, theirs, gradients):
@@ -308,7 +299,3 @@ def gradient_sizes(pair, theirs):
         assert abs(a - b) < 0.02 * b + 1e-4 * expected.norm(), (
             f"the gradient of the parameter that is {name} in our file has norm {a:.3g}, not {b:.3g}: "
             f"something is detached, or is not")
-
-
-def lengths(gradients):
-    return torch.tensor([0 if g is None else g.double().norm() for g in gradients], dtype=torch.float64)

@@ -5,7 +5,6 @@ row is (files, mark, the mistake, {name: wrapper} or {old text: new text}).
 """
 import types
 from collections import namedtuple
-from copy import deepcopy as clone
 
 import torch
 import torch.nn.functional as F
@@ -27,25 +26,8 @@ def out(change):
 
 
 def then(action):
-    """Something is done to self after the call, which is that of __init__."""
-    def wrap(f):
-        def wrapped(self, *args, **how):
-            f(self, *args, **how)
-            with torch.no_grad():
-                action(self)
-
-        return wrapped
-
-    return wrap
-
-
-def option(**values):
-    return lambda f: lambda num_classes, **options: f(num_classes, **{**options, **values})
-
-
-def predictions(**changes):
-    """Entries of the output are changed."""
-    return out(lambda found: {key: changes.get(key, lambda x: x)(x) for key, x in found.items()})
+    """Something is done to self after the call."""
+    return lambda f: lambda self, *a, **how: (f(self, *a, **how), torch.no_grad()(action)(self)) and None
 
 
 def last_stage(f):
@@ -64,25 +46,6 @@ def over_heads(f):
     return forward
 
 
-def cross_attention_first(f):
-    def forward(self, tgt, query_pos, memory, pos, mask):
-        q, k, v = self.ca_proj(tgt + query_pos, memory + pos, memory)
-        tgt = self.norm1(tgt + self.dropout(self.cross_attn(q, k, v, mask)))
-        q, k, v = self.sa_proj(tgt + query_pos, tgt + query_pos, tgt)
-        return self.ffn(self.norm2(tgt + self.dropout(self.self_attn(q, k, v))))
-
-    return forward
-
-
-def one_relu_less(f):
-    def forward(self, x):
-        for layer in self.layers[:-2]:
-            x = layer(x).relu()
-        return self.layers[-1](self.layers[-2](x))
-
-    return forward
-
-
 def accepts_unknown(f):
     def load(model, checkpoint):
         try:
@@ -90,29 +53,6 @@ def accepts_unknown(f):
         except RuntimeError as error:
             if "Missing" in str(error):
                 raise
-
-    return load
-
-
-def loses(part):
-    def wrap(f):
-        def load(model, checkpoint):
-            kept = clone(model.get_submodule(part).state_dict())
-            f(model, checkpoint)
-            model.get_submodule(part).load_state_dict(kept)
-
-        return load
-
-    return wrap
-
-
-def second_scale(f):
-    """T twice: each copy is loaded from the same entries."""
-    def load(model, checkpoint):
-        second = model.__dict__["_modules"].pop("second")
-        f(model, checkpoint)
-        second.load_state_dict(model.decoder.query_scale.state_dict())
-        model.second = second
 
     return load
 
@@ -125,64 +65,40 @@ def kept(f):
 # ---- The mistakes: at least one for each mark of each file -------------------------------------------------
 DETR, COND, DEFORMABLE, SAM, SQR = "detr", "conditional_detr", "deformable_detr", "sam_detr", "sqr"
 TOKENS, POINTS = f"{DETR} {COND} {SAM}", f"{DEFORMABLE} {SQR}"
+ALL = f"{TOKENS} {POINTS}"
 ROWS = [
+    (ALL, "shapes", "there are always 100 queries", {
+        "build": lambda f: lambda num_classes, **options: f(num_classes, **{**options, "num_queries": 100})}),
     (DETR, "shapes", "evaluation returns the last stage only", {"DETR.forward": last_stage}),
-    (COND, "shapes", "T is not shared between layers", {
-        "ConditionalDETR.__init__": then(lambda m: setattr(m, "second", clone(m.decoder.query_scale))),
-        "load_official": second_scale}),
-    (POINTS, "shapes", "projections have no GroupNorm", {
-        "nn.GroupNorm(groups, hidden_dim)": "nn.Identity()"}),
-    (SAM, "shapes", "there are always 100 queries", {"build": option(num_queries=100)}),
-    (f"{TOKENS} {POINTS}", "independence", "positions are kept by the size of the map", {
-        "sine_positions": kept}),
+    (ALL, "independence", "positions are kept by the size of the map", {"sine_positions": kept}),
     (DETR, "independence", "the mask is inverted in place", {
         "DETR.forward": arg(2, lambda mask: (mask.clone(), mask.logical_not_())[0])}),
-    (DETR, "loading", "query embeddings are not loaded", {"load_official": loses("query_embed")}),
-    (COND, "loading", "the first convolution is not loaded", {"load_official": loses("backbone.body.conv1")}),
-    (f"{SAM} {POINTS}", "loading", "unknown entries are ignored", {"load_official": accepts_unknown}),
-    (DETR, "start", "the class head starts at probability 0.01", {
-        "DETR.__init__": then(lambda self: self.class_head.bias.fill_(-4.6))}),
-    (COND, "start", "queries start at zero", {
-        "ConditionalDETR.__init__": then(lambda self: self.query_embed.weight.zero_())}),
-    (POINTS, "start", "weights of points start at random", {
-        "MSDeformAttn.reset_parameters": then(lambda self: self.attention_weights.weight.normal_())}),
-    (SAM, "start", "biases of attention's output start at 1", {
+    (ALL, "loading", "unknown entries are ignored", {"load_official": accepts_unknown}),
+    (ALL, "start", "biases of attention's output start at 1", {
         "Attention.__init__": then(lambda self: self.out_proj.bias.fill_(1))}),
-    (f"{DETR} {SQR}", "backbone", "colours are in the order BGR", {
-        "Backbone.forward": arg(1, lambda x: x.flip(1))}),
-    (COND, "backbone", "features are multiplied by the root of the width", {
-        "Encoder.forward": arg(1, lambda x: x * x.shape[-1] ** 0.5)}),
-    (SAM, "backbone", "images are normalised twice", {
-        "Backbone.forward": arg(1, lambda x: (x - 0.45) / 0.22)}),
-    (DEFORMABLE, "backbone", "each channel is a group of its own", {
-        "nn.GroupNorm(groups, hidden_dim)": "nn.GroupNorm(hidden_dim, hidden_dim)"}),
-    (f"{DETR} {SAM}", "padding", "scores of padding are -1, not minus infinity", {
+    (ALL, "backbone", "colours are in the order BGR", {"Backbone.forward": arg(1, lambda x: x.flip(1))}),
+    (TOKENS, "padding", "scores of padding are -1, not minus infinity", {
         "Attention.forward": lambda f: lambda self, q, k, v, mask=None, bias=None: f(
             self, q, k, v, None, bias if mask is None else -mask[:, None, None].float() + (bias or 0))}),
-    (COND, "padding", "all images have the first one's mask", {
-        "Attention.forward": arg(4, lambda mask: mask[:1].expand_as(mask))}),
     (POINTS, "padding", "both valid ratios are the height's", {
         "valid_ratio": out(lambda x: x[:, 1:].expand_as(x))}),
     (f"{DETR} {POINTS}", "positions", "keys of attention among queries have no positions", {
         "sa_proj(tgt + query_pos, tgt + query_pos, tgt)": "sa_proj(tgt + query_pos, tgt, tgt)"}),
     (f"{COND} {SAM}", "positions", "keys of attention among queries have no positions", {
         "self.sa_k_content(tgt) + self.sa_k_pos(query_pos)": "self.sa_k_content(tgt)"}),
-    (f"{TOKENS} {POINTS}", "attention", "the softmax is over heads", {"Attention.forward": over_heads}),
-    (DETR, "attention", "cross-attention comes before attention among queries", {
-        "DecoderLayer.forward": cross_attention_first}),
-    (DETR, "attention", "there are always 8 heads", {"build": option(nheads=8)}),
+    (ALL, "attention", "the softmax is over heads", {"Attention.forward": over_heads}),
     (DETR, "queries", "query embeddings are read column by column", {
         "self.query_embed.weight": "self.query_embed.weight.T.reshape_as(self.query_embed.weight)"}),
     (DETR, "heads", "boxes begin at their top left corner", {
-        "DETR.forward": predictions(boxes=lambda b: (b - F.pad(b[..., 2:] / 2, (0, 2))).abs())}),
-    (f"{COND} {DEFORMABLE}", "heads", "heads have a ReLU too few", {"MLP.forward": one_relu_less}),
-    (f"{SAM} {SQR}", "heads", "the feed-forward block is normalised before, not after", {
+        "DETR.forward": out(lambda found: {**found, "boxes": (
+            found["boxes"] - F.pad(found["boxes"][..., 2:] / 2, (0, 2))).abs()})}),
+    (ALL, "heads", "the feed-forward block is normalised before, not after", {
         "FeedForward.forward": lambda f: lambda self, x: x + self.dropout(self.linear2(
             self.dropout(self.linear1(self.norm(x))).relu()))}),
-    (f"{DETR} {SAM} {SQR}", "training", "the batch norm is live", {
+    (ALL, "training", "the batch norm is live", {
         "FrozenBatchNorm2d.forward": lambda f: lambda self, x: F.batch_norm(
             x, None, None, self.weight, self.bias, True) if self.training else f(self, x)}),
-    (f"{COND} {POINTS}", "training", "the rate of dropout in feed-forward blocks is fixed", {
+    (ALL, "training", "the rate of dropout in feed-forward blocks is fixed", {
         "FeedForward.__init__": lambda f: lambda self, d, hidden, p: f(self, d, hidden, 0.1)}),
     (DETR, "training", "image features go through a dropout", {
         "Encoder.forward": lambda f: lambda self, src, *a: f(self, self.layers[0].dropout(src), *a)}),

@@ -17,7 +17,7 @@ EXERCISES = re.findall(r"    python -m tests.grading.blank (?:relatives/)?(\w+)\
 
 
 @pytest.mark.parametrize("file, blocks, named", EXERCISES, ids=lambda x: x)
-def test_what_is_not_written_yet_fails_its_marks_and_says_so(file, blocks, named, small_backbone):
+def test_what_is_not_written_yet_fails_its_marks_and_says_so(file, blocks, named):
     names = named.split(", ")
     found = failing(module_from(blank(path_of(file).read_text(), *blocks.split()), file), file, names)
     assert set(found) == set(names)
@@ -28,8 +28,7 @@ def test_every_file_has_exercises_and_every_question_an_answer():
     assert {file for file, *_ in EXERCISES} >= set(MARKS)
     questions, answers = TEXT.split("## Answers")
     assert re.findall(r"\((\d+[a-z])\)", questions) == re.findall(r"^\* (\d+[a-z])\. ", answers, re.M)
-    numbers = [int(n) for n in re.findall(r"^\*\*(\d+)\. ", questions, re.M)]
-    assert numbers == list(range(1, len(EXERCISES) + 1)), "an exercise without a command and marks"
+    assert len(re.findall(r"^\*\*(\d+)\. ", questions, re.M)) == len(EXERCISES), "one has no command or marks"
 
 
 def test_the_command_blanks_a_file_and_lists_what_it_knows():

@@ -26,8 +26,6 @@ def test_the_command_gives_our_files_all_points(tmp_path):
     assert code == 0 and f"{points} of {points} points" in output, output
     results = json.loads(report.read_text())
     assert results["score"] == points == sum(test["score"] for test in results["tests"])
-    fields = {"name", "score", "max_score", "output", "visibility"}
-    assert all(fields <= set(test) for test in results["tests"])
     assert all(text.endswith(".") for text in asked_for().values() if text), "ends in mid-sentence"
 
 
@@ -39,10 +37,6 @@ def test_a_missing_file_gets_results_with_no_points(tmp_path):
     assert code and results["score"] == 0
     assert "no such file; there is mydetr.py" in results["tests"][0]["output"]
     assert "must be one of conditional_detr, deform" in command("--file", "x.py", "--like", "yolo")[1]
-
-
-def test_a_file_that_is_built_in_another_way_gets_all_points(small_backbone):
-    assert not failing(other_detr, "detr")
 
 
 BAD = '''
@@ -79,20 +73,20 @@ class SetCriterion:
 
 def test_no_file_takes_the_grader_down(tmp_path):
     (tmp_path / "bad.py").write_text(BAD)
-    expected = ["SystemExit: bye", "asks for more than 4 GB", "tired (print_a_lot", "not written yet: matching",
+    expected = ["SystemExit: bye", "asks for more than 4 GB", "tired (print_a_lot", "not written yet: match",
                 "ends Python (exit code 3)", "takes longer than 3 seconds"]
     found = failures_of(tmp_path / "bad.py", "train", 0, list(MARKS["train"])[:len(expected)], seconds=3)
     assert all(words in failure.sentence for words, failure in zip(expected, found.values())), found
 
 
-def test_a_file_that_cannot_be_imported_ends_at_once(tmp_path):
+def test_our_files_cannot_be_imported(tmp_path):
     (tmp_path / "bad.py").write_text("import train\n")
-    found = grade(tmp_path / "bad.py", "train", names=["l1_loss"], seconds=5)
-    assert "cannot be imported: ModuleNotFoundError: No module named 'train'" in found.verdicts["l1_loss"].why
-    assert "0 of 2 points" in table(found)
+    found = table(grade(tmp_path / "bad.py", "train", names=["l1_loss"], seconds=5))
+    assert "cannot be imported: ModuleNotFoundError: No module named 'train'" in found, found
+    assert "0 of 2 points" in found
 
 
-def test_without_load_official_the_marks_that_need_no_weights_remain(small_backbone, monkeypatch):
+def test_without_load_official_the_marks_that_need_no_weights_remain(monkeypatch):
     monkeypatch.delattr(other_detr, "load_official")
     found = failing(other_detr, "detr")
     assert set(cheap("detr")) - set(found) == {"shapes", "independence", "training"}

@@ -33,31 +33,24 @@ still = zero(r"^box_head.*layers\.2")  # reference boxes stay where they are
 def far(factor):
     """References come close to 0 and 1."""
     def change(model):
-        boxes = model.query_embed.weight.shape[1] == 4 if hasattr(model, "query_embed") else False
-        scaled(factor, "^query_embed" if boxes else r"^reference\w*\.layers\.1\.|reference_points\.")(model)
+        sam = getattr(getattr(model, "query_embed", None), "embedding_dim", 0) == 4
+        scaled(factor, "^query_embed" if sam else r"^reference\w*\.layers\.1\.|reference_points\.")(model)
 
     return change
 
 
-def plain(*patterns):
+def plain_norms(model, pattern=""):
     """Norms of these names neither scale nor shift: then one too many changes nothing."""
-    def change(model):
-        for name, module in model.named_modules():
-            affine = isinstance(module, nn.LayerNorm) and module.elementwise_affine
-            if affine and re.search("|".join(patterns), name):
-                module.weight.data.fill_(1)
-                module.bias.data.fill_(0)
-
-    return change
-
-
-plain_norms = plain("")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm) and module.elementwise_affine and re.search(pattern, name):
+            module.weight.data.fill_(1)
+            module.bias.data.fill_(0)
 
 
 def same_answer(model):
     """In each layer of the decoder both attentions give one large constant: what comes in does not matter."""
     mute(model)
-    plain(r"decoder\.layers\.\d+\.norm[12]")(model)
+    plain_norms(model, r"decoder\.layers\.\d+\.norm[12]")
     for i, layer in enumerate(model.decoder.layers):
         noise = torch.randn(layer.norm1.bias.shape, generator=torch.Generator().manual_seed(i))
         for name, p in layer.named_parameters():
@@ -114,7 +107,7 @@ def flat(model):
 
 def whatever_content(model):
     """What queries hold at the start does not matter: the first attention gives one large constant."""
-    scaled(1e5, r"decoder\.layers\.0\.self_attn\.out_proj\.bias")(model)
+    scaled(1e10, r"decoder\.layers\.0\.self_attn\.out_proj\.bias")(model)
 
 
 def among_by_content(model):
@@ -138,7 +131,7 @@ def louder(factor):
     def change(model):
         norm = any(re.match(r"input_proj\.\d\.1\.", name) for name, _ in model.named_parameters())
         scaled(factor, r"^input_proj\.\d\.1\." if norm else r"^input_proj\.",
-               r"^encoder.*(norm1|ffn\.norm)\.", r"^encoder.*((out|output|value)_proj|linear[12])\.bias")(model)
+               r"^encoder.*((norm1|ffn\.norm)\.|((out|output|value)_proj|linear[12])\.bias)")(model)
         scaled(1 / factor, r"^encoder.*(sampling_offsets|attention_weights)\.weight",
                r"^decoder.*(ca_k_content|ca_v|value_proj|point_conv\.0)\.weight", r"enc_output\.weight"
                )(model)
