@@ -148,7 +148,7 @@ def test_variables_of_somebody_elses_make_no_silent_process(variables, monkeypat
     assert (started["RANK"], started["WORLD"]) == (0, 1)
 
 
-@pytest.mark.parametrize("name", ["detr", "deformable_detr"])  # the others: test_models.py, test_relatives.py
+@pytest.mark.parametrize("name", ["detr", "deformable_detr"])  # the others: test_contract.py
 def test_a_step_in_bfloat16_is_nearly_that_in_float32(name):
     steps = {}
     for amp in (False, True):
