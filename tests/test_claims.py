@@ -24,11 +24,6 @@ def predict(model):
         return model.eval()(*batch())
 
 
-def same(out, expected, atol=1e-5):
-    for key in ("logits", "boxes"):
-        torch.testing.assert_close(out[key], expected[key], rtol=0, atol=atol)
-
-
 # ---- DETR and Conditional DETR -----------------------------------------------------------------------------
 def test_detrs_first_self_attention_gives_every_query_the_same_vector():
     """Its values are the empty content."""
@@ -53,11 +48,6 @@ def test_reference_points_are_encoded_as_cells_are_with_the_same_temperature(nam
         query_pos, p_s = inputs[:2]
         s = model.reference_head(query_pos).sigmoid()
         torch.testing.assert_close(p_s, module.sine_xy(s, 32, temperature=20))
-
-
-def test_the_temperature_of_deformable_detr_is_that_of_its_maps():
-    cold, usual = shaken("deformable_detr", temperature=20), shaken("deformable_detr")
-    assert (predict(cold)["logits"] - predict(usual)["logits"]).abs().max() > 1e-3
 
 
 def test_only_conditional_detrs_first_layer_adds_positions_and_has_no_lambda():
@@ -314,7 +304,8 @@ def test_every_group_is_deformable_detr_with_the_groups_own_stages(kind, trainin
     model.zero_grad()
     for g, path in enumerate(expected):
         alone = plain(model, path, **kind)(*inputs)
-        same({key: out[key][g] for key in weights}, {key: alone[key][-1] for key in weights})
+        for key in weights:
+            torch.testing.assert_close(out[key][g], alone[key][-1], rtol=0, atol=1e-5)
         sum((alone[key][-1] * weights[key][g]).sum() for key in weights).backward()
     total = sum(grad.norm() ** 2 for grad in gradients.values()) ** 0.5
     for name, p in model.named_parameters():
@@ -389,20 +380,11 @@ def test_group_detr_the_first_group_in_training_is_the_answer_of_inference():
     assert (trained["logits"][1::3] - answer["logits"]).abs().max() > 1e-3, "the groups are all the same"
 
 
-def test_group_detr_groups_do_not_see_each_other():
-    model = shaken("group_detr", num_groups=2).train()
-    before = model(*batch())["logits"].detach()
-    with torch.no_grad():
-        model.query_embed.weight[5:] += 1  # the second group
-    after = model(*batch())["logits"].detach()
-    torch.testing.assert_close(before[::2], after[::2], rtol=0, atol=1e-5)
-    assert (before[1::2] - after[1::2]).abs().max() > 1e-3
-
-
 def test_group_detr_with_one_group_is_conditional_detr():
     model, parent = quick("group_detr", num_groups=1), shaken("conditional_detr")
     model.load_state_dict(parent.state_dict())
-    same(predict(model), predict(parent), atol=0)
+    out, expected = predict(model), predict(parent)
+    assert all(out[key].equal(expected[key]) for key in ("logits", "boxes"))
 
 
 # ---- DAB-DETR ----------------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
 """Every model computes what the official code computes, with the official weights on the same images."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -215,13 +217,11 @@ def test_the_only_convolution_of_sam_detr_without_input_norm_loads_under_each_of
 
 
 # ---- The criterion, the matcher and the sampling alone -----------------------------------------------------
-class Recipe:
-    """The part of a model that SetCriterion reads."""
-
-    def __init__(self, repo):
-        softmax = repo == "detr"
-        w_class = 1 if softmax else 2
-        self.recipe = dict(class_loss="softmax" if softmax else "focal", w_class=w_class, w_l1=5, w_giou=2)
+def criterion_of(case):
+    """A criterion without a model; it reads only the recipe."""
+    kind = ("softmax", 1) if case.json["case"]["repo"] == "detr" else ("focal", 2)
+    recipe = dict(class_loss=kind[0], w_class=kind[1], w_l1=5, w_giou=2)
+    return train.SetCriterion(SimpleNamespace(recipe=recipe))
 
 
 def without_objects(targets):
@@ -231,7 +231,7 @@ def without_objects(targets):
 @pytest.mark.parametrize("name", ["matcher_softmax", "matcher_focal"])
 def test_the_matcher_alone(name):
     case = Case(name)
-    criterion = train.SetCriterion(Recipe(case.json["case"]["repo"]))
+    criterion = criterion_of(case)
     logits, boxes, targets = case.arrays["logits"][None], case.arrays["boxes"][None], case.targets()
     for b, target in enumerate(targets):
         cost = criterion.cost(logits[:, b], boxes[:, b], target)[0]
@@ -247,13 +247,12 @@ def test_the_criterion_alone(name, given):
     """Losses and gradients, with the targets of the file and when no image has an object."""
     case = Case(name)
     stored = case.json[given]
-    criterion = train.SetCriterion(Recipe(case.json["case"]["repo"]))
     leaves = {k: v.clone().requires_grad_() for k, v in case.arrays.items()
               if k in ("logits", "boxes", "enc_logits", "enc_boxes")}
     out = {"logits": leaves["logits"], "boxes": leaves["boxes"]}
     if "enc_logits" in leaves:
         out["proposals"] = {"logits": leaves["enc_logits"], "boxes": leaves["enc_boxes"]}
-    losses = criterion(out, case.targets() if given == "given" else without_objects(case.targets()))
+    losses = criterion_of(case)(out, case.targets() if given == "given" else without_objects(case.targets()))
     for part, official in LOSS.items():
         for s, loss in enumerate(losses[part]):
             key = official if s == len(losses[part]) - 1 else f"{official}_{s}"
