@@ -12,14 +12,15 @@ support/predict.py returns predictions in Python, without pictures.
 import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 from support import UserError, data
 from support.attention_pictures import draw_look
 from support.checkpoints import load_checkpoint, read_init
 from support.look import CannotDraw, make_scene
-from support.options import PATHS, parse_model_options
+from support.options import parse_model_options
 from support.pictures import draw_detections, save
-from support.predict import of_official, of_run, trained_size
+from support.predict import of_official, of_run
 from support.report import one_line_errors
 
 
@@ -59,16 +60,15 @@ def parse(argv):
     return args
 
 
-def held_out(trained, folder, count, class_names=()):
+def held_out(trained, folder, count):
     """The first held-out images with objects, from `folder` or from the data that it was trained on."""
-    paths = {} if folder else {name: trained.get(name) for name in PATHS[1:]}
-    how = dict(size=trained_size(trained), augment=trained["preset"], class_names=class_names)
-    if trained.get("split") and not folder:
-        how |= dict(split=trained["split"], seed=trained.get("seed") or 0)
-    val_set = data.load(folder or trained["data"], **paths, **how, splits=("val",))["val"]
-    chosen = data.first_with_boxes(val_set, count)
+    if folder:
+        sets = data.load(folder, size=trained["size"], augment=trained["preset"], splits=("val",))
+    else:
+        sets = data.load_datasets(SimpleNamespace(**trained), ("val",))
+    chosen = data.first_with_boxes(sets["val"], count)
     if not len(chosen):
-        raise UserError(f"{val_set.name}: no image has a box")
+        raise UserError(f"{sets['val'].name}: no image has a box")
     return chosen
 
 
@@ -89,7 +89,7 @@ def main(argv=None):
     if args.images:
         dataset = detector.dataset(args.images)
     else:
-        dataset = held_out(detector.trained, args.data, args.count, detector.class_names)
+        dataset = held_out(detector.trained, args.data, args.count)
     out, kept = Path(args.out), []
     out.mkdir(parents=True, exist_ok=True)
     if args.json:

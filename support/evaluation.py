@@ -132,10 +132,3 @@ def metrics_table(metrics):
     """The 12 numbers as a table in words."""
     rows = [f"{name:<10} {metrics[name]:6.3f}  {meaning}" for name, meaning in METRICS.items()]
     return "\n".join(rows + ["-1 = no ground truth of that size. Pixels are those of the original images."])
-
-
-explain = metrics_table  # until train.py and run.py call it so
-
-
-def is_softmax(model):
-    return model.recipe["class_loss"] == "softmax"

@@ -17,10 +17,10 @@ import torch
 import torchvision
 from PIL import Image
 
-from support import UserError, data, devices, reason
+from support import UserError, data, machine, reason
 from support.checkpoints import load_checkpoint, load_weights, read_init
 from support.evaluation import postprocess
-from support.model_files import build_model, load_model_file, model_of_run
+from support.model_files import build_model, load_model_file, load_model_of, without_download
 
 
 def load(source, model=None, device="cpu", **options):
@@ -38,8 +38,6 @@ def load(source, model=None, device="cpu", **options):
         if model is None:
             raise UserError(f'{source}: official weights; of which model? Say so: model="detr"')
         return of_official(checkpoint, source, model, options).to(device)
-    except SystemExit as error:
-        raise UserError(error) from None
     except OSError as error:
         raise UserError(f"{source}: {reason(error)}") from None
 
@@ -72,16 +70,13 @@ class Detector:
 
     def to(self, device):
         """Moves it to a device: "auto", or any that torch knows. Raises UserError."""
-        try:
-            self.device = devices.choose(str(device))
-        except ValueError as error:
-            raise UserError(f"{device}: {error}") from None
+        self.device = machine.choose_device(str(device))
         self.model = self.model.to(self.device)
         return self
 
     def dataset(self, photos):
         """Photos, as data.from_images takes them, prepared as for evaluation."""
-        return data.from_images(photos, self.trained["preset"], trained_size(self.trained))
+        return data.from_images(photos, self.trained["preset"], self.trained["size"])
 
     @torch.no_grad()
     def predict(self, what, threshold=0.3, batch_size=8):
@@ -161,19 +156,12 @@ def to_photo(what, place):
     return Image.fromarray(np.ascontiguousarray(array if array.shape[2] > 1 else array[:, :, 0]))
 
 
-def trained_size(trained):
-    """Pixels as make_transform takes them: --size of the training, or what data.load took in its place."""
-    if trained["size"]:
-        return trained["size"]
-    return data.default_size(trained["preset"], data.is_shapes(trained["data"], trained["train_json"]))
-
-
 # ---- Models ------------------------------------------------------------------------------------------------
 def of_run(checkpoint, model=None, options=None):
     """A Detector of what load_checkpoint returns; `model` takes the place of its run's."""
     trained, names = checkpoint["args"], checkpoint["class_names"]
-    _, module, known = model_of_run(checkpoint, model)
-    known.update(options or {}, pretrained_backbone=False)
+    module = load_model_of(checkpoint, model)
+    known = without_download(module, {**checkpoint["model_options"], **(options or {})})
     network = build_model(module, len(names), known).eval()
     load_weights(network, checkpoint)
     return Detector(network, names, trained)

@@ -11,7 +11,7 @@ from PIL import ExifTags, Image
 import visualize
 from support import UserError
 from support.look import look
-from support.predict import Detector, load, official_names, to_photo, trained_size
+from support.predict import Detector, load, official_names, to_photo
 from tests.folders import write_noise
 from tests.golden import Case, assert_close, options_of
 from tests.test_visualize import FIXED, save
@@ -114,17 +114,6 @@ def test_boxes_of_a_turned_photo_fit_the_photo_that_a_viewer_shows(photos, detec
 
 
 # ---- Models ------------------------------------------------------------------------------------------------
-def test_images_have_the_size_that_the_model_was_trained_with():
-    def size(**changes):
-        return trained_size(
-            {"data": None, "train_json": None, "size": None, "preset": "paper", **changes})
-
-    assert size() == size(data="shapes") == 96
-    assert size(data="x") == size(train_json="x") == 800
-    assert size(data="x", preset="laptop") == 256
-    assert size(size=224) == 224
-
-
 def test_official_weights_give_the_official_boxes(tmp_path):
     case, path = Case("deformable_detr"), str(tmp_path / "official.pth")
     torch.save({"model": case.state_dict(), "args": argparse.Namespace(lr=1)}, path)

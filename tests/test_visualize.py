@@ -11,12 +11,13 @@ from PIL import Image
 
 import visualize
 from support import UserError, data
-from support.options import DEFAULTS
-from support.predict import trained_size
+from support.checkpoints import FORMAT
+from support.options import make_parser
 from support.shapes import SHAPE_NAMES
 from tests.tiny_models import TINY, tiny
 
 ROOT = Path(__file__).parents[1]
+ARGS = {**vars(make_parser("").parse_args([])), "preset": "laptop", "size": 64, "seed": 0}
 FIXED = '''
 import torch
 RECIPE = dict(class_loss="focal", w_class=2, w_l1=5, w_giou=2)
@@ -25,20 +26,25 @@ class Fixed(torch.nn.Module):
     """The same three answers for every image: two of class 1, one with a low score, and one of class 0."""
     recipe = RECIPE
 
+    def __init__(self):
+        super().__init__()
+        self.zero = torch.nn.Parameter(torch.zeros(()))
+
     def forward(self, images, mask):
-        logits = torch.tensor([[-9.0, 2.0], [-9.0, -4.0], [0.0, -9.0]]).expand(1, len(images), 3, 2)
+        logits = self.zero + torch.tensor([[-9.0, 2.0], [-9.0, -4.0], [0.0, -9.0]])
         boxes = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.5, 0.5, 1, 1], [0.25, 0.25, 0.5, 0.5]])
-        return {"logits": logits, "boxes": boxes.expand(1, len(images), 3, 4)}
+        return {"logits": logits.expand(1, len(images), 3, 2), "boxes": boxes.expand(1, len(images), 3, 4)}
 
 def build(num_classes, **options):
     return Fixed()
 '''
+ZERO = {"zero": torch.zeros(())}
 
 
 def save(path, model, state, options=None, names=("cat", "dog"), **args):
     """A checkpoint as train.py writes it."""
-    args = {**DEFAULTS, "model": str(model), **args}
-    torch.save({"model": state, "args": args, "model_options": options or {}, "class_names": list(names),
+    torch.save({"format": FORMAT, "model": state, "args": {**ARGS, "model": str(model), **args},
+                "model_options": options or {}, "class_names": list(names),
                 "category_ids": list(range(len(names)))}, path)
     return str(path)
 
@@ -48,7 +54,7 @@ def fixed(tmp_path, monkeypatch):
     """Flags for the model above, in an empty working folder."""
     monkeypatch.chdir(tmp_path)
     Path("fixed.py").write_text(FIXED)
-    return ["--weights", save("best.pt", tmp_path / "fixed.py", {}, size=64), "--model", "fixed.py"]
+    return ["--weights", save("best.pt", tmp_path / "fixed.py", ZERO), "--model", "fixed.py"]
 
 
 # ---- Pictures ----------------------------------------------------------------------------------------------
@@ -94,17 +100,18 @@ def test_held_out_images_of_a_folder_and_own_files_are_prepared_alike(tmp_path):
     for split in "train", "val":
         (tmp_path / f"annotations/instances_{split}.json").write_text(json.dumps(content))
     for preset in "laptop", "paper":
-        args = {**DEFAULTS, "data": str(tmp_path), "preset": preset, "size": None}
-        (image, target), = visualize.held_out(args, None, 4)
-        own, _ = data.from_images([tmp_path / "val/x.png"], preset, trained_size(args))[0]
-        assert own.equal(image) and len(target["labels"]) == 1
-        assert image.shape[1:] == {"laptop": (170, 256), "paper": (800, 1200)}[preset]
+        for folder in None, str(tmp_path):
+            args = {**ARGS, "data": str(tmp_path), "preset": preset, "size": 240}
+            (image, target), = visualize.held_out(args, folder, 4)
+            own, _ = data.from_images([tmp_path / "val/x.png"], preset, 240)[0]
+            assert own.equal(image) and len(target["labels"]) == 1
+            assert image.shape[1:] == {"laptop": (160, 240), "paper": (240, 360)}[preset]
 
 
 def test_any_name_and_the_backend_of_a_notebook_end_in_pictures(tmp_path):
     names = ["$x{$", "\ud800 \u732b"]
     (tmp_path / "fixed.py").write_text(FIXED)
-    path = save(tmp_path / "best.pt", tmp_path / "fixed.py", {}, names=names, size=64)
+    path = save(tmp_path / "best.pt", tmp_path / "fixed.py", ZERO, names=names)
     Image.new("RGB", (90, 60)).save(tmp_path / "\u732b $x{$.png")
     command = [sys.executable, "-W", "error", ROOT / "visualize.py", "--weights", path, "--model", "fixed.py"]
     command += ["\u732b $x{$.png", "--json", "x.json"]
