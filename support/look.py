@@ -75,7 +75,7 @@ READERS = {  # by class: the reader, and names that it needs of the module and o
 
 def reader_of(name, module):
     """The reader of a module: by its name, or by its class if it has what the reader needs; or None."""
-    if name.split(".")[-1] == "reference":
+    if name.split(".")[-1] == "reference_head":
         return read_reference
     read, attribute, arguments = READERS.get(type(module).__name__, (None, "forward", ""))
     given = inspect.signature(module.forward).parameters
@@ -97,7 +97,7 @@ def look(model, images, mask):
     SemanticsAligner  points [B, Q, M, 2], reference [B, Q, 4] in [0, 1] of the image; scale [B, Q, M, 2]
     Sampler           samples [B, Q, M, K, 3]: (x, y) in [0, 1] of the padded image, log2 of the stride
     BoxPositions      reference [B, Q, 4] in [0, 1] of the image: the box of each query in this layer
-    named reference   reference [B, Q, 2] in [0, 1] of the image: the sigmoid of the module's output
+    "reference_head"  reference [B, Q, 2] in [0, 1] of the image: the sigmoid of this module's output
 
     Other modules are left out. In an encoder Q is T. If a module runs repeatedly (SQR's recurrent stage), the
     last run is kept. Each layer of a global encoder needs 4 B M T^2 bytes.

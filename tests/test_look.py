@@ -70,7 +70,7 @@ def test_conditional_attention_is_the_product_of_its_content_and_spatial_maps():
     both = arrays["content"] * arrays["spatial"]
     torch.testing.assert_close(both / both.sum(-1, keepdim=True), arrays["weights"], rtol=1e-4, atol=1e-6)
     # The untrained box head adds nothing yet, so that boxes still sit on their reference points
-    torch.testing.assert_close(seen["reference"]["reference"], out["boxes"][-1, ..., :2])
+    torch.testing.assert_close(seen["reference_head"]["reference"], out["boxes"][-1, ..., :2])
 
 
 @pytest.mark.parametrize("name, option", CASES[2:4] + CASES[5:6])
