@@ -52,9 +52,9 @@ def test_every_cell_runs(tmp_path, monkeypatch):
     scope, printed = {"shell": shell}, io.StringIO()
     with contextlib.redirect_stdout(printed):
         for cell in json.loads(WRITTEN)["cells"]:
-            if cell["cell_type"] == "code":  # "!python train.py {RUN}" becomes shell(f'''python train.py {RUN}''')
+            if cell["cell_type"] == "code":  # "!python FILE {RUN}" becomes shell(f'''python FILE {RUN}''')
                 code = re.sub(r"^( *)!(.*)$", r"\1shell(f'''\2''')", "".join(cell["source"]), flags=re.M)
                 exec(code.replace("threshold=0.3", "threshold=0"), scope)
     assert ran == ["train.py", "visualize.py", "-m support.check_data", "train.py", "train.py"]
-    assert len(shown) == 4 and min(min(picture.size) for picture in shown) > 100
+    assert len(shown) == 5 and min(min(picture.size) for picture in shown) > 100
     assert re.search(r"^\w+ +0\.\d\d \[", printed.getvalue(), re.M), "no prediction was printed"
