@@ -44,8 +44,7 @@ def test_every_cell_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.py").write_text("")  # as if it were the folder of the repository
     monkeypatch.setattr(pictures, "draw_curves", lambda log, path: Image.new("RGB", (200, 200)).save(path))
-    few = {"train": 40, "val": 10}
-    monkeypatch.setattr(data, "Shapes", lambda n, size, seed, split: Shapes(few[split], size, seed, split))
+    monkeypatch.setattr(data, "Shapes", lambda n, size, seed, split: Shapes(40, size, seed, split))
     display = SimpleNamespace(Image=lambda path: Image.open(path).copy(), display=shown.append)
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(display=display, version_info=(9, 0)))
     monkeypatch.setitem(sys.modules, "IPython.display", display)
