@@ -158,8 +158,6 @@ def race(names, seeds, steps, jobs):
     pool = ThreadPoolExecutor(jobs)
     try:
         list(pool.map(lambda job: run(*job, steps), todo))
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. The same command resumes each run.")
     finally:
         for child in set(CHILDREN):
             os.kill(child, signal.SIGTERM)  # it saves its last step

@@ -155,7 +155,7 @@ def assert_close(what, ours, stored, field):
 
 
 def agreement(name):
-    """The largest differences of a case: logits, boxes, and relative ones of the loss and of gradient norms."""
+    """The largest differences of a case: logits, boxes, loss (relative), gradient norms (relative)."""
     import train
     from tests.tiny_models import module_named
     (file, extra), case = CASES[name], Case(name)
@@ -170,8 +170,8 @@ def agreement(name):
     parameters = dict(model.named_parameters())
     norms = [(parameters[our_name(module, key)].grad.double().norm().item(), norm)
              for key, norm in stored["grad_l2"].items() if (norm or 0) > 1e-4 * stored["grad_l2_total"]]
-    return [*((out[key] - case.arrays[key]).abs().max().item() for key in ("logits", "boxes")),
-            abs(loss.item() / stored["loss_total"] - 1), max(abs(ours / theirs - 1) for ours, theirs in norms)]
+    largest = [(out[key] - case.arrays[key]).abs().max().item() for key in ("logits", "boxes")]
+    return [*largest, abs(loss.item() / stored["loss_total"] - 1), max(abs(a / b - 1) for a, b in norms)]
 
 
 if __name__ == "__main__":  # the table of docs/agreement.md
