@@ -30,7 +30,7 @@ from support import machine  # noqa: E402
 from support.checkpoints import load_checkpoint, load_weights  # noqa: E402
 from support.data import load_datasets  # noqa: E402
 from support.evaluation import coco_eval  # noqa: E402
-from support.model_files import build_model, load_model_file  # noqa: E402
+from support.model_files import build_model, load_model_of  # noqa: E402
 from support.report import one_line_errors  # noqa: E402
 
 
@@ -115,7 +115,7 @@ def predict(model, dataset, args):
     return images_seen
 
 
-def load(path, loops):
+def load(path, name, loops):
     """(model, validation set, args) of a run; with `loops` sqr.py's last layer runs so many times."""
     checkpoint = load_checkpoint(path / "best.pt" if path.is_dir() else path)
     args = argparse.Namespace(**checkpoint["args"])
@@ -124,7 +124,7 @@ def load(path, loops):
     options = {**checkpoint["model_options"], "pretrained_backbone": False}
     if loops:
         options["recurrent"] = True
-    model = build_model(load_model_file(args.model), len(dataset.class_names), options)
+    model = build_model(load_model_of(checkpoint, name), len(dataset.class_names), options)
     load_weights(model, checkpoint)
     if loops:
         model.num_stages = loops
@@ -134,12 +134,13 @@ def load(path, loops):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs, or checkpoints")
+    p.add_argument("--model", metavar="FILE", help="your model file, if the runs were made with one")
     p.add_argument("--loops", type=int, metavar="N", help="of sqr.py: run only the last layer, N times")
     args = p.parse_args(argv)
     print("| run | AP of layers 1, 2, ... | after NMS | most confident layer | oracle | TP fading "
           f"| FP exacerbation |\n|{'---|' * 7}")
     for path in args.runs:
-        model, dataset, settings = load(path, args.loops)
+        model, dataset, settings = load(path, args.model, args.loops)
         images = predict(model, dataset, settings)
 
         def AP(choose, *stage):
