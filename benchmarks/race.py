@@ -124,7 +124,8 @@ def run(name, seed, steps):
     if seconds:  # of the last part, from which those of the whole run follow
         entry["cpu_minutes"] = round(seconds / 60 * steps / (steps - start), 2)
     with LOCK:
-        content = json.dumps(dict(sorted({**read(), f"{name}, seed {seed}": entry}.items())), indent=1)
+        key = f"{name}, seed {seed}, {steps} steps"
+        content = json.dumps(dict(sorted({**read(), key: entry}.items())), indent=1)
         RESULTS.with_suffix(".tmp").write_text(content + "\n")
         os.replace(RESULTS.with_suffix(".tmp"), RESULTS)  # race.json is whole at any moment
     print(f"{name}, seed {seed}: AP {entry['evals'][-1]['AP']:.3f}", flush=True)
@@ -151,9 +152,9 @@ def read():
 def race(names, seeds, steps, jobs):
     """Trains what race.json lacks, `jobs` runs at a time."""
     RUNS.mkdir(parents=True, exist_ok=True)
-    done = {key: entry["flags"] for key, entry in read().items()}
+    done = [(entry["name"], entry["seed"], entry["flags"]) for entry in read().values()]
     todo = [(name, seed) for seed in seeds for name in names
-            if done.get(f"{name}, seed {seed}") != shlex.join(flags_of(name, steps))]
+            if (name, seed, shlex.join(flags_of(name, steps))) not in done]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     pool = ThreadPoolExecutor(jobs)
     try:
@@ -166,9 +167,10 @@ def race(names, seeds, steps, jobs):
 
 # ---- Tables and figures ------------------------------------------------------------------------------------
 def entries_of(name):
-    """Recorded runs of a runner; only those of the newest length if --steps has changed."""
+    """Recorded runs of a runner, one a seed; only the longest if there are several lengths."""
     found = [entry for entry in read().values() if entry["name"] == name]
-    return [entry for entry in found if entry["flags"] == found[-1]["flags"]]
+    longest = max((entry["evals"][-1]["step"] for entry in found), default=0)
+    return [entry for entry in found if entry["evals"][-1]["step"] == longest]
 
 
 def curve(entry, key="AP"):
