@@ -114,8 +114,9 @@ def inference(model, images, mask, dtype=torch.float32):
 
 def training_step(model, criterion, images, mask, targets, dtype=torch.float32):
     model.train().zero_grad()
+    inputs = (images, mask, targets) if model.recipe.get("denoising") else (images, mask)
     with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
-        out = model(images, mask)
+        out = model(*inputs)
     criterion(out, targets)["total"].backward()  # outside of autocast, as in train.py
 
 

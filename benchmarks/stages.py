@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torchvision.ops import batched_nms, box_convert, box_iou
+from torchvision.ops import batched_nms, box_iou
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import machine  # noqa: E402
 from support.checkpoints import load_checkpoint, load_weights  # noqa: E402
 from support.data import load_datasets  # noqa: E402
-from support.evaluation import coco_eval  # noqa: E402
+from support.evaluation import boxes_to_pixels, coco_eval  # noqa: E402
 from support.model_files import build_model, load_model_of  # noqa: E402
 from support.report import one_line_errors  # noqa: E402
 
@@ -103,15 +103,13 @@ def predict(model, dataset, args):
     images_seen = []
     for images, mask, targets in machine.make_loader(dataset, args, batch_size=args.eval_batch_size):
         out = model(images.to(args.device), mask.to(args.device))
-        logits, boxes = out["logits"].cpu(), box_convert(out["boxes"].cpu(), "cxcywh", "xyxy")
+        logits, boxes = out["logits"].cpu(), out["boxes"].cpu()
         softmax = model.recipe["class_loss"] == "softmax"
         scores, labels = (logits.softmax(-1)[..., :-1] if softmax else logits.sigmoid()).max(-1)  # [S, B, Q]
         for b, target in enumerate(targets):
-            h, w = target["size"]
-            size = torch.tensor([w, h, w, h])
-            images_seen.append(Stages(
-                target["image_id"], scores[:, b], labels[:, b], boxes[:, b] * size,
-                target["labels"], box_convert(target["boxes"], "cxcywh", "xyxy") * size))
+            found, true = (boxes_to_pixels(one, target["size"]) for one in (boxes[:, b], target["boxes"]))
+            images_seen.append(Stages(target["image_id"], scores[:, b], labels[:, b], found,
+                                      target["labels"], true))
     return images_seen
 
 
