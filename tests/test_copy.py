@@ -7,22 +7,18 @@ import train
 from support import data, evaluation
 from tests.tiny_models import shaken
 
-IMPORTS = """
-import math
-import torch
-import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
-from torchvision.ops import box_convert, generalized_box_iou, generalized_box_iou_loss, sigmoid_focal_loss
-"""
-PARTS = [train.Diverged, train.SetCriterion, train.make_optimizer, data.collate, evaluation.postprocess]
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+PARTS = [train.Diverged, train.SetCriterion, train.make_optimizer, data.collate, evaluation.boxes_to_pixels,
+         evaluation.postprocess]
 
 
 def notebook():
-    """A name space that has the source text of these parts, and no file of ours."""
-    cells = [IMPORTS, *(inspect.getsource(part) for part in PARTS)]
-    if hasattr(evaluation, "boxes_to_pixels"):
-        cells.insert(1, inspect.getsource(evaluation.boxes_to_pixels))
-    assert not re.search(r"^\s*(from|import) (?!math|torch|scipy)", "".join(cells), re.M), "it imports ours"
+    """A name space that has the README's imports and the source text of these parts, and no file of ours."""
+    found = re.search(r"\n\n(For an empty notebook, .*?)```python\n(.*?)```", README, re.S)
+    sentence, imports = found.groups()
+    assert [part.__name__ for part in PARTS if f"`{part.__name__}`" not in sentence] == []
+    cells = [imports, *(inspect.getsource(part) for part in PARTS)]
+    assert not re.search(r"^\s*(from|import) (?!math|torch|scipy)", "\n".join(cells), re.M), "it imports ours"
     scope = {}
     exec("\n\n".join(cells), scope)
     return scope
@@ -46,9 +42,3 @@ def test_what_is_pasted_into_an_empty_notebook_trains():
     out, sizes = model.eval()(images, mask), [target["size"] for target in targets]
     found = copied["postprocess"](out["logits"][-1], out["boxes"][-1], sizes, criterion.softmax)
     assert len(found) == 4 and found[0]["boxes"].shape == (5, 4) and found[0]["boxes"].max() > 2
-
-
-def test_the_readme_names_the_parts():
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    sentence = next(line for line in text.split("\n\n") if "empty notebook" in line)
-    assert [part.__name__ for part in PARTS if f"`{part.__name__}`" not in sentence] == []
