@@ -66,7 +66,8 @@ def where_it_went_bad(model, images, mask):
 
     def check(module, inputs, output):
         outputs = output if isinstance(output, (tuple, list)) else [output]
-        if module in names and any(isinstance(x, torch.Tensor) and not x.isfinite().all() for x in outputs):
+        tensors = [x for x in outputs if isinstance(x, torch.Tensor)]
+        if module in names and not all(x.isfinite().all() for x in tensors):
             bad.append(names[module])
 
     with torch.nn.modules.module.register_module_forward_hook(check):
@@ -109,7 +110,7 @@ def warnings(model, train_set, args, queries):
                "be found. Raise --option num_queries=N.")
     published = model.recipe.get("batch_size", 0)
     if args.preset == "paper" and args.lr == model.recipe.get("lr") and args.batch_size < published:
-        yield f"lr {args.lr:g} is for batches of {published} images, yours have {args.batch_size}: lower --lr."
+        yield f"lr {args.lr:g} is for batches of {published} images; yours have {args.batch_size}: lower it."
     if args.preset == "paper" and args.steps < 100_000 and not args.init:
         yield (f"the transformer starts from random weights and gets {args.steps} steps. DETR needs "
                "more than 100,000 of them: expect AP near 0.")
@@ -160,6 +161,6 @@ def collapse_line(metrics, num_classes):
     images, queries, classes = (metrics[k] for k in ("spread_images", "spread_queries", "classes_predicted"))
     line = (f"boxes vary by {images:.3f} between images and {queries:.3f} between queries; {classes} of "
             f"{num_classes} classes reach a score of 0.3")
-    advice = ("\n  COLLAPSED: the same boxes everywhere. Usual early on; if it stays, the model is undertrained "
-              "(see README) or its features do not depend on the image.")
+    advice = ("\n  COLLAPSED: the same boxes everywhere. Usual early on; if it stays, the model is "
+              "undertrained (see README), or its features do not depend on the image.")
     return line + advice * (min(images, queries) < 0.005)
