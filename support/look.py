@@ -186,7 +186,7 @@ def make_scene(dataset, index, class_names, model, threshold):
     out, seen = look(model, images, mask)
     photo, annotated = photo_and_truth(dataset, index)
     size = annotated.height, annotated.width
-    found, = answers(model, out, [dataset.path_of(index)], [size], len(class_names))
+    found, = answers(model, out, [dataset.path_of(index)], size, len(class_names))
     scores, labels = best_class(out["logits"][:, 0], is_softmax(model), len(class_names))  # [S, Q]
     truth = [(dataset.class_names[label], box) for label, box in true_objects(annotated)]
     boxes = boxes_to_pixels(out["boxes"][:, 0], size)  # [S, Q, 4]
