@@ -114,9 +114,9 @@ def make_parser(description):
     source.add_argument("--resume", type=name, metavar="RUN",
                         help="continue a run exactly: its folder or a checkpoint")
     source.add_argument("--init", type=name, metavar="FILE", help="start from the weights of another run "
-                        "(file or folder) or an official checkpoint; other classes and queries are fine")
+                        "(file, or its folder: best.pt) or an official file; other classes are fine")
     source.add_argument("--eval", action="store_true", help="only evaluate --weights")
-    p.add_argument("--weights", type=name, metavar="FILE", help="checkpoint or run folder for --eval")
+    p.add_argument("--weights", type=name, metavar="FILE", help="for --eval: file, or run folder: last.pt")
     p.add_argument("--overfit", type=COUNT, metavar="N", help="train and evaluate on the same N images")
     p.add_argument("--steps", type=COUNT, help="length of the run in optimiser steps")
     p.add_argument("--epochs", type=COUNT, help="or in passes over the training images")
