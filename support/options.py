@@ -103,7 +103,7 @@ def make_parser(description):
     add("--out", type=name, help="folder for results; default runs/MODEL-DATA")
     one_of("--resume", type=name, metavar="RUN", help="continue a run exactly: its folder or a checkpoint")
     one_of("--init", type=name, metavar="FILE", help="start from the weights of another run (file, or its "
-           "folder: best.pt) or of an official checkpoint; other classes and another number of queries are fine")
+           "folder: best.pt) or of an official checkpoint; other classes and other numbers of queries fit")
     one_of("--eval", action="store_true", help="only evaluate --weights")
     add("--weights", type=name, metavar="FILE", help="for --eval: a checkpoint, or a run's folder: last.pt")
     add("--overfit", type=COUNT, metavar="N", help="train and evaluate on the same N images")
