@@ -22,8 +22,9 @@ from support.predict import answers, keep
 # ---- Readers -----------------------------------------------------------------------------------------------
 # A reader gets a module, its output and the arguments of its forward; it returns named tensors, see look().
 def read_attention(module, output, q, k, v, mask=None, bias=None):
-    # [B, T, E] -> [B, T, M, E/M] -> [B, M, T, E/M]
-    q, k = (x.unflatten(-1, (module.nheads, -1)).transpose(1, 2) for x in (q, k))
+    # [B, T, E] -> [B, T, M, E/M] -> [B, M, T, E/M]; a key that all heads share, E/M wide, -> [B, 1, T, E/M]
+    width = q.shape[-1] // module.nheads
+    q, k = (x.unflatten(-1, (-1, width)).transpose(1, 2) for x in (q, k))
     scale = q.shape[-1] ** -0.5  # for halves as well, so that content * spatial is proportional to weights
 
     def softmax(q, k, bias=None):
@@ -56,7 +57,8 @@ def read_reference(module, output, *inputs):
     return {"reference": output.sigmoid()}
 
 
-READERS = {"Attention": read_attention, "MSDeformAttn": read_sampling, "SemanticsAligner": read_aligner}
+READERS = {"Attention": read_attention, "SharedKeyAttention": read_attention, "MSDeformAttn": read_sampling,
+           "SemanticsAligner": read_aligner}
 
 
 def reader_of(name, module):
