@@ -50,6 +50,7 @@ class SetCriterion:
         self.weights = {name: recipe[f"w_{name}"] for name in ("class", "l1", "giou")}
         self.cost_weights = {**self.weights, "class": recipe.get("cost_class", recipe["w_class"])}
         self.corner_l1 = recipe.get("corner_l1", False)  # AdaMixer: L1 between corners
+        self.denoising = recipe.get("denoising", False)  # the model is given the targets in training
 
     def cost(self, logits, boxes, target):
         """Matching cost of one image: logits [S, Q, C], boxes [S, Q, 4], target with G boxes -> [S, Q, G]."""
@@ -91,11 +92,19 @@ class SetCriterion:
         """One stage: logits [B, Q, C], boxes [B, Q, 4] -> per image (query index, target index), int64."""
         return self.match_stages(logits[None], boxes[None], targets)[0]
 
-    def stage_losses(self, logits, boxes, targets, box_counts):
-        """Un-weighted losses {"class": [S], "l1": [S], "giou": [S]} of predictions [S, B, Q, .]."""
+    def stage_losses(self, logits, boxes, targets, box_counts, known=None):
+        """Un-weighted losses {"class": [S], "l1": [S], "giou": [S]} of predictions [S, B, Q, .].
+
+        known [B, Q]: the target of every query in place of a matching; -1 is "no object", -2 is in no loss.
+        """
         logits, boxes = logits.float(), boxes.float()
         S, pairs = len(logits), []  # of all stages and images: [4, number of matches] each
-        for s, stage in enumerate(self.match_stages(logits, boxes, targets)):
+        if known is None:
+            matches = self.match_stages(logits, boxes, targets)
+        else:
+            matches = [[(row.ge(0).nonzero()[:, 0], row[row >= 0]) for row in known]] * S
+            logits = logits.masked_fill(known[..., None] == -2, -100)  # no loss, no gradient
+        for s, stage in enumerate(matches):
             for b, (query, target) in enumerate(stage):
                 s_index, b_index = torch.full_like(query, s), torch.full_like(query, b)
                 pairs.append(torch.stack([s_index, b_index, query, target]))
@@ -154,6 +163,7 @@ class SetCriterion:
         if "proposals" in out:
             # Proposals only say "some object", so every label is class 0 (Deformable DETR, appendix A.4).
             objects = [{"labels": torch.zeros_like(t["labels"]), "boxes": t["boxes"]} for t in targets]
+            objects = targets if out["proposals"].get("class_aware") else objects  # but not in DINO
             logits, boxes = out["proposals"]["logits"][None], out["proposals"]["boxes"][None]  # one stage
             proposal = self.stage_losses(logits, boxes, objects, box_counts)
             total = total + self.weighted(proposal)
@@ -166,6 +176,13 @@ class SetCriterion:
             many = self.stage_losses(extra["logits"], extra["boxes"], copies, [n * K for n in box_counts])
             total = total + extra["weight"] * self.weighted(many)
             losses.update({f"one2many_{name}": loss for name, loss in many.items()})
+        if "denoising" in out:
+            # DN-DETR, DINO: G groups of noisy objects; it is known what must come back, so nothing is matched
+            noisy = out["denoising"]
+            counts = [n * noisy["groups"] for n in box_counts]
+            known = self.stage_losses(noisy["logits"], noisy["boxes"], targets, counts, noisy["target"])
+            total = total + self.weighted(known)
+            losses.update({f"denoising_{name}": loss for name, loss in known.items()})
         return {"total": total, **losses}
 
     def weighted(self, losses):
@@ -265,7 +282,8 @@ def train_step(forward, criterion, optimizer, parts, args, scaler=devices.Scaler
         images, mask = data.pad_batch(images, mask, height, width)
         targets = [{k: t[k].to(args.device) for k in ("labels", "boxes")} for t in targets]
         with devices.autocast(args):
-            out = forward(images.to(args.device), mask.to(args.device))
+            inputs = images.to(args.device), mask.to(args.device)
+            out = forward(*inputs, targets) if criterion.denoising else forward(*inputs)
         losses = criterion(out, targets, box_counts)  # outside of autocast: in float32
         scaler.scale(losses["total"] * processes.WORLD).backward()  # DDP takes the mean: make it a sum
         for name, loss in losses.items():
