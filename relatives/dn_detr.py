@@ -346,10 +346,10 @@ def draw_noise(shape, num_classes, device):
 
 
 def object_places(targets, copies):
-    """Where `copies` copies of the n objects of all images go: image [n], row [n], place [copies, n], width W.
+    """Where copies of the n objects of all images go: image [n], row [n], place [copies, n], and width W.
 
-    W is the largest number of objects in one image. Copy c of an image's object i takes place c * W + i of
-    its image, so that copies are blocks; an image with fewer objects leaves places empty.
+    W is the largest number of objects in one image. Copy c of the object in row i takes place c * W + i of
+    its image: copies are blocks. An image with fewer objects leaves places empty.
     """
     counts, device = [len(t["labels"]) for t in targets], targets[0]["labels"].device
     image = torch.cat([torch.full((n,), b, device=device) for b, n in enumerate(counts)])  # [n]
@@ -371,7 +371,7 @@ def group_bias(groups, size, num_queries, device):
 
 
 class Denoising(nn.Module):
-    """Noisy queries in front of the others; the content of a query tells its label, and whether it is noisy."""
+    """Noisy queries in front of the others; the content of a query is its label, and whether it is noisy."""
 
     def __init__(self, num_classes, hidden_dim, groups, label_noise, box_noise):
         super().__init__()
@@ -388,14 +388,14 @@ class Denoising(nn.Module):
     def noisy_objects(self, targets, noise):
         """The objects [n] of all images -> labels [G, n] and boxes [G, n, 4] with noise."""
         labels, boxes = (torch.cat([t[key] for t in targets]) for key in ("labels", "boxes"))  # [n], [n, 4]
-        labels = torch.where(noise["flip"] < self.label_noise, noise["label"], labels)  # perhaps the right one
-        # DN 4.3: the centre moves by up to box_noise of half a box, width and height by box_noise of themselves
+        labels = torch.where(noise["flip"] < self.label_noise, noise["label"], labels)  # [G, n]
+        # The centre moves by up to box_noise of half the box, width and height by up to box_noise of it
         reach = boxes[:, [2, 3, 2, 3]] * boxes.new_tensor([0.5, 0.5, 1, 1])  # [n, 4]
         boxes = (boxes + (2 * noise["box"] - 1) * self.box_noise * reach).clamp(0, 1)  # [G, n, 4]
         return labels, inverse_sigmoid(boxes).sigmoid()  # away from 0 and 1
 
     def forward(self, tgt, reference, targets):
-        """tgt [B, Q, D], reference [B, Q, 4] -> both with N + Q queries, bias, and what N of them must return.
+        """tgt [B, Q, D], reference [B, Q, 4] -> both with N + Q queries, their bias, and what must come back.
 
         target [B, N] is the row of the object to give back, or -2 for an empty place, which no loss counts.
         """
