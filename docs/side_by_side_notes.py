@@ -10,15 +10,13 @@ GENERAL = [
     ("docstring", "", "Where this file departs from the official code, and what is left out."),
     ("imports", "", "Imports."),
     ("RECIPE", "", "How the paper trains it."),
-    ("LAPTOP", "", "What the small preset changes for this file."),
+    ("LAPTOP", "", "Changes of the laptop preset for this file."),
     ("*", "", "The class is named after the method."),
     ("build", "", "The name of the class."),
     ("OFFICIAL_NAMES", "", "Names in the official checkpoints and ours; nothing is computed here."),
-    ("*.__init__", "check_options(", "The name of the class."),
 ]
 NOTES = {
     ("detr", "conditional_detr"): [
-        ("RECIPE", "# How", "Which sections of the paper say so."),
         ("RECIPE", "epochs=", "A tenth of the epochs. The batch is 16 images, the learning rate stays."),
         ("RECIPE", "class_loss",
          "Focal loss in place of softmax, weight 2 in place of 1. It came with the paper but is "
@@ -36,7 +34,7 @@ NOTES = {
         ("DecoderLayer.forward", "concat_heads",
          "Eq. (2) in place of (c_q + p_q)·(c_k + p_k). In layer 1 lambda is 1 and positions are "
          "added to the content as well (section 3.5)."),
-        ("*.__init__", "xavier_uniform(self.reference)",
+        ("*.__init__", "xavier_uniform(self.reference_head)",
          "The reference points' matrices are initialised like the rest."),
         ("*.__init__", "log(99)",
          "Start of the focal loss (every class at p = 0.01) and of boxes (at their reference "
@@ -54,7 +52,7 @@ NOTES = {
          "The heart of the paper, Eq. (3) and (4): p_q = T p_s, T = FFN(f). T is diagonal, "
          "lambda_q; f is what the layer before returned, not normalised. In layer 1, T is 1."),
         ("*.__init__", "num_queries=", "300 queries."),
-        ("*.__init__", "self.reference =",
+        ("*.__init__", "self.reference_head =",
          "s, the reference point before the sigmoid, is predicted from the query's position."),
         ("*.__init__", "class_head = nn.Linear",
          "No logit for \"no object\": the focal loss wants C independent sigmoids."),
@@ -67,7 +65,6 @@ NOTES = {
         ("Decoder.forward", "", "The decoder is given p_s, the encoding of the reference points."),
     ],
     ("detr", "deformable_detr"): [
-        ("RECIPE", "# How", "Which sections of the paper say so."),
         ("RECIPE", "epochs=",
          "A tenth of the epochs, batch 32, twice the learning rate, and a tenth of it for the "
          "maps that make offsets and reference points."),
@@ -76,7 +73,10 @@ NOTES = {
          "The layer is given reference points and the maps' shapes in place of positions of "
          "keys."),
         ("*.__init__", "dim_feedforward=", "FFN width 1024, as in the official code."),
-        ("*.__init__", "num_queries=", "300 queries; levels, points and the two variants."),
+        ("*.__init__", "num_queries=", "300 queries."),
+        ("*.__init__", "num_feature_levels=", "Levels, points and the two variants."),
+        ("*.__init__", "self.decoder = Decoder(dec_layers",
+         "The decoder gets levels, points and refinement; heads are made below."),
         ("*.forward", "C+1", "C logits and not C + 1; proposals with two_stage."),
         ("Decoder.__init__", "self.box_refine",
          "No final norm; the decoder makes the boxes, since refinement needs them."),
@@ -109,7 +109,6 @@ NOTES = {
          "The two-stage variant (A.4): every encoder token proposes a box, the best become the "
          "queries."),
         ("DecoderLayer.__init__", "", "Cross-attention is deformable; self-attention between queries stays."),
-        ("DecoderLayer", "", "The paper's section on the decoder."),
         ("Decoder.__init__", "", "Levels, points and refinement are passed on."),
         ("Decoder.forward", "",
          "Boxes are relative to the reference, in logit space (A.3). With refinement a layer's "
@@ -146,7 +145,7 @@ NOTES = {
          "The smca variant; and input_norm, which the official code makes depend on the number "
          "of epochs."),
         ("*.__init__", "self.input_proj =", "An optional GroupNorm behind the convolution."),
-        ("*.__init__", "xavier_uniform(self.reference)",
+        ("*.__init__", "xavier_uniform(self.reference_head)",
          "Queries are 4 numbers, a box. Heads and initialisation are methods of their own, "
          "below."),
         ("RECIPE", "", "The same recipe. The paper also trains for 12 epochs."),
@@ -159,7 +158,6 @@ NOTES = {
         ("gaussian_bias", "",
          "The smca option, from SMCA-DETR: attention scores fall off with the distance from the "
          "point."),
-        ("DecoderLayer", "", "The paper's section on the decoder."),
         ("*.forward", "",
          "Feature maps, positions with half a pixel of offset, learned boxes as the first "
          "references."),
@@ -178,10 +176,10 @@ NOTES = {
         ("*.forward", "32 for 6 stages", "How many supervised groups there are."),
         ("*.forward", "self.plan()",
          "The plan is handed over, and heads, since every group takes those of its own stage."),
-        ("Decoder.forward", "def forward", "The plan says which query goes through which layer."),
-        ("Decoder.forward", "for stage, query in plan",
+        ("Decoder.forward", "def forward", "The plan lists which group of queries goes through which layer."),
+        ("Decoder.forward", "for stage, group in plan",
          "Where the parent walks its layers, SQR walks the plan: groups do not see each other."),
-        ("Decoder.forward", "queries.append", "What a stage made is kept, since later stages may be fed it."),
+        ("Decoder.forward", "groups.append", "What a stage made is kept, since later stages may be fed it."),
         ("*.forward", "self.class_head[stage]", "Every group is read by the head of its own stage."),
         ("SOURCES", "",
          "Whose outputs a stage is fed: the whole difference between the plain decoder, SQR and "
@@ -191,7 +189,7 @@ NOTES = {
          "stage N times."),
         ("prune", "", "DQRR at inference needs the last stage only: what can be thrown away."),
         ("recollection_plan", "",
-         "The heart of the paper: which query is fed to which stage. Every entry of the plan is "
-         "a group of queries, and every group is supervised."),
+         "The heart of the paper: which group of queries is fed to which stage. Every entry of the "
+         "plan makes a group, and every group is supervised."),
     ],
 }

@@ -1,4 +1,4 @@
-"""SAM-DETR's decoder behind Deformable DETR's encoder: what the paper calls multi-scale.
+"""SAM-DETR's decoder after Deformable DETR's encoder: what the paper calls multi-scale.
 
 Not a file to diff: it imports its parents, sam_detr.py and deformable_detr.py, and replaces three parts of
 the first: a projection for each of C3, C4, C5, the encoder, and a decoder whose layers see one level each.
@@ -29,7 +29,7 @@ LAPTOP = dict(last_stage=3)  # two levels, C3 and C4
 
 
 class Decoder(sam_detr.Decoder):
-    """The parent's layers, from coarse to fine: L levels of (memory, pos, mask) in place of one of each."""
+    """The parent's layers, from coarse to fine: L levels of (memory, pos, mask) instead of one of each."""
 
     def forward(self, reference, box_heads, levels):
         B, Q, D = *reference.shape[:2], levels[0][0].shape[-1]

@@ -21,13 +21,14 @@ def module_named(name):
     return importlib.import_module(name if (ROOT / f"{name}.py").exists() else f"relatives.{name}")
 
 
-def get_model_again(name, weights, norm_layer):
+def get_model_again(name, weights, norm_layer, replace_stride_with_dilation):
     """torchvision's get_model, which draws 11 million numbers for ResNet-18; a copy if it did so before."""
+    how = dict(norm_layer=norm_layer, replace_stride_with_dilation=replace_stride_with_dilation)
     if weights or torch.get_default_device().type != "cpu":
-        return get_model(name, weights=weights, norm_layer=norm_layer)
-    key = name, norm_layer, torch.get_rng_state().numpy().tobytes()
+        return get_model(name, weights=weights, **how)
+    key = name, norm_layer, tuple(replace_stride_with_dilation), torch.get_rng_state().numpy().tobytes()
     if key not in MADE:
-        MADE[key] = get_model(name, weights=None, norm_layer=norm_layer), torch.get_rng_state()
+        MADE[key] = get_model(name, weights=None, **how), torch.get_rng_state()
     model, state = MADE[key]
     torch.set_rng_state(state)
     return copy.deepcopy(model)
