@@ -1,6 +1,5 @@
 """train.py as somebody types it: each call is a process of its own, but all share one start of torch."""
 import multiprocessing
-import multiprocessing.util
 import os
 import re
 import runpy
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import train
-from support import UserError, processes
+from support import UserError
 
 ROOT = Path(__file__).parents[1]
 # A checkpoint of 10 MB instead of 50: the tests write hundreds of them
@@ -29,7 +28,6 @@ def server():
 
 
 def begin_child(cwd):
-    multiprocessing.util.Finalize(None, processes.end_workers, exitpriority=0)  # a child's atexit
     os.chdir(cwd)
 
 
