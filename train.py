@@ -85,14 +85,11 @@ class SetCriterion:
                 for s in range(len(logits))]
 
     def stage_losses(self, logits, boxes, targets, box_counts, known=None):
-        """Un-weighted losses {"class": [S], "l1": [S], "giou": [S]} of predictions [S, B, Q, .].
-
-        known [B, Q] is the target of every query, without matching: -1 is "no object", -2 is in no loss.
-        """
+        """Un-weighted losses {"class": [S], "l1": [S], "giou": [S]} of predictions [S, B, Q, .]."""
         logits, boxes = logits.float(), boxes.float()
         if known is None:
             stages = self.match(logits, boxes, targets)
-        else:
+        else:  # known [B, Q] is the target of every query: -1 is "no object", -2 counts in no loss
             stages = [[((row >= 0).nonzero()[:, 0], row[row >= 0]) for row in known]] * len(logits)
             logits = logits.masked_fill(known[..., None] == -2, -100)  # focal loss 0, and no gradient
         rows = [(s, b, q, g) for s, matches in enumerate(stages)
