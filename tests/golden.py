@@ -22,9 +22,8 @@ CASES = {
     "sam_detr_unpadded": ("sam_detr", {"input_norm": True}),
     "sam_detr_smca_unpadded": ("sam_detr", {"input_norm": True}),
     "sam_detr_multiscale": ("sam_detr_multiscale", {}),
-}
-# The same for relatives/, which test_relatives_golden.py tests
-RELATIVES = {
+    "sqr": ("sqr", {"recollect": "selective"}),
+    "dqr": ("sqr", {"recollect": "dense"}),
     "group_detr": ("group_detr", {}),
     "dab_detr": ("dab_detr", {}),
     "dab_detr_patterns": ("dab_detr", {}),
@@ -35,6 +34,22 @@ RELATIVES = {
                               "look_forward_twice": False}),
     "adamixer": ("adamixer", {}),
 }
+# Parameter counts: our file, and defaults of the official parser where our defaults are those of its scripts
+SIZES = {
+    "params_detr": ("detr", {}),
+    "params_conditional_detr": ("conditional_detr", {}),
+    "params_deformable_detr": ("deformable_detr", {}),
+    "params_sam_detr": ("sam_detr", {}),
+    "params_group_detr": ("group_detr", {"num_groups": 1}),
+    "params_dab_detr": ("dab_detr", {}),
+    "params_smca_detr": ("smca_detr", {}),
+    "params_hdetr": ("hdetr", {"two_stage": False, "box_refine": False, "mixed_selection": False,
+                               "look_forward_twice": False, "num_one2many": 0}),
+    "params_adamixer": ("adamixer", {}),
+}
+# Parts on their own
+ALONE = ("matcher_softmax", "matcher_focal", "criterion_detr", "criterion_conditional",
+         "criterion_deformable", "criterion_sam", "ms_deform_attn")
 OUR_OPTION = {"with_box_refine": "box_refine", "enc_n_points": "enc_points", "dec_n_points": "dec_points",
               "group_detr": "num_groups", "dynamic_scale": "scale_type", "num_queries_one2one": "num_queries",
               "num_queries_one2many": "num_one2many", "num_stages": "dec_layers", "num_query": "num_queries",
