@@ -24,6 +24,8 @@ MAY_DIFFER = {
     "build": "it names the model's class",
     "RECIPE": "each paper trains in its own way",
     "LAPTOP": "what the small preset changes for this file",
+    "draw_noise": "DINO also draws a sign for each number of a box",
+    "Denoising": "DINO has positives and negatives, DN-DETR a flag in the content",
     "OFFICIAL_NAMES": "each official repository names its parameters in its own way",
 }
 # The diff against the parent as a reader sees it: lines out and in of `git diff --no-index --shortstat`, at
