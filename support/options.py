@@ -89,7 +89,8 @@ NOT_NEGATIVE = between(float, 0, 1e38, "a number, 0 or greater")
 
 def make_parser(description):
     """Every flag. Those that depend on preset or run have no default here: parse() sets these."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                usage="python train.py [--FLAG VALUE ...]; --help explains every flag")
     names = ", ".join(known_files())
     p.add_argument("--model", type=name, help=f"one of {names} (default: detr), or a path to a .py file")
     p.add_argument("--preset", choices=("laptop", "paper"), default="laptop",
