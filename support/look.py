@@ -7,16 +7,15 @@ Legend as in the model files: B images, Q queries, M heads, L levels, K points, 
 """
 import inspect
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torchvision.ops import box_iou, nms
 
 from support import data
-from support.evaluation import is_softmax
-from support.pictures import shorten, small_photo, to_pixels_xyxy
-from support.predict import answers, keep
+from support.evaluation import boxes_to_pixels
+from support.pictures import photo_and_truth, true_objects
+from support.predict import answers, is_softmax, keep
 
 
 # ---- Readers -----------------------------------------------------------------------------------------------
@@ -41,33 +40,46 @@ def read_attention(module, output, q, k, v, mask=None, bias=None):
     return found
 
 
-def read_sampling(module, output, query, reference, value, spatial_shapes, mask):
+def read_sampling(module, output, query, reference, spatial_shapes, **_):
     locations, weights = module.locations_and_weights(query, reference, spatial_shapes)
     shapes = torch.tensor([tuple(shape) for shape in spatial_shapes])
     return {"locations": locations, "weights": weights, "reference": reference, "shapes": shapes}
 
 
-def read_aligner(module, output, tgt, reference, memory, mask):
+def read_aligner(module, output, reference, **_):
     _, _, points, scale = output
     return {"points": points, "reference": reference} | ({} if scale is None else {"scale": scale})
 
 
-def read_reference(module, output, *inputs):
+def read_samples(module, output, tgt, xyzr, maps, strides, **_):
+    h, w = maps[0].shape[-2:]
+    return {"samples": module.samples(tgt, xyzr) / xyzr.new_tensor([w * strides[0], h * strides[0], 1])}
+
+
+def read_box(module, output, box, **_):
+    return {"reference": box}
+
+
+def read_reference(module, output, **_):
     return {"reference": output.sigmoid()}
 
 
-READERS = {"Attention": read_attention, "MSDeformAttn": read_sampling, "SemanticsAligner": read_aligner}
+READERS = {  # by class: the reader, and names that it needs of the module and of the arguments of its forward
+    "Attention": (read_attention, "nheads", "q k v"),
+    "MSDeformAttn": (read_sampling, "locations_and_weights", "query reference spatial_shapes"),
+    "SemanticsAligner": (read_aligner, "forward", "reference"),  # SAM-DETR
+    "Sampler": (read_samples, "samples", "tgt xyzr maps strides"),  # AdaMixer
+    "BoxPositions": (read_box, "forward", "box"),  # DAB-DETR
+}
 
 
 def reader_of(name, module):
-    """Its own method `look`; or ours, where class and arguments of forward are named as here; or None."""
-    if inspect.ismethod(getattr(module, "look", None)):
-        return type(module).look
+    """The reader of a module: by its name, or by its class if it has what the reader needs; or None."""
     if name.split(".")[-1] == "reference":
         return read_reference
-    read = READERS.get(type(module).__name__)
-    expected = list(inspect.signature(read).parameters)[2:] if read else None
-    return read if expected == list(inspect.signature(module.forward).parameters) else None
+    read, attribute, arguments = READERS.get(type(module).__name__, (None, "forward", ""))
+    given = inspect.signature(module.forward).parameters
+    return read if hasattr(module, attribute) and all(name in given for name in arguments.split()) else None
 
 
 @torch.no_grad()
@@ -83,20 +95,19 @@ def look(model, images, mask):
     MSDeformAttn      locations [B, Q, M, L, K, 2] as (x, y) and reference [B, Q, L, 2 or 4], in [0, 1] of the
                       padded maps; weights [B, Q, M, L, K], summing to 1 over L and K; shapes [L, 2] as (h, w)
     SemanticsAligner  points [B, Q, M, 2], reference [B, Q, 4] in [0, 1] of the image; scale [B, Q, M, 2]
+    Sampler           samples [B, Q, M, K, 3]: (x, y) in [0, 1] of the padded image, log2 of the stride
+    BoxPositions      reference [B, Q, 4] in [0, 1] of the image: the box of each query in this layer
     named reference   reference [B, Q, 2] in [0, 1] of the image: the sigmoid of the module's output
-    others            what their method look(output, *arguments of forward) returns, a dict of tensors, if
-                      they have one: this is how the file of another method shows what is new in it. With
-                      these names there is a picture for it: those above, and samples [B, Q, M, K, 3], points
-                      as (x, y) in [0, 1] of the image and log2 of the stride they are read at.
 
-    In an encoder Q is T. If a module runs repeatedly (SQR's recurrent stage), the last run is kept. Other
-    modules are left out. Each layer of a global encoder needs 4 B M T^2 bytes.
+    Other modules are left out. In an encoder Q is T. If a module runs repeatedly (SQR's recurrent stage), the
+    last run is kept. Each layer of a global encoder needs 4 B M T^2 bytes.
     """
     seen, hooks = {}, []
 
     def keep(name, read):
         def hook(module, inputs, kwargs, output):
-            arrays = read(module, output, *inputs, **kwargs)
+            arguments = inspect.signature(module.forward).bind(*inputs, **kwargs).arguments
+            arrays = read(module, output, **arguments)
             seen[name] = {key: value.detach().cpu() for key, value in arrays.items()}
         return hook
 
@@ -108,22 +119,6 @@ def look(model, images, mask):
     finally:
         for hook in hooks:
             hook.remove()
-
-
-# ---- What a method adds in training ------------------------------------------------------------------------
-@contextmanager
-def quiet_training(model):
-    """The model in training mode, without dropout and with the batch norm of inference; then as before."""
-    before = {module: module.training for module in model.modules()}
-    for module in model.modules():
-        rate = getattr(module, "dropout", None)  # of our Attention; in a layer it is a module of its own
-        noisy = isinstance(module, torch.nn.Dropout) or isinstance(rate, float)
-        module.training = not noisy and not hasattr(module, "running_mean")
-    try:
-        yield model
-    finally:
-        for module, training in before.items():
-            module.training = training
 
 
 # ---- One image and what the model says of it ---------------------------------------------------------------
@@ -182,12 +177,9 @@ class Scene:
         queries = queries[:max(1, min(count, detected))].tolist()
         return [(query, self.boxes[-1, query], self.in_words(-1, query)) for query in queries]
 
-    def name_of(self, label):
-        return self.class_names[label]
-
     def in_words(self, stage, query):
-        """What a query says at a stage."""
-        return f"{shorten(self.name_of(self.labels[stage, query]))} {self.scores[stage, query]:.2f}"
+        """The class and the score of a query at a stage."""
+        return f"{self.class_names[self.labels[stage, query]]} {self.scores[stage, query]:.2f}"
 
     def fading_positives(self, query):
         """What the last stage finds, and who was better: (true box [4] or None, IoU [S], better [S] bool).
@@ -198,7 +190,7 @@ class Scene:
         label, score = self.labels[:, query], self.scores[:, query]
         for name, box in self.truth:
             iou = box_iou(self.boxes[:, query], box[None])[:, 0]  # [S]
-            if name == self.name_of(label[-1]) and iou[-1] >= 0.5:
+            if name == self.class_names[label[-1]] and iou[-1] >= 0.5:
                 return box, iou, (label == label[-1]) & (iou > iou[-1]) & (score > score[-1])
         return None, torch.zeros_like(score), torch.zeros_like(label, dtype=torch.bool)
 
@@ -211,13 +203,13 @@ def best_class(logits, softmax, num_classes):
 
 def make_scene(dataset, index, class_names, model, threshold):
     """(Scene of one image of a data set, its boxes with a score over the threshold). Raises UserError."""
-    images, mask, (target,) = data.collate([dataset[index]])
+    images, mask, _ = data.collate([dataset[index]])
     out, seen = look(model, images, mask)
-    size = target["size"]
+    photo, annotated = photo_and_truth(dataset, index)
+    size = annotated.height, annotated.width
     found, = answers(model, out, [dataset.path_of(index)], [size], len(class_names))
     scores, labels = best_class(out["logits"][:, 0], is_softmax(model), len(class_names))  # [S, Q]
-    true_names = [dataset.class_names[i] for i in target["labels"]]
-    truth = list(zip(true_names, to_pixels_xyxy(target["boxes"], size)))
-    scene = Scene(small_photo(dataset, index), size, images[0], class_names, truth, scores, labels,
-                  to_pixels_xyxy(out["boxes"][:, 0], size), seen, threshold)
+    truth = [(dataset.class_names[label], box) for label, box in true_objects(annotated)]
+    boxes = boxes_to_pixels(out["boxes"][:, 0], size)  # [S, Q, 4]
+    scene = Scene(photo, size, images[0], class_names, truth, scores, labels, boxes, seen, threshold)
     return scene, keep(found, threshold)
