@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torchvision.ops import box_iou, nms
+from torchvision.ops import box_convert, box_iou, nms
 
 from support import data
 from support.evaluation import boxes_to_pixels
@@ -60,6 +60,11 @@ def read_box(module, output, box, **_):
     return {"reference": box}
 
 
+def read_noise(module, output, **_):
+    _, reference, _, known = output
+    return {"noisy": reference[:, :known["target"].shape[1]]}
+
+
 def read_reference(module, output, **_):
     return {"reference": output.sigmoid()}
 
@@ -70,6 +75,7 @@ READERS = {  # by class: the reader, and names that it needs of the module and o
     "SemanticsAligner": (read_aligner, "forward", "reference"),  # SAM-DETR
     "Sampler": (read_samples, "samples", "tgt xyzr maps strides"),  # AdaMixer
     "BoxPositions": (read_box, "forward", "box"),  # DAB-DETR
+    "Denoising": (read_noise, "forward", "tgt reference targets"),  # DN-DETR, DINO
 }
 
 
@@ -83,8 +89,8 @@ def reader_of(name, module):
 
 
 @torch.no_grad()
-def look(model, images, mask):
-    """Run the model as it is and keep what its parts looked at: (out, seen), `out` being model(images, mask).
+def look(model, *inputs):
+    """Run the model as it is and keep what its parts looked at: (out, seen), `out` being model(*inputs).
 
     images [B, 3, H, W], mask [B, H, W] bool, True on padding. seen: {name of the module: {name of the array:
     tensor on the CPU}}, in the order in which modules ran:
@@ -97,6 +103,7 @@ def look(model, images, mask):
     SemanticsAligner  points [B, Q, M, 2], reference [B, Q, 4] in [0, 1] of the image; scale [B, Q, M, 2]
     Sampler           samples [B, Q, M, K, 3]: (x, y) in [0, 1] of the padded image, log2 of the stride
     BoxPositions      reference [B, Q, 4] in [0, 1] of the image: the box of each query in this layer
+    Denoising         noisy [B, N, 4] in [0, 1] of the image: the boxes of objects with noise, in training
     named reference   reference [B, Q, 2] in [0, 1] of the image: the sigmoid of the module's output
 
     Other modules are left out. In an encoder Q is T. If a module runs repeatedly (SQR's recurrent stage), the
@@ -115,7 +122,7 @@ def look(model, images, mask):
         if read := reader_of(name, module):
             hooks.append(module.register_forward_hook(keep(name, read), with_kwargs=True))
     try:
-        return model(images, mask), seen
+        return model(*inputs), seen
     finally:
         for hook in hooks:
             hook.remove()
@@ -180,6 +187,14 @@ class Scene:
     def in_words(self, stage, query):
         """The class and the score of a query at a stage."""
         return f"{self.class_names[self.labels[stage, query]]} {self.scores[stage, query]:.2f}"
+
+    def objects(self):
+        """The true objects as a target, labels [n] and boxes [n, 4]; the detected ones where nobody knows."""
+        known = [(self.class_names.index(name), box) for name, box in self.truth if name in self.class_names]
+        known = known or [(self.labels[-1, query], box) for query, box, _ in self.detected_queries(20)]
+        labels, boxes = zip(*known)
+        boxes = box_convert(torch.stack(boxes).float(), "xyxy", "cxcywh")
+        return {"labels": torch.tensor(labels), "boxes": boxes / self.to_pixels(torch.ones(2)).repeat(2)}
 
     def fading_positives(self, query):
         """What the last stage finds, and who was better: (true box [4] or None, IoU [S], better [S] bool).
