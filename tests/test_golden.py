@@ -1,4 +1,6 @@
 """Every model computes what the official code computes, with the official weights on the same images."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -43,7 +45,8 @@ def run(request):
 def every_stage(criterion, logits, boxes, targets):
     """The matching of every stage as sorted [(query, object), ...] per image."""
     match = getattr(criterion, "match_stages", None) or criterion.match
-    return [[sorted(zip(q.tolist(), g.tolist())) for q, g in stage] for stage in match(logits, boxes, targets)]
+    found = match(logits, boxes, targets)
+    return [[sorted(zip(q.tolist(), g.tolist())) for q, g in images] for images in found]
 
 
 def pairs(stored):
@@ -68,8 +71,8 @@ def test_masks_and_positions_of_every_feature_map(run):
         stored = case.arrays[f"mask_{level}"].bool()
         mask = module.resize_mask(run["mask"], stored.shape[-2:])
         assert mask.equal(stored), f"the padding mask of feature map {level} is not the nearest neighbour's"
-        pos = module.sine_positions(mask, 256, offset, temperature).unflatten(1, mask.shape[1:])  # [B, h, w, D]
-        pos = pos[..., ::17][..., :16].permute(0, 3, 1, 2)  # the channels that are stored
+        pos = module.sine_positions(mask, 256, offset, temperature)[..., ::17][..., :16]  # stored channels
+        pos = pos.unflatten(1, mask.shape[1:]).permute(0, 3, 1, 2)  # [B, 16, h, w]
         inside = ~mask[:, None].expand_as(pos)
         assert_close(f"positions of level {level}", pos[inside], case.arrays[f"pos_{level}"][inside], "pos")
 
@@ -140,7 +143,7 @@ def test_matching_of_every_stage(run):
         assert ours == pairs(stored["matching"]["enc"]), "proposals are matched differently"
     if "one2many" in out:
         many, repeat = out["one2many"], out["one2many"]["repeat"]
-        copies = [{"labels": t["labels"].repeat(repeat), "boxes": t["boxes"].repeat(repeat, 1)} for t in targets]
+        copies = [{key: torch.cat([value] * repeat) for key, value in t.items()} for t in targets]
         for stage, ours in enumerate(every_stage(run["criterion"], many["logits"], many["boxes"], copies)):
             ours = [sorted((q, g % len(t["labels"])) for q, g in image) for image, t in zip(ours, targets)]
             assert ours == pairs(stored["matching_one2many"][str(stage)]), f"stage {stage}, one to many"
@@ -199,9 +202,9 @@ def test_gradient_norm_of_every_parameter(run):
     stored, model = run["case"].json, run["model"]
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     for name, norm in stored["grad_l2"].items():
-        if norm is None:  # AdaMixer's first boxes, which only look like a parameter
+        if norm is None:  # AdaMixer's first boxes, which are not trained
             continue
-        ours = gradients.pop(our_name(run["module"], name)).double().norm().item()  # float32 sums: off by 1e-4
+        ours = gradients.pop(our_name(run["module"], name)).double().norm().item()  # float32 is off
         allowed = 1e-6 * stored["grad_l2_total"] + 0.002 * norm
         assert abs(ours - norm) <= allowed, f"gradient of {name} has norm {ours:.6g}, not {norm:.6g}"
     assert not gradients, f"trained here but not in the official code: {', '.join(gradients)}"
@@ -247,13 +250,11 @@ def test_the_only_convolution_of_sam_detr_without_input_norm_loads_under_each_of
 
 
 # ---- The criterion, the matcher and the sampling alone -----------------------------------------------------
-class Recipe:
-    """The part of a model that SetCriterion reads."""
-
-    def __init__(self, repo):
-        softmax = repo == "detr"
-        w_class = 1 if softmax else 2
-        self.recipe = dict(class_loss="softmax" if softmax else "focal", w_class=w_class, w_l1=5, w_giou=2)
+def criterion_of(case):
+    """A criterion without a model; it reads only the recipe."""
+    kind = ("softmax", 1) if case.json["case"]["repo"] == "detr" else ("focal", 2)
+    recipe = dict(class_loss=kind[0], w_class=kind[1], w_l1=5, w_giou=2)
+    return train.SetCriterion(SimpleNamespace(recipe=recipe))
 
 
 def without_objects(targets):
@@ -263,7 +264,7 @@ def without_objects(targets):
 @pytest.mark.parametrize("name", ["matcher_softmax", "matcher_focal"])
 def test_the_matcher_alone(name):
     case = Case(name)
-    criterion = train.SetCriterion(Recipe(case.json["case"]["repo"]))
+    criterion = criterion_of(case)
     logits, boxes, targets = case.arrays["logits"][None], case.arrays["boxes"][None], case.targets()
     for b, target in enumerate(targets):
         cost = criterion.cost(logits[:, b], boxes[:, b], target)[0]
@@ -279,13 +280,12 @@ def test_the_criterion_alone(name, given):
     """Losses and gradients, with the targets of the file and when no image has an object."""
     case = Case(name)
     stored = case.json[given]
-    criterion = train.SetCriterion(Recipe(case.json["case"]["repo"]))
     leaves = {k: v.clone().requires_grad_() for k, v in case.arrays.items()
               if k in ("logits", "boxes", "enc_logits", "enc_boxes")}
     out = {"logits": leaves["logits"], "boxes": leaves["boxes"]}
     if "enc_logits" in leaves:
         out["proposals"] = {"logits": leaves["enc_logits"], "boxes": leaves["enc_boxes"]}
-    losses = criterion(out, case.targets() if given == "given" else without_objects(case.targets()))
+    losses = criterion_of(case)(out, case.targets() if given == "given" else without_objects(case.targets()))
     for part, official in LOSS.items():
         for s, loss in enumerate(losses[part]):
             key = official if s == len(losses[part]) - 1 else f"{official}_{s}"
