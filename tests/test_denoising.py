@@ -14,12 +14,6 @@ FEW = [{"labels": torch.tensor([0, 2]), "boxes": torch.tensor([[0.3, 0.4, 0.2, 0
 EMPTY = [TARGETS[1], TARGETS[1]]
 
 
-def few_groups(name):
-    """A model with three groups; for DINO W is 2, so 6 places of positives and 6 of negatives."""
-    option = {"dn_detr": "dn_groups", "dino": "dn_number"}[name]
-    return shaken(name, **{option: {"dn_detr": 3, "dino": 6}[name]})
-
-
 def steady(monkeypatch, name, **values):
     """Replaces draw_noise by these numbers, the same for all objects; by default no label flips."""
     def draw(shape, num_classes, device):
@@ -81,7 +75,7 @@ def test_random_numbers_follow_the_seed_so_that_a_resumed_step_draws_them_again(
 # ---- Who sees whom -----------------------------------------------------------------------------------------
 @each
 def test_groups_do_not_see_each_other_and_matching_queries_see_no_noise(name, monkeypatch):
-    model, outputs = few_groups(name).train(), []
+    model, outputs = shaken(name).train(), []  # three groups
     box = torch.full((3, *([2] if name == "dino" else []), 3, 4), 0.5)
     for moved in (False, True):
         box = box.clone()
@@ -99,7 +93,7 @@ def test_groups_do_not_see_each_other_and_matching_queries_see_no_noise(name, mo
 
 @each
 def test_evaluation_ignores_targets_and_training_without_them_has_no_noise(name):
-    model = few_groups(name)
+    model = shaken(name)
     assert "denoising" not in model.train()(*batch())
     with torch.no_grad():
         plain, given = model.eval()(*batch()), model(*batch(), FEW)
@@ -107,8 +101,7 @@ def test_evaluation_ignores_targets_and_training_without_them_has_no_noise(name)
 
 
 def without_gradient(model):
-    return [name for name, p in model.named_parameters()
-            if p.requires_grad and p.grad is None and not name.startswith("backbone.")]
+    return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
 # ---- Losses ------------------------------------------------------------------------------------------------
@@ -131,7 +124,7 @@ def test_known_targets_replace_the_matching(name):
 
 @each
 def test_without_objects_the_loss_is_zero_and_every_parameter_still_has_a_gradient(name):
-    model = few_groups(name).train()
+    model = shaken(name).train()
     criterion = train.SetCriterion(model)
     losses = criterion(model(*batch(), EMPTY), EMPTY)
     assert all(losses[f"denoising_{part}"].eq(0).all() for part in ("class", "l1", "giou"))
@@ -142,7 +135,7 @@ def test_without_objects_the_loss_is_zero_and_every_parameter_still_has_a_gradie
 @each
 def test_parts_of_a_batch_add_up_to_the_whole(name, monkeypatch):
     steady(monkeypatch, name)
-    model, targets = few_groups(name).train(), [FEW[0], FEW[0]]
+    model, targets = shaken(name).train(), [FEW[0], FEW[0]]
     criterion, (images, mask) = train.SetCriterion(model), batch()
     whole = criterion(model(images, mask, targets), targets)
     parts = [criterion(model(images[i:i + 1], mask[i:i + 1], targets[:1]), targets[:1], [2, 2])

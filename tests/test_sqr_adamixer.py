@@ -3,16 +3,14 @@ import pytest
 import torch
 
 import train
-from tests.tiny_models import TARGETS, batch, module_named, shake, tiny
+from tests.tiny_models import TARGETS, batch, shake, tiny
 
 SOURCES = ("none", "selective", "dense")
 
 
 def pair(**options):
     """AdaMixer and the same with recollection, with the same shaken weights."""
-    options = dict(enc_layers=0, dec_layers=4, **options)
-    plain = shake(tiny("adamixer", **{k: v for k, v in options.items() if k != "recollect"}))
-    model = tiny("sqr_adamixer", **options)
+    plain, model = shake(tiny("adamixer", dec_layers=4)), tiny("sqr_adamixer", dec_layers=4, **options)
     model.load_state_dict(plain.state_dict())
     return plain, model
 
@@ -35,7 +33,7 @@ def test_without_recollection_training_is_adamixer_bit_for_bit():
 
 @pytest.mark.parametrize("stages, groups", [(3, 6), (6, 32), (7, 53)])
 def test_groups_are_those_of_the_official_lists(stages, groups):
-    model = tiny("sqr_adamixer", enc_layers=0, dec_layers=1).train()
+    model = tiny("sqr_adamixer", dec_layers=1).train()
     model.decoder.layers = torch.nn.ModuleList(list(model.decoder.layers) * stages)
     start, end = [0, 0, 1, 2, 4, 7, 12], [1, 2, 4, 7, 12, 20, 33]
     official = [(stage, query) for stage in range(stages) for query in range(start[stage], end[stage])]
@@ -54,4 +52,4 @@ def test_every_group_has_its_own_boxes_and_the_last_one_is_the_plain_path():
 
 def test_a_wrong_value_is_refused():
     with pytest.raises(ValueError, match='recollect is .all., it must be "selective"'):
-        module_named("sqr_adamixer").build(3, recollect="all", pretrained_backbone=False)
+        tiny("sqr_adamixer", recollect="all")
