@@ -5,6 +5,7 @@
 
 Legend as in the model files: B images, Q queries, M heads, L levels, K points, T tokens, S stages.
 """
+import contextlib
 import inspect
 import math
 from dataclasses import dataclass
@@ -18,11 +19,10 @@ from support.pictures import photo_and_truth, true_objects
 from support.predict import answers, is_softmax, keep
 
 
-# ---- Readers -----------------------------------------------------------------------------------------------
-# A reader gets a module, its output and the arguments of its forward; it returns named tensors, see look().
-def read_attention(module, output, q, k, v, mask=None, bias=None):
+# ---- Arrays ------------------------------------------------------------------------------------------------
+def read_attention(nheads, q, k, v, mask=None, bias=None, **_):
     # [B, T, E] -> [B, T, M, E/M] -> [B, M, T, E/M]
-    q, k = (x.unflatten(-1, (module.nheads, -1)).transpose(1, 2) for x in (q, k))
+    q, k = (x.unflatten(-1, (nheads, -1)).transpose(1, 2) for x in (q, k))
     scale = q.shape[-1] ** -0.5  # for halves as well, so that content * spatial is proportional to weights
 
     def softmax(q, k, bias=None):
@@ -32,7 +32,7 @@ def read_attention(module, output, q, k, v, mask=None, bias=None):
         return scores.softmax(-1)
 
     found = {"weights": softmax(q, k, bias)}
-    if q.shape[-1] * module.nheads == 2 * v.shape[-1]:  # [content | position] inside every head
+    if q.shape[-1] * nheads == 2 * v.shape[-1]:  # [content | position] inside every head
         (c_q, p_q), (c_k, p_k) = q.chunk(2, dim=-1), k.chunk(2, dim=-1)  # [B, M, ., D/M]
         found.update(content=softmax(c_q, c_k), spatial=softmax(p_q, p_k))
     elif bias is not None:
@@ -40,52 +40,29 @@ def read_attention(module, output, q, k, v, mask=None, bias=None):
     return found
 
 
-def read_sampling(module, output, query, reference, spatial_shapes, **_):
-    locations, weights = module.locations_and_weights(query, reference, spatial_shapes)
-    shapes = torch.tensor([tuple(shape) for shape in spatial_shapes])
-    return {"locations": locations, "weights": weights, "reference": reference, "shapes": shapes}
-
-
-def read_aligner(module, output, reference, **_):
-    _, _, points, scale = output
-    return {"points": points, "reference": reference} | ({} if scale is None else {"scale": scale})
-
-
-def read_samples(module, output, tgt, xyzr, maps, strides, **_):
-    h, w = maps[0].shape[-2:]
-    return {"samples": module.samples(tgt, xyzr) / xyzr.new_tensor([w * strides[0], h * strides[0], 1])}
-
-
-def read_box(module, output, box, **_):
-    return {"reference": box}
-
-
-def read_noise(module, output, **_):
-    _, reference, _, known = output
-    return {"noisy": reference[:, :known["target"].shape[1]]}
-
-
-def read_reference(module, output, **_):
-    return {"reference": output.sigmoid()}
-
-
-READERS = {  # by class: the reader, and names that it needs of the module and of the arguments of its forward
-    "Attention": (read_attention, "nheads", "q k v"),
-    "MSDeformAttn": (read_sampling, "locations_and_weights", "query reference spatial_shapes"),
-    "SemanticsAligner": (read_aligner, "forward", "reference"),  # SAM-DETR
-    "Sampler": (read_samples, "samples", "tgt xyzr maps strides"),  # AdaMixer
-    "BoxPositions": (read_box, "forward", "box"),  # DAB-DETR
-    "Denoising": (read_noise, "forward", "tgt reference targets"),  # DN-DETR, DINO
-}
-
-
-def reader_of(name, module):
-    """The reader of a module: by its name, or by its class if it has what the reader needs; or None."""
-    if name.split(".")[-1] == "reference":
-        return read_reference
-    read, attribute, arguments = READERS.get(type(module).__name__, (None, "forward", ""))
-    given = inspect.signature(module.forward).parameters
-    return read if hasattr(module, attribute) and all(name in given for name in arguments.split()) else None
+def read(name, module, given, output):
+    """{name: tensor} of one module after its forward, see look(); given: the arguments by their names."""
+    kind = type(module).__name__
+    if name.endswith("reference_head"):
+        return {"reference": output.sigmoid()}
+    if kind == "Attention":
+        return read_attention(module.nheads, **given)
+    if kind == "MSDeformAttn":
+        query, reference, spatial_shapes = (given[key] for key in ("query", "reference", "spatial_shapes"))
+        locations, weights = module.locations_and_weights(query, reference, spatial_shapes)
+        shapes = torch.tensor([tuple(shape) for shape in spatial_shapes])
+        return {"locations": locations, "weights": weights, "reference": reference, "shapes": shapes}
+    if kind == "SemanticsAligner":  # SAM-DETR
+        return {"points": output[2], "reference": given["reference"]}
+    if kind == "Sampler":  # AdaMixer
+        (h, w), stride = given["maps"][0].shape[-2:], given["strides"][0]
+        samples = module.samples(given["tgt"], given["xyzr"])
+        return {"samples": samples / samples.new_tensor([w * stride, h * stride, 1])}
+    if kind == "BoxPositions":  # DAB-DETR
+        return {"reference": given["box"]}
+    if kind == "Denoising":  # DN-DETR and DINO, in training
+        return {"noisy": output[1][:, :output[3]["target"].shape[1]]}
+    return {}
 
 
 @torch.no_grad()
@@ -93,34 +70,32 @@ def look(model, *inputs):
     """Run the model as it is and keep what its parts looked at: (out, seen), `out` being model(*inputs).
 
     images [B, 3, H, W], mask [B, H, W] bool, True on padding. seen: {name of the module: {name of the array:
-    tensor on the CPU}}, in the order in which modules ran:
+    tensor on the CPU}}, in the order in which modules ran. By class of the module:
 
     Attention         weights [B, M, Q, T], rows sum to 1, padding gets 0. Where q and k are [content |
                       position] in every head, also content and spatial: what one half alone would give.
                       Where a bias is added, also content, which is without it, and prior = exp(bias).
     MSDeformAttn      locations [B, Q, M, L, K, 2] as (x, y) and reference [B, Q, L, 2 or 4], in [0, 1] of the
                       padded maps; weights [B, Q, M, L, K], summing to 1 over L and K; shapes [L, 2] as (h, w)
-    SemanticsAligner  points [B, Q, M, 2], reference [B, Q, 4] in [0, 1] of the image; scale [B, Q, M, 2]
+    SemanticsAligner  points [B, Q, M, 2] and reference [B, Q, 4] in [0, 1] of the image
     Sampler           samples [B, Q, M, K, 3]: (x, y) in [0, 1] of the padded image, log2 of the stride
     BoxPositions      reference [B, Q, 4] in [0, 1] of the image: the box of each query in this layer
     Denoising         noisy [B, N, 4] in [0, 1] of the image: the boxes of objects with noise, in training
-    named reference   reference [B, Q, 2] in [0, 1] of the image: the sigmoid of the module's output
+    "reference_head"  reference [B, Q, 2] in [0, 1] of the image; it is this name that counts
 
-    Other modules are left out. In an encoder Q is T. If a module runs repeatedly (SQR's recurrent stage), the
-    last run is kept. Each layer of a global encoder needs 4 B M T^2 bytes.
+    Other modules are left out, and so are classes of the same name with other arguments. In an encoder Q is
+    T. If a module runs repeatedly (SQR's recurrent stage), the last run is kept.
     """
-    seen, hooks = {}, []
+    seen = {}
 
-    def keep(name, read):
-        def hook(module, inputs, kwargs, output):
-            arguments = inspect.signature(module.forward).bind(*inputs, **kwargs).arguments
-            arrays = read(module, output, **arguments)
-            seen[name] = {key: value.detach().cpu() for key, value in arrays.items()}
-        return hook
+    def keep(module, inputs, kwargs, output):
+        given = inspect.signature(module.forward).bind(*inputs, **kwargs).arguments
+        with contextlib.suppress(KeyError, AttributeError, TypeError):  # of somebody else, with this name
+            if arrays := read(names[module], module, given, output):
+                seen[names[module]] = {key: value.detach().cpu() for key, value in arrays.items()}
 
-    for name, module in model.named_modules():
-        if read := reader_of(name, module):
-            hooks.append(module.register_forward_hook(keep(name, read), with_kwargs=True))
+    names = {module: name for name, module in model.named_modules()}
+    hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in names]
     try:
         return model(*inputs), seen
     finally:
@@ -222,7 +197,7 @@ def make_scene(dataset, index, class_names, model, threshold):
     out, seen = look(model, images, mask)
     photo, annotated = photo_and_truth(dataset, index)
     size = annotated.height, annotated.width
-    found, = answers(model, out, [dataset.path_of(index)], [size], len(class_names))
+    found, = answers(model, out, [dataset.path_of(index)], size, len(class_names))
     scores, labels = best_class(out["logits"][:, 0], is_softmax(model), len(class_names))  # [S, Q]
     truth = [(dataset.class_names[label], box) for label, box in true_objects(annotated)]
     boxes = boxes_to_pixels(out["boxes"][:, 0], size)  # [S, Q, 4]

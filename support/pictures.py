@@ -88,13 +88,11 @@ def draw_box(axes, box_xyxy, colour, style="-", alpha=1.0, width=1.5):
 def draw_label(axes, box_xyxy, text, colour, size, below=False):
     """A text above or below a box, or at the same edge inside of it where the photo ends."""
     (x1, y1, x2, y2), (height, width) = box_xyxy.tolist(), size
-    if below:
-        y, va = (y2, "top") if y2 < 0.94 * height else (min(y2, height), "bottom")
-    else:
-        y, va = (y1, "bottom") if y1 > 0.06 * height else (max(y1, 0), "top")
+    y, at_edge = (y2, y2 > 0.94 * height) if below else (y1, y1 < 0.06 * height)
     x, ha = (max(x1, 0), "left") if x1 < 0.7 * width else (min(x2, width), "right")
-    axes.text(x, y, drawable(text), ha=ha, va=va, fontsize=7, color="white", clip_on=True,
-              bbox=dict(fc=colour, ec="none", alpha=0.8, pad=1))
+    va = "top" if below != at_edge else "bottom"
+    axes.text(x, min(max(y, 0), height), drawable(text), ha=ha, va=va, fontsize=7, color="white",
+              clip_on=True, bbox=dict(fc=colour, ec="none", alpha=0.8, pad=1))
 
 
 # ---- A run -------------------------------------------------------------------------------------------------
@@ -159,8 +157,7 @@ def draw_detections(scene, found):
     predicted = [(scene.class_names[label], box, f"{score:.2f}") for label, box, score
                  in zip(found["labels"].tolist(), found["boxes"], found["scores"].tolist())]
     truth = [(name, box, "") for name, box in scene.truth]
-    present = {name for name, _, _ in predicted + truth}
-    names = [name for name in dict.fromkeys([*scene.class_names, *sorted(present)]) if name in present]
+    names = sorted({name for name, _, _ in predicted + truth})
     many = colormaps["hsv"](np.linspace(0, 0.95, len(names)))
     colours = dict(zip(names, colormaps["tab10"].colors if len(names) <= 10 else many))
     columns = 2 if truth else 1

@@ -127,7 +127,8 @@ def padding_error(model):
     return max((alone[key] - padded[key][:, :1]).abs().max().item() for key in ("logits", "boxes"))
 
 
-# AdaMixer reads padding like image, DINO encodes boxes in the padded map. SAM-DETR reads it where boxes reach over the image's edge: test_claims.py
+# AdaMixer reads padding like image, DINO encodes boxes of the padded map. SAM-DETR reads it where boxes reach
+# over the image's edge: test_claims.py
 @pytest.mark.parametrize("name", [n for n in ALONE if n not in ("adamixer", "dino", "sam_detr")])
 def test_padding_changes_nothing_after_the_backbone_except_through_groupnorm(name):
     model = shaken(name, **({"two_stage": False} if name == "hdetr" else {}))
