@@ -163,3 +163,28 @@ def assert_close(what, ours, stored, field):
     worst = (error - relative * stored.abs()).max().item() if error.numel() else 0
     allowed = f"allowed is {absolute} + {relative} * value"
     assert worst <= absolute, f"{what}: off by {error.max().item():.2e}, {allowed}"
+
+
+def agreement(name):
+    """The largest differences of a case: logits, boxes, loss (relative), gradient norms (relative)."""
+    import train
+    from tests.tiny_models import module_named
+    (file, extra), case = CASES[name], Case(name)
+    module, stored = module_named(file), case.json
+    model = module.build(stored["case"]["num_classes"], pretrained_backbone=False,
+                         **options_of(stored["case"]["args"], extra))
+    module.load_official(model, {"model": case.state_dict()})
+    with torch.no_grad():
+        out = model.eval()(*case.batch())
+    loss = train.SetCriterion(model)(model.train()(*case.batch()), case.targets())["total"]
+    loss.backward()
+    parameters = dict(model.named_parameters())
+    norms = [(parameters[our_name(module, key)].grad.double().norm().item(), norm)
+             for key, norm in stored["grad_l2"].items() if (norm or 0) > 1e-4 * stored["grad_l2_total"]]
+    largest = [(out[key] - case.arrays[key]).abs().max().item() for key in ("logits", "boxes")]
+    return [*largest, abs(loss.item() / stored["loss_total"] - 1), max(abs(a / b - 1) for a, b in norms)]
+
+
+if __name__ == "__main__":  # the table of docs/agreement.md
+    for name in CASES:
+        print(f"| {name} | {' | '.join(f'{x:.0e}' for x in agreement(name))} |", flush=True)
