@@ -11,9 +11,8 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from support import UserError, reason, visible
-from support.annotations import problem_lines
 from support.images import SizeUserError, as_user_error, images_in, load_image
-from support.splits import already_in, identity, read_splits
+from support.readers import already_in, read_splits
 
 
 def check_files(readings):
@@ -27,11 +26,11 @@ def check_files(readings):
             fingerprint = hashlib.sha256(Path(image.path).read_bytes()).digest()
         except (UserError, OSError) as error:
             fault = "are of another size" if isinstance(error, SizeUserError) else "cannot be used"
-            reading.errors[f"image files that {fault}"].append(str(error))
+            reading.errors.add(f"image files that {fault}", str(error))
             continue
         original, home = originals.setdefault(fingerprint, (image.path, split))
-        if identity(original) != identity(image.path):  # one file has been noted when it was read
-            reading.notes[already_in(home, split)].append(f"{image.path} is {original}")
+        if os.path.realpath(original) != os.path.realpath(image.path):  # one file has been noted when it was read
+            reading.notes.add(already_in(home, split), f"{image.path} is {original}")
 
 
 def check_header(image, notes):
@@ -39,24 +38,24 @@ def check_header(image, notes):
     with as_user_error(image.path, image.id), Image.open(image.path) as raw:
         orientation = raw.getexif().get(ExifTags.Base.Orientation, 1)
         if orientation in (2, 3, 4, 5, 6, 7, 8):
-            notes["photos to be turned (EXIF), used as they were annotated"].append(image.path)
+            notes.add("photos to be turned (EXIF), used as they were annotated", image.path)
         elif orientation != 1:
             kind = "photos with an EXIF orientation that does not exist, used as they are"
-            notes[kind].append(f"{image.path}: {orientation!r}")
+            notes.add(kind, f"{image.path}: {orientation!r}")
         if getattr(raw, "n_frames", 1) > 1 and raw.format != "MPO":  # MPO: a photo with a small copy
-            notes["images of several frames or pages, the first is used"].append(image.path)
+            notes.add("images of several frames or pages, the first is used", image.path)
 
 
 def find_unlisted(readings):
     """Adds a note about image files that lie beside the annotated ones, but no annotations name them."""
-    listed = {identity(image.path) for reading in readings.values() for image in reading.images}
+    listed = {os.path.realpath(image.path) for reading in readings.values() for image in reading.images}
     seen = set()
     for reading in readings.values():
         for folder in sorted({os.path.dirname(image.path) for image in reading.images} - seen):
             seen.add(folder)
             for path in images_in(folder):
-                if identity(path) not in listed:
-                    reading.notes["image files that no annotations name, not used"].append(str(path))
+                if os.path.realpath(path) not in listed:
+                    reading.notes.add("image files that no annotations name, not used", str(path))
 
 
 def summarise(images, classes):
@@ -121,8 +120,8 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="backslashreplace")
     print(format_table(categories, readings))
     for split, reading in readings.items():
-        lines = [f"  error: {line}" for line in problem_lines(reading.errors)]
-        lines += [f"  note: {line}" for line in problem_lines(reading.notes)]
+        lines = [f"  error: {line}" for line in reading.errors.lines()]
+        lines += [f"  note: {line}" for line in reading.notes.lines()]
         where = visible(str(reading.path or "not found"))
         print(f"\n{split}: {where}", *lines or ["  nothing wrong"], sep="\n")
     if any(reading.errors for reading in readings.values()):

@@ -22,7 +22,6 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from support import UserError, visible
-from support.annotations import problem_lines
 from support.evaluation import to_coco
 from support.images import (
     IMAGE_SUFFIXES,
@@ -33,8 +32,9 @@ from support.images import (
     size_shown,
     to_input_and_target,
 )
+from support.readers import read_splits
 from support.shapes import Shapes
-from support.splits import read_splits
+
 
 LAPTOP_SIZE = {"shapes": 96, "folder": 256}  # longest side in pixels
 PAPER_SIZE, PAPER_LONGEST = 800, 1333  # DETR's: the short side, and the most for the long one
@@ -271,7 +271,7 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
     categories, readings = read_splits(folder, given, splits, class_names, split, seed)
     for reading in readings.values():
         if reading.errors:
-            message, *others = problem_lines(reading.errors)
+            message, *others = reading.errors.lines()
             if reading.path is None:
                 raise UserError(message)
             more = f" (and {len(others)} more kinds of errors)" if others else ""
@@ -282,8 +282,8 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
     datasets = {}
     for part in splits:
         reading = readings[part]
-        name = visible(f"{reading.path.stem if folder is None else Path(folder).resolve().name} {part}")
-        notes = [visible(f"{reading.path}: {line}") for line in problem_lines(reading.notes)]
+        name = visible(f"{Path(reading.path).stem if folder is None else Path(folder).resolve().name} {part}")
+        notes = [visible(f"{reading.path}: {line}") for line in reading.notes.lines()]
         datasets[part] = CocoFolder(name, reading.images, categories, notes, part == "train", augment, size,
                                     seed, flip, reading.held_out)
     return datasets
