@@ -1,7 +1,7 @@
 """Finds and reads the annotations of train and val: COCO, VOC and YOLO, as tools really write them.
 
-Each format has a reader, which returns a Table with boxes in pixels. `read_splits` joins the classes of both splits
-and turns the Tables into AnnotatedImages. Repairs are notes; whatever needs a person is an error.
+Each format has a reader, which returns a Table with boxes in pixels. `read_splits` joins the classes of both
+splits and turns the Tables into AnnotatedImages. Repairs are notes; whatever needs a person is an error.
 """
 import contextlib
 import functools
@@ -47,18 +47,20 @@ LAYOUTS = [  # (format, annotations below the folder, in any case); {} is one of
     ("YOLO", "images/{}"),  # a folder or a list of images; data.yaml may name others
     ("YOLO", "images/{}2017"),
     ("YOLO", "{}/images"),
+    ("YOLO", "data/{}"),
     ("YOLO", "obj_{}_data"),
     ("YOLO", "{}.txt"),
     ("YOLO", "{}"),
 ]
 UNSPLIT = [  # all images together, for --split
     ("COCO", "*.json"), ("COCO", "annotations/*.json"), ("COCO", "labels/*.json"),
-    ("VOC", "annotations"), ("VOC", "labels"), ("VOC", "images"), ("VOC", "."),
+    ("VOC", "imagesets/main/default.txt"), ("VOC", "annotations"), ("VOC", "labels"), ("VOC", "images"),
+    ("VOC", "."),
     ("YOLO", "images"), ("YOLO", "obj_train_data"), ("YOLO", "data"), ("YOLO", "."),
 ]
-IMAGE_PLACES = ["{}2017", "{}", "images/{}", "images/{}2017", "{}/images", "{}/data", "data/{}", "{}/jpegimages",
-                "jpegimages/{}", "images", "images/default", "jpegimages", "data", "."]
-CLASS_FILES = ["classes.txt", "obj.names", "_darknet.labels", "predefined_classes.txt"]
+IMAGE_PLACES = ["{}2017", "{}", "images/{}", "images/{}2017", "{}/images", "{}/data", "data/{}",
+                "{}/jpegimages", "jpegimages/{}", "images", "images/default", "jpegimages", "data", "."]
+CLASS_FILES = ["classes.txt", "obj.names", "_darknet.labels", "predefined_classes.txt", "data.yaml"]
 CLASS_PLACES = ["", "labels/", "labels/{}/", "{}/", "{}/labels/", "data/", "images/", "images/{}/"]
 OTHER_TASKS = ("person_keypoints", "captions", "stuff", "panoptic", "image_info", "_annotations.createml")
 OTHER_FORMS = {  # a key in JSON files that are not COCO's: whose it is
@@ -68,6 +70,8 @@ OTHER_FORMS = {  # a key in JSON files that are not COCO's: whose it is
     "segments_info": "panoptic; take instances_*.json", "data": "Label Studio's own form",
     "image": "CreateML's form",
 }
+FIELDS = ("image_id", "category_id", "bbox", "area", "iscrowd", "id", "from_outline")  # of COCO's annotations
+JUNK = ("._", ".ipynb_checkpoints", "__MACOSX")  # systems and notebooks make them
 NO_LABELS = re.compile(r"(?i)(classes|readme|predefined|train|training|val|valid|validation|test|images)\b.*")
 CROWD, NO_CROWD = (1, "1", "true", "True"), (0, "0", "", None, "false", "False")
 SHARES = "most boxes are from 0 to 1: are they shares of the image, as in YOLO's files? Pixels are expected"
@@ -83,13 +87,13 @@ class Problems(dict):
         self.setdefault(kind, [0, where])[0] += count
 
     def lines(self):
-        texts = [f"{kind}: {n} (first: {where})" if where else kind for kind, (n, where) in self.items()]
-        return [shorten(visible(text), 500) for text in texts]
+        return [shorten(visible(f"{kind}: {count} (first: {where})" if where else kind), 500)
+                for kind, (count, where) in self.items()]
 
 
 @dataclass
 class Reading:
-    """What was read of one split. A problem does not stop the reading, because check_data prints all of them."""
+    """What was read of one split. A problem does not stop the reading: check_data prints all of them."""
     path: str = None
     images: list = field(default_factory=list)  # of AnnotatedImage
     errors: Problems = field(default_factory=Problems)  # need a person: data.load refuses
@@ -103,7 +107,7 @@ class Source:
     form: str  # "COCO", "VOC" or "YOLO"
     path: str  # a file of annotations or of classes, or a folder of XML files
     places: list  # folders that images may be in, likely ones first; of YOLO, the folders and lists of images
-    avoid: set = frozenset()  # names of folders of the other split: lost images are not looked for there
+    avoid: set = frozenset()  # names of folders of the other split, where no lost image is looked for
 
 
 @dataclass
@@ -111,7 +115,7 @@ class Table:
     """One split as it is written."""
     names: dict  # {category id: name}
     images: list = field(default_factory=list)  # (id, path, height, width), None for one that cannot be used
-    rows: list = field(default_factory=list)  # (index of image, category id, x0, y0, x1, y1, area, crowd, place)
+    rows: list = field(default_factory=list)  # (image's index, category id, x0, y0, x1, y1, area, crowd, place)
     where: object = str  # turns a place into text
     from_one: bool = False  # VOC counts pixels from 1 and includes the last one: 1 to 640 is COCO's 0 to 640
     from_shares: bool = False  # YOLO's boxes are shares of the image
@@ -123,55 +127,39 @@ def key_of(name):
     return name.lower() if name.isascii() else unicodedata.normalize("NFC", name).casefold()
 
 
-def is_image(path):
-    return path.lower().endswith(IMAGE_SUFFIXES)
-
-
 class Tree:
-    """The files below a folder, links followed. They are found in any spelling, images without their ending, too."""
+    """The files below a folder, links followed. They are found in any spelling, images without ending, too."""
 
-    def __init__(self, top, notes):
-        self.top, self.files, self.folders = os.path.abspath(top), {}, {}  # {key: path}
+    def __init__(self, top):
+        self.top, self.files, self.folders, self.junk = os.path.abspath(top), {}, {}, []  # {key: path}
         for folder, folders, names in os.walk(self.top, followlinks=True):
-            junk = [name for name in folders + names if name.startswith(("._", ".ipynb_checkpoints", "__MACOSX"))]
-            if junk:
-                notes.add("files that systems and notebooks make (._*, ...), skipped", f"{folder}/{junk[0]}", len(junk))
-            folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX" and not (
-                os.path.islink(there := os.path.join(folder, name))  # to a folder that it lies in
-                and (os.path.realpath(folder) + os.sep).startswith(os.path.realpath(there) + os.sep)))
+            self.junk += [os.path.join(folder, name) for name in folders + names if name.startswith(JUNK)]
+            folders[:] = sorted(name for name in folders if not name.startswith((".", *JUNK)) and not (
+                os.path.islink(link := os.path.join(folder, name))  # to a folder that it lies in
+                and os.path.join(os.path.realpath(folder), "").startswith(os.path.realpath(link) + os.sep)))
             self.folders[key_of(folder)] = folder
-            paths = [os.path.join(folder, name) for name in sorted(names) if not name.startswith("._")]
-            self.files.update(zip(map(key_of, paths), paths))
+            for path in (os.path.join(folder, name) for name in sorted(names) if not name.startswith(JUNK)):
+                key = key_of(path)
+                self.files[key] = path
+                if key.endswith(IMAGE_SUFFIXES):
+                    stem = os.path.splitext(key)[0]
+                    self.files[stem] = "" if stem in self.files else path  # "": several are called so
             if len(self.files) > MOST_FILES:
                 raise UserError(f"{self.top}: over {MOST_FILES:,} files; is this the folder of the data?")
-        self.jsons = {key: path for key, path in self.files.items() if key.endswith(".json")}
 
     @functools.cached_property
-    def stems(self):
-        """{key of a path without ending: the image}, nothing where several have it."""
-        found = {}
-        for key, path in self.files.items():
-            if is_image(key):
-                stem = os.path.splitext(key)[0]
-                found[stem] = "" if stem in found else path
-        return found
-
-    @functools.cached_property
-    def names(self):
-        """{key of a bare name, with and without ending: [images]}."""
+    def called(self):
+        """{key of a bare name, with or without ending: [images]}."""
         found = defaultdict(list)
         for key, path in self.files.items():
-            if is_image(key):
-                name = os.path.basename(key)
-                found[name].append(path)
-                found[os.path.splitext(name)[0]].append(path)
+            if path and path.lower().endswith(IMAGE_SUFFIXES):
+                found[os.path.basename(key)].append(path)
         return found
 
     def find(self, path):
         """The file at a path, or None. A device or a FIFO is none."""
         path = os.path.normpath(path)
-        key = key_of(path)
-        found = path if os.path.isfile(path) else self.files.get(key) or not is_image(key) and self.stems.get(key)
+        found = path if os.path.isfile(path) else self.files.get(key_of(path))
         return found if found and os.path.isfile(found) else None
 
     def match(self, pattern):
@@ -179,15 +167,15 @@ class Tree:
         pattern = os.path.normpath(os.path.join(key_of(self.top), pattern))
         if "*" not in pattern:
             return [found for found in (self.files.get(pattern), self.folders.get(pattern)) if found]
-        pool = self.jsons if pattern.endswith(".json") else self.files
-        return sorted(path for key, path in pool.items()
-                      if fnmatchcase(key, pattern) and key.count("/") == pattern.count("/"))
+        ending, depth = os.path.splitext(pattern)[1], pattern.count(os.sep)
+        return sorted(path for key, path in self.files.items()
+                      if key.endswith(ending) and key.count(os.sep) == depth and fnmatchcase(key, pattern))
 
     def inside(self, folder, *endings):
         """The paths of the files with one of these endings in a folder and below."""
         start = key_of(os.path.join(folder, ""))
         if not start.startswith(key_of(self.top)):
-            return Tree(folder, Problems()).inside(folder, *endings)
+            return Tree(folder).inside(folder, *endings)
         return sorted(path for key, path in self.files.items()
                       if key.startswith(start) and key.endswith(endings) and os.path.isfile(path))
 
@@ -196,31 +184,32 @@ class Tree:
 
         It is looked for as it is written, and then by its name alone anywhere below the top.
         """
-        plain = (unquote(name.split("?d=")[-1]) if "%" in name or "?d=" in name else name).replace("\\", "/")
-        for spelling in dict.fromkeys((name, plain)):
+        plain = unquote(name.split("?d=")[-1]) if "%" in name or "?d=" in name else name  # Label Studio's
+        plain = plain.replace("\\", "/")
+        for spelling in (name, plain):
             for k, place in enumerate(source.places):
                 if found := self.find(os.path.join(place, spelling)):
                     source.places.insert(0, source.places.pop(k))  # the next one is probably here, too
                     if not found.startswith(self.top + os.sep):
                         reading.notes.add("image files outside of the data folder", found)
                     return found
-        parts = key_of(plain).split("/")
-        found = [path for path in self.names.get(parts[-1], ()) if os.path.isfile(path)
-                 and not source.avoid & {*key_of(path[len(self.top):]).split("/")[:-1]}]
-        shared = [len(os.path.commonprefix([key_of(path).split("/")[::-1], parts[::-1]])) for path in found]
-        found = [path for path, count in zip(found, shared) if count == max(shared)]  # the same folders above
+        parts = key_of(plain).split("/")[::-1]
+        found = [path for path in self.called.get(parts[0], ()) if os.path.isfile(path)
+                 and not source.avoid & {*key_of(path[len(self.top):]).split(os.sep)[:-1]}]
+        same = [len(os.path.commonprefix([key_of(path).split(os.sep)[::-1], parts])) for path in found]
+        found = [path for path, count in zip(found, same) if count == max(same)]  # the most folders in common
         if len(found) == 1:
             kind = "image files in another folder than the annotations say, found by their name"
             reading.notes.add(kind, f"{name} is {found[0]}")
             return found[0]
-        kind = "image files that do not exist" if not found else \
-            "image files that are not where the annotations say, with several of that name elsewhere"
-        others = "".join(f", {path}" for path in found[:2])
-        return reading.errors.add(kind, f"{os.path.join(source.places[0], name)}, {where}{others}")
+        kind = "image files that are not where the annotations say, with several of that name elsewhere" \
+            if found else "image files that do not exist"
+        place = ", ".join([os.path.join(source.places[0], name), where, *found[:2]])
+        return reading.errors.add(kind, place)
 
 
-def read_bytes(path, most=MOST_TEXT):
-    """What is in a file. UserError, without the path, for a device, a folder or a far too large file."""
+def read_text(path, most=MOST_TEXT, as_bytes=False):
+    """A text file in UTF-8, or in UTF-16 with its mark. UserError, without the path."""
     try:
         if not os.path.isfile(path):
             raise UserError("is not a file" if os.path.exists(path) else "does not exist")
@@ -228,20 +217,13 @@ def read_bytes(path, most=MOST_TEXT):
             raise UserError(f"has {os.path.getsize(path) / 1e9:.1f} GB: too large for such a file")
         with open(path, "rb") as file:
             content = file.read()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot be read: {reason(error)}") from None
-    if content.startswith(b"version https://git-lfs"):
-        raise UserError("is a pointer of Git LFS, not the file itself: run git lfs pull")
-    return content
-
-
-def read_text(path, most=MOST_TEXT):
-    """A text file in UTF-8, or in UTF-16 with its mark. UserError, without the path."""
-    try:
-        content = read_bytes(path, most)
-        return content.decode(json.detect_encoding(content))
+        if content.startswith(b"version https://git-lfs"):
+            raise UserError("is a pointer of Git LFS, not the file itself: run git lfs pull")
+        return content if as_bytes else content.decode(json.detect_encoding(content))
     except UnicodeDecodeError:
         raise UserError("is not in UTF-8: open it in an editor and save it as UTF-8") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot be read: {reason(error)}") from None
 
 
 def number(value):
@@ -269,14 +251,18 @@ def image_row(i, path, height, width, reading):
 
 
 # ---- COCO --------------------------------------------------------------------------------------------------
-def without_outline(entry):
-    """A JSON object without its outline, which is most of a file. A missing box is computed from the outline."""
-    if "segmentation" in entry:
-        outline, box = entry.pop("segmentation"), entry.get("bbox")
-        if outline and (not box or isinstance(box, list) and box[2:] == [0, 0]):
-            with contextlib.suppress(Exception):  # then there is no box, and that is an error later
-                entry["bbox"], entry["from_outline"] = box_around(outline), True
-    return entry
+def compact(entry):
+    """A JSON object as what is needed of it: an annotation as a tuple, a missing box computed from its outline.
+
+    An outline is most of an annotation, and a dict needs twice the memory of a tuple.
+    """
+    if "image_id" not in entry or "category_id" not in entry:
+        return entry
+    box, outline = entry.get("bbox"), entry.get("segmentation")
+    if outline and (not box or isinstance(box, list) and box[2:] == [0, 0]):
+        with contextlib.suppress(Exception):  # then there is no box, and that is an error later
+            entry["bbox"], entry["from_outline"] = box_around(outline), True
+    return tuple(map(entry.get, FIELDS))
 
 
 def box_around(outline):
@@ -292,6 +278,8 @@ def keys_in(value, depth=3):
     """The keys in a JSON value, of its lists only those in the first entry."""
     if isinstance(value, dict) and depth:
         return {*value}.union(*(keys_in(inside, depth - 1) for inside in [*value.values()][:20]))
+    if isinstance(value, tuple):  # an annotation that is not below "annotations"
+        return {"score"}
     return keys_in(value[0], depth - 1) if isinstance(value, list) and value and depth else set()
 
 
@@ -300,19 +288,21 @@ def parse_coco(path):
     text = read_text(path, MOST_JSON)
     gc.disable()  # it would look through millions of new objects again and again
     try:
-        contents = json.loads(text, object_hook=without_outline)
+        contents = json.loads(text, object_hook=compact)
     except (ValueError, RecursionError) as error:  # ValueError: it says line and column
         raise UserError("is empty" if not text.strip() else f"cannot be read as JSON: {error}") from None
     finally:
         gc.enable()
-    keys = keys_in(contents)
     lists = [contents.get(key) if isinstance(contents, dict) else None
              for key in ("images", "annotations", "categories")]
+    keys = keys_in(contents)
     if keys & {"segments_info", "caption"} or not all(
-            isinstance(one, list) and all(isinstance(entry, dict) for entry in one) for one in lists):
+            isinstance(one, list) and all(isinstance(entry, (dict, tuple)) for entry in one) for one in lists):
         guess = next((f"; this is {form}" for key, form in OTHER_FORMS.items() if key in keys), "")
         raise UserError("is no COCO file of objects, which has the lists images, annotations and categories"
                         f"{guess}. Export the data as COCO")
+    contents["annotations"] = [entry if isinstance(entry, tuple) else tuple(map(entry.get, FIELDS))
+                               for entry in contents["annotations"]]
     return contents
 
 
@@ -366,32 +356,31 @@ def read_coco(source, tree, reading, known, wanted):
             reading.errors.add("images without a file_name", f"image id {i}")
         table.images.append(path and image_row(id_of[i], path, entry.get("height"), entry.get("width"), reading))
 
-    index, annotations, ids = {i: k for k, i in enumerate(found)}, contents["annotations"], set()
+    index, annotations = {i: k for k, i in enumerate(found)}, contents["annotations"]
+    others = len(annotations) - len({entry[5] for entry in annotations if type(entry[5]) is int})
+    if others:  # they serve messages only
+        reading.notes.add(f"annotation ids that are missing, text or given twice, not used: {others}")
 
     def where(k):
-        k, i = index.get(as_id(annotations[k].get("image_id"))), annotations[k].get("id", f"of number {k + 1}")
-        row = None if k is None else table.images[k]
-        return (f"{os.path.basename(row[1])}, image id {row[0]}, " if row else "") + f"annotation id {i}"
+        image, *_, i, _ = annotations[k]
+        row = table.images[index[as_id(image)]] if as_id(image) in index else None
+        return (f"{os.path.basename(row[1])}, image id {image}, " if row else "") + f"annotation id {i}"
 
     table.where = where
-    for k, entry in enumerate(annotations):
-        image, category, box, i = map(entry.get, ("image_id", "category_id", "bbox", "id"))
-        image = index.get(image if type(image) is int else as_id(image))
-        category = category_of.get(category if type(category) is int else as_id(category))
-        box = [number(v) for v in box] if isinstance(box, list) and len(box) == 4 else [None]
+    for k, (image_id, category_id, bbox, area, crowd, _, computed) in enumerate(annotations):
+        image = index.get(image_id if type(image_id) is int else as_id(image_id))
+        category = category_of.get(category_id if type(category_id) is int else as_id(category_id))
+        box = [number(v) for v in bbox] if isinstance(bbox, list) and len(bbox) == 4 else [None]
         if image is None or category is None or None in box:
-            key, expected = (("image_id", "not among the images") if image is None else
-                             ("category_id", "not among the categories") if category is None else
-                             ("bbox", "not four numbers"))
-            reading.errors.add(f"annotations whose {key} is {expected}", f"{where(k)}: {reprlib.repr(entry.get(key))}")
+            kind, value = (("image_id is not among the images", image_id) if image is None else
+                           ("category_id is not among the categories", category_id) if category is None else
+                           ("bbox is not four numbers", bbox))
+            reading.errors.add(f"annotations whose {kind}", f"{where(k)}: {reprlib.repr(value)}")
             continue
         x, y, w, h = box
-        table.rows.append((image, category, x, y, x + w, y + h, entry.get("area"), entry.get("iscrowd"), k))
-        if "from_outline" in entry:
+        table.rows.append((image, category, x, y, x + w, y + h, area, crowd, k))
+        if computed:
             reading.notes.add("boxes computed from outlines, because there is no bbox", where(k))
-        if type(i) is not int or i in ids:  # ids of annotations serve messages only
-            reading.notes.add("annotation ids that are missing, text or given twice, not used", where(k))
-        ids.add(repr(i) if type(i) is not int else i)
     return table
 
 
@@ -399,7 +388,7 @@ def read_coco(source, tree, reading, known, wanted):
 def read_xml(path, reading):
     """The root of a VOC file; None, and an error, if it is none."""
     try:
-        content = read_bytes(path)
+        content = read_text(path, as_bytes=True)
         if b"<!ENTITY" in content:  # nobody annotates with them, but a few lines of them fill any memory
             raise UserError("declares entities")
         root = ElementTree.fromstring(content)
@@ -432,13 +421,13 @@ def voc_files(source, tree, reading):
         return [(xml, key) for key, xml in found.items()]
     bare, chosen = {os.path.basename(key): key for key in found}, []
     for line in read_text(source.path).splitlines():
-        line = line.strip().strip('"')  # Datumaro puts names with spaces in quotes, VoTT writes a.jpg 1
-        names = [key_of(name) for name in (line, re.sub(r"\.\w+( +-?1)?$", "", line), line.split(" ")[0])]
+        line = line.strip().strip('"')  # Datumaro puts names with spaces in quotes
+        names = [key_of(name) for name in (line, os.path.splitext(line)[0], line.split(" ")[0])]
         key = next((bare.get(name, name) for name in names if name in found or name in bare), None)
-        if key:
-            chosen.append((found[key], key))
-        elif line and line[0] != "#":
-            reading.errors.add("names in the list without an XML file", f"{folder}/{line}.xml does not exist")
+        if key or line and line[0] != "#":
+            chosen.append((found.get(key), key or line))
+    if chosen and not any(xml for xml, _ in chosen):
+        raise UserError(f"no name in this list has an XML file in {folder}, for example {chosen[0][1]}")
     return chosen
 
 
@@ -463,7 +452,12 @@ def voc_image(xml, inside, name, times, source, tree, reading):
 
 def read_voc(source, tree, reading, known, wanted):
     """The Table of VOC's XML files, boxes as they are written. Classes that are `known` keep their ids."""
-    files = [(xml, inside, read_xml(xml, reading)) for xml, inside in voc_files(source, tree, reading)]
+    files = []
+    for xml, inside in voc_files(source, tree, reading):
+        root = read_xml(xml, reading) if xml else ElementTree.Element("annotation")  # Datumaro's without objects
+        if not xml:
+            reading.notes.add("listed images without an XML file, taken as images without objects", inside)
+        files.append((xml or inside, inside, root))
     files = [(xml, inside, root, text_in(root, "filename")) for xml, inside, root in files if root is not None]
     times, id_of = Counter(name for *_, name in files), {name: i for i, name in known.items()}
     for name in sorted({text_in(thing, "name") for _, _, root, _ in files for thing in root.findall("object")}):
@@ -698,26 +692,26 @@ def find_source(tree, split, unsplit):
     if source := search(tree, split, unsplit):
         return source
     counts = Counter(os.path.splitext(key)[1] for key in tree.files)
-    here = sorted(path[len(tree.top) + 1:] + "/" for path in tree.folders.values() if path != tree.top)[:9]
+    here = sorted({key[len(tree.top) + 1:].split(os.sep)[0] + "/" for key in tree.folders if key != key_of(tree.top)})[:9]
     here += [f"{count} {ending or 'without ending'}" for ending, count in counts.most_common(6)]
     hint, problems = f"For another layout give --{split}-json and --{split}-images", Reading()
     inner = [path for path in tree.folders.values() if path[len(tree.top):].count(os.sep) in (1, 2)][:50]
     texts = [path for path in tree.inside(tree.top, ".txt")[:20] if read_labels(path, False, Reading())]
+    for path in tree.inside(tree.top, ".json")[:1] + tree.inside(tree.top, ".xml")[:1]:
+        try:
+            parse_coco(path) if path.lower().endswith("json") else read_xml(path, problems)
+        except UserError as error:
+            problems.errors.add(f"{path} {error}")
     if split == "val" and (train := search(tree, "train")):
         hint = f"{train.path} has no val: add --split 0.2 to hold some images out"
+    elif problems.errors:
+        hint = problems.errors.lines()[0]
     elif not unsplit and search(tree, split, unsplit=True):
         hint = "All images lie together: add --split 0.2 to hold some of them out"
-    elif found := next((path for path in inner if search(Tree(path, Problems()), split)), None):
+    elif found := next((path for path in inner if search(Tree(path), split)), None):
         hint = f"Did you mean {found}?"
     elif texts:
         hint = f"{texts[0]} is a label file of YOLO; write the names of its classes into {tree.top}/classes.txt"
-    else:
-        for path in [*tree.jsons.values()][:1] + tree.inside(tree.top, ".xml")[:1]:
-            try:
-                parse_coco(path) if path in tree.jsons.values() else read_xml(path, problems)
-            except UserError as error:
-                hint = f"{path} {error}"
-        hint = "".join(problems.errors.lines()) or hint
     raise UserError(f"{tree.top}: no {split} annotations here. Expected annotations/instances_{split}.json (COCO), "
                     f"ImageSets/Main/{split}.txt (VOC), data.yaml (YOLO) or another layout of docs/options.md. "
                     f"Found {', '.join(here) or 'nothing'}. {hint}")
@@ -737,7 +731,7 @@ def given_source(split, path, folder):
     yolo = ending in (".yaml", ".yml", ".data", ".names") or os.path.basename(path) in CLASS_FILES
     form = "YOLO" if yolo else "VOC" if os.path.isdir(path) or ending == ".txt" else "COCO"
     top = folder if os.path.isdir(folder) else os.path.dirname(folder)
-    return Tree(top, Problems()), Source(form, path, [folder])
+    return Tree(top), Source(form, path, [folder])
 
 
 def read_splits(folder, given, splits, class_names=(), share=None, seed=0):
@@ -752,13 +746,21 @@ def read_splits(folder, given, splits, class_names=(), share=None, seed=0):
         if os.path.isfile(folder):
             raise UserError(f"{folder}: a file, not a folder; give the folder of annotations and images")
         raise UserError(f'{folder or repr(folder)}: no such folder; the embedded data set is called "shapes"')
-    tree = folder and Tree(folder, Problems())
+    tree = folder and Tree(folder)
 
     def source_of(split):
         return (tree, find_source(tree, split, share is not None)) if tree else given_source(split, *given[split])
 
     if share is not None:
-        check_unsplit(folder, given, share, source_of)
+        if not 0 < share < 1:
+            raise UserError(f"--split {share}: it must be a share between 0 and 1, for example 0.2")
+        if any(path is not None for path in given["val"]):
+            raise UserError("--split takes val from the training images: leave out --val-json and --val-images")
+        train = val = None
+        with contextlib.suppress(UserError):  # that a val of data.yaml does not exist does not matter here
+            train, val = search(tree, "train", True), search(tree, "val") if tree else (None, None)
+        if val and (train.path, train.places) != (val.path, val.places):
+            raise UserError(f"{folder} has a val of its own, {val.path}: leave out --split")
         splits = ("train",)
     names, readings, tables = {}, {}, {}
     for split in ("train", "val") if "val" in splits else ("train",):
@@ -767,6 +769,8 @@ def read_splits(folder, given, splits, class_names=(), share=None, seed=0):
         try:
             where, source = source_of(split)
             reading.path = source.path
+            if where.junk:
+                reading.notes.add("files that systems or notebooks make, not used", where.junk[0], len(where.junk))
             known = names or dict(enumerate(class_names, 1))  # VOC has no list of classes
             table = READERS[source.form](source, where, reading, known, split in splits)
             tables[split] = table, join_names(names, table.names, reading)
@@ -863,27 +867,13 @@ def clean(table, labels, reading):
     for row, start, end in zip(table.images, ends, ends[1:]):
         if row is None:
             continue
-        where = f"{os.path.basename(row[1])}, image id {row[0]}"
         found.append(AnnotatedImage(*row, *(column[start:end] for column in columns)))
         if start == end:
-            reading.notes.add("images without boxes, kept", where)
+            reading.notes.add("images without boxes, kept", f"{row[1]}, image id {row[0]}")
         if end - start > CROWDED:
             kind = f"images with more than {CROWDED} boxes, kept; a model needs as many queries"
-            reading.notes.add(kind, f"{where}: {end - start}")
+            reading.notes.add(kind, f"{row[1]}, image id {row[0]}: {end - start}")
     return found
-
-
-def check_unsplit(folder, given, share, source_of):
-    """UserError unless there is one set of images, and a share to take from it."""
-    if not 0 < share < 1:
-        raise UserError(f"--split {share}: it must be a share between 0 and 1, for example 0.2")
-    if any(path is not None for path in given["val"]):
-        raise UserError("--split takes val from the training images: leave out --val-json and --val-images")
-    found = []
-    with contextlib.suppress(UserError):  # there is no val, or what is wrong will be said when it is read
-        found = [source_of(split)[1] for split in ("train", "val")]
-    if len(found) == 2 and (found[0].path, found[0].places) != (found[1].path, found[1].places):
-        raise UserError(f"{folder} has a val of its own, {found[1].path}: leave out --split")
 
 
 def hold_out(reading, share, seed):
