@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_convert, generalized_box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 
-from support import checkpoints, data, devices, processes, report
-from support.evaluation import coco_eval, explain, is_softmax, postprocess, signs_of_collapse
-from support.model_files import build_model
-from support.options import choose_num_queries, fill_in, load_datasets, parse
+from support import checkpoints, data, machine, report
+from support.evaluation import coco_eval, metrics_table, postprocess, signs_of_collapse
+from support.options import parse, resolve
 from support.run import Run
 
 
@@ -46,7 +45,7 @@ class SetCriterion:
 
     def __init__(self, model):
         recipe = model.recipe
-        self.softmax = is_softmax(model)
+        self.softmax = recipe["class_loss"] == "softmax"
         self.weights = {name: recipe[f"w_{name}"] for name in ("class", "l1", "giou")}
         self.cost_weights = {**self.weights, "class": recipe.get("cost_class", recipe["w_class"])}
         self.corner_l1 = recipe.get("corner_l1", False)  # AdaMixer: L1 between corners
@@ -71,35 +70,26 @@ class SetCriterion:
         return w["class"] * cost_class + w["l1"] * cost_l1 + w["giou"] * cost_giou
 
     @torch.no_grad()
-    def match_stages(self, logits, boxes, targets):
+    def match(self, logits, boxes, targets):
         """One-to-one assignment of least cost: for every stage, per image (query index, target index), int64.
 
-        logits [S, B, Q, C], boxes [S, B, Q, 4]. Every stage is matched by itself. With more targets than
+        logits [S, B, Q, C], boxes [S, B, Q, 4]. Every stage is matched independently. With more targets than
         queries the most expensive ones stay unmatched. Raises Diverged when a prediction is not finite.
         """
         logits, boxes = logits.float(), boxes.float()
         if not (logits.isfinite().all() and boxes.isfinite().all()):
             raise Diverged("predictions are not finite")
         costs = [self.cost(logits[:, b], boxes[:, b], target).cpu() for b, target in enumerate(targets)]
-        matches = []
-        for stage in range(len(logits)):
-            pairs = [linear_sum_assignment(cost[stage]) for cost in costs]
-            matches.append([(torch.from_numpy(q), torch.from_numpy(g)) for q, g in pairs])
-        return matches
-
-    def match(self, logits, boxes, targets):
-        """One stage: logits [B, Q, C], boxes [B, Q, 4] -> per image (query index, target index), int64."""
-        return self.match_stages(logits[None], boxes[None], targets)[0]
+        return [[tuple(map(torch.from_numpy, linear_sum_assignment(cost[s]))) for cost in costs]
+                for s in range(len(logits))]
 
     def stage_losses(self, logits, boxes, targets, box_counts):
         """Un-weighted losses {"class": [S], "l1": [S], "giou": [S]} of predictions [S, B, Q, .]."""
         logits, boxes = logits.float(), boxes.float()
-        S, pairs = len(logits), []  # of all stages and images: [4, number of matches] each
-        for s, stage in enumerate(self.match_stages(logits, boxes, targets)):
-            for b, (query, target) in enumerate(stage):
-                s_index, b_index = torch.full_like(query, s), torch.full_like(query, b)
-                pairs.append(torch.stack([s_index, b_index, query, target]))
-        stage, image, query, target = torch.cat(pairs, dim=1).to(logits.device)  # each [P], P matches in all
+        rows = [(s, b, q, g) for s, matches in enumerate(self.match(logits, boxes, targets))
+                for b, match in enumerate(matches) for q, g in zip(*(index.tolist() for index in match))]
+        rows = torch.tensor(rows, dtype=torch.int64, device=logits.device).view(-1, 4)  # [P, 4], P matches
+        stage, image, query, target = rows.unbind(1)  # each [P]
         counts = torch.tensor([0] + [len(t["labels"]) for t in targets], device=logits.device)
         row = counts.cumsum(0)[image] + target  # [P], among the objects of all images together
         labels = torch.cat([t["labels"] for t in targets])[row]  # [P]
@@ -113,7 +103,7 @@ class SetCriterion:
         if self.corner_l1:
             matched_boxes, target_boxes = xyxy, target_xyxy
         l1 = (matched_boxes - target_boxes).abs().sum(1)  # [P]
-        zeros = logits.new_zeros(S)
+        zeros = logits.new_zeros(len(logits))
         return {
             "class": self.class_losses(logits, matched, labels, box_counts),
             "l1": zeros.index_add(0, stage, l1) / num_boxes,
@@ -199,6 +189,11 @@ def lr_factor(step, args, steps_per_epoch):
     return 0.1 if step >= args.lr_drop * steps_per_epoch else 1.0
 
 
+def set_rates(optimizer, factor):
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
 def seed_of(run_seed, count):
     """A seed for each epoch or step; a large prime, so that runs with the seeds 0, 1, 2 share none."""
     return run_seed * 1_000_003 + count
@@ -216,12 +211,12 @@ class Batches(torch.utils.data.Sampler):
         self.steps_per_epoch = size // args.batch_size
 
     def __iter__(self):
-        batch, part = self.args.batch_size, self.args.batch_size // (self.args.accumulate * processes.WORLD)
+        batch, part = self.args.batch_size, self.args.batch_size // (self.args.accumulate * machine.WORLD)
         for step in range(self.start, self.args.steps):
             epoch, i = divmod(step, self.steps_per_epoch)
             generator = torch.Generator().manual_seed(seed_of(self.args.seed, epoch))
             order = torch.randperm(self.size, generator=generator).tolist()
-            for first in range(i * batch + processes.RANK * part, (i + 1) * batch, processes.WORLD * part):
+            for first in range(i * batch + machine.RANK * part, (i + 1) * batch, machine.WORLD * part):
                 yield [(epoch, index) for index in order[first:first + part]]
 
 
@@ -234,9 +229,9 @@ def evaluate(model, criterion, dataset, args):
     """
     model.eval()
     predictions, all_boxes = {}, []
-    share = torch.utils.data.Subset(dataset, range(processes.RANK, len(dataset), processes.WORLD))
-    for images, mask, targets in processes.make_loader(share, args, batch_size=args.eval_batch_size):
-        with devices.autocast(args):
+    share = torch.utils.data.Subset(dataset, range(machine.RANK, len(dataset), machine.WORLD))
+    for images, mask, targets in machine.make_loader(share, args, batch_size=args.eval_batch_size):
+        with machine.autocast(args):
             out = model(images.to(args.device), mask.to(args.device))
         logits, boxes = out["logits"][-1].float().cpu(), out["boxes"][-1].float().cpu()
         if not (logits.isfinite().all() and boxes.isfinite().all()):
@@ -246,76 +241,76 @@ def evaluate(model, criterion, dataset, args):
         predictions.update((t["image_id"], p) for t, p in zip(targets, found))
         all_boxes += boxes  # each [Q, 4]
     model.train()
-    predictions = dict(pair for part in processes.gather(predictions) for pair in part.items())
-    all_boxes = sum(processes.gather(all_boxes), [])
+    predictions = dict(pair for part in machine.gather(predictions) for pair in part.items())
+    all_boxes = sum(machine.gather(all_boxes), [])
     return {**coco_eval(dataset, predictions), **signs_of_collapse(all_boxes, predictions)}, predictions
 
 
 # ---- The loop ----------------------------------------------------------------------------------------------
-def train_step(forward, criterion, optimizer, parts, args, scaler=devices.Scaler()):
+def train_step(forward, criterion, optimizer, parts, args, scaler=torch.amp.GradScaler("cpu", enabled=False)):
     """One optimiser step on one batch, given in parts. Returns what is logged; raises Diverged."""
     # Every loss is normalised by the boxes of the whole batch and every part padded to its largest image, so
     # that the parts add up to the gradient of one large batch (exactly, as long as BatchNorm is frozen).
-    box_counts = sum(processes.gather([len(t["labels"]) for _, _, targets in parts for t in targets]), [])
-    sizes = sum(processes.gather([tuple(mask.shape[1:]) for _, mask, _ in parts]), [])
+    box_counts = sum(machine.gather([len(t["labels"]) for _, _, targets in parts for t in targets]), [])
+    sizes = sum(machine.gather([tuple(mask.shape[1:]) for _, mask, _ in parts]), [])
     height, width = (max(side) for side in zip(*sizes))
     logged = {}
     optimizer.zero_grad()
     for images, mask, targets in parts:
-        images, mask = data.pad_batch(images, mask, height, width)
+        more = (0, width - images.shape[3], 0, height - images.shape[2])  # on the right, and below
+        images, mask = F.pad(images, more), F.pad(mask, more, value=True)
         targets = [{k: t[k].to(args.device) for k in ("labels", "boxes")} for t in targets]
-        with devices.autocast(args):
+        with machine.autocast(args):
             out = forward(images.to(args.device), mask.to(args.device))
         losses = criterion(out, targets, box_counts)  # outside of autocast: in float32
-        scaler.scale(losses["total"] * processes.WORLD).backward()  # DDP takes the mean: make it a sum
+        scaler.scale(losses["total"] * machine.WORLD).backward()  # DDP takes the mean: make it a sum
         for name, loss in losses.items():
             logged[name] = logged.get(name, 0) + loss.detach().flatten()[-1].item()  # of the last stage
-    logged = {name: sum(part[name] for part in processes.gather(logged)) for name in logged}
-    parameters = scaler.unscaled(optimizer)
+    logged = {name: sum(part[name] for part in machine.gather(logged)) for name in logged}
+    scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     logged["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.clip_norm).item()
-    if not (math.isfinite(logged["grad_norm"]) or scaler.skips()):
+    skips = scaler.is_enabled() and scaler.get_scale() > 1  # float16: leaves this step out
+    if not (math.isfinite(logged["grad_norm"]) or skips):
         raise Diverged("the gradient is not finite")
     scaler.step(optimizer)
+    scaler.update()
     return logged
 
 
 def train(model, criterion, optimizer, datasets, args, run):
-    """From run.step to args.steps; the Run counts, logs, saves and stops."""
-    forward = torch.nn.parallel.DistributedDataParallel(model) if processes.WORLD > 1 else model
+    """From run.step to args.steps; the Run logs, saves and stops."""
+    forward = torch.nn.parallel.DistributedDataParallel(model) if machine.WORLD > 1 else model
     forward = torch.compile(forward) if args.compile else forward
     batches = Batches(len(datasets["train"]), args, run.step)
-    loader = iter(processes.make_loader(datasets["train"], args, batch_sampler=batches))
-    run.start(model, optimizer, datasets)
+    loader = iter(machine.make_loader(datasets["train"], args, batch_sampler=batches))
     model.train()
-    while run.goes_on():
-        factor = lr_factor(run.step, args, batches.steps_per_epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-        # Dropout, like the data order, is a function of seed and step: nothing else needs to be restored
-        torch.manual_seed(seed_of(args.seed, run.step) * processes.WORLD + processes.RANK)
-        parts = list(islice(loader, args.accumulate))
-        try:
-            losses = train_step(forward, criterion, optimizer, parts, args, run.scaler)
-            run.log_step(losses, epoch=(run.step + 1) / batches.steps_per_epoch, lr=args.lr * factor)
-            if run.evaluation_is_due():
-                run.log_evaluation(*evaluate(model, criterion, datasets["val"], args))
-        except Diverged as error:
-            raise SystemExit(report.divergence(error, model, parts, args, run, args.lr * factor))
-    run.finish()
+    with run.underway():
+        for step in range(run.step, args.steps):
+            set_rates(optimizer, lr_factor(step, args, batches.steps_per_epoch))
+            # Dropout, like the data order, is a function of seed and step: nothing else needs to be restored
+            torch.manual_seed(seed_of(args.seed, step) * machine.WORLD + machine.RANK)
+            run.parts = list(islice(loader, args.accumulate))
+            losses = train_step(forward, criterion, optimizer, run.parts, args, run.scaler)
+            run.log(step + 1, losses)
+            if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+                run.evaluated(step + 1, *evaluate(model, criterion, datasets["val"], args))
+            if run.stopped():
+                break
 
 
 def main(argv=None):
     request = parse(__doc__, argv)
     args, resumed = request.args, request.checkpoint
-    processes.join(args.device)
+    machine.join(args.device)
     torch.manual_seed(args.seed)
-    datasets = load_datasets(args, ("val",) if args.eval else ("train", "val"))
+    datasets = data.load_datasets(args, ("val",) if args.eval else ("train", "val"))
     class_names = datasets["val"].class_names
     if resumed:
         checkpoints.check_data(resumed, datasets)
-    else:
-        choose_num_queries(request, datasets["train"])
-    model = build_model(request.module, len(class_names), request.model_options).to(args.device)
+    if not args.eval:
+        resolve(request, datasets["train"])
+    model = request.build_model(len(class_names)).to(args.device)
     criterion = SetCriterion(model)
     if resumed:
         checkpoints.load_weights(model, resumed)
@@ -323,16 +318,14 @@ def main(argv=None):
         checkpoints.initialise(model, request.module, request.init, class_names)
     if args.eval:
         metrics, _ = evaluate(model, criterion, datasets["val"], args)
-        print(f"{explain(metrics)}\n{report.collapse_line(metrics, len(class_names))}")
+        print(f"{metrics_table(metrics)}\n{report.collapse_line(metrics, len(class_names))}")
         return
-    fill_in(args, datasets["train"])
-    run = Run(request)
-    report.announce(model, datasets, args, run, lambda copy, parts: train_step(
-        copy, criterion, make_optimizer(copy, 0, 0, 0), parts, args, devices.Scaler(args)))
+    report.announce(model, datasets, request, lambda copy, parts: train_step(
+        copy, criterion, make_optimizer(copy, 0, 0, 0), parts, args, machine.make_scaler(args)))
     optimizer = make_optimizer(model, args.lr, args.lr_backbone, args.weight_decay)
     if resumed:
-        checkpoints.load_optimizer(optimizer, model, resumed)
-    train(model, criterion, optimizer, datasets, args, run)
+        checkpoints.load_optimizer(optimizer, resumed)
+    train(model, criterion, optimizer, datasets, args, Run(request, model, optimizer, datasets))
 
 
 if __name__ == "__main__":

@@ -134,9 +134,8 @@ class Trained:
 
     def __init__(self, flags):
         request = options.parse(None, [*flags, "--workers", "0", "--device", "cpu"])
-        self.args, sets = request.args, options.load_datasets(request.args, ("train", "val"))
-        options.choose_num_queries(request, sets["train"])
-        options.fill_in(self.args, sets["train"])
+        self.args, sets = request.args, data.load_datasets(request.args, ("train", "val"))
+        options.resolve(request, sets["train"])
         model = build_model(request.module, len(sets["val"].class_names), request.model_options)
         self.model, self.criterion, self.val_set = model, train.SetCriterion(model), sets["val"]
         self.optimizer = train.make_optimizer(model, 1e-4, 1e-4, 1e-4)

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from support import devices  # noqa: E402
+from support import machine  # noqa: E402
 from support.model_files import known_files, load_model_file  # noqa: E402
 from support.options import TRAINING, preset_values  # noqa: E402
 from train import SetCriterion  # noqa: E402
@@ -39,7 +39,7 @@ VARIANTS = {  # beside the files themselves: (file, options that differ from the
 }
 MODELS = {**{name: (name, {}) for name in known_files()}, **VARIANTS}
 METHODS = [name for name in known_files() if (ROOT / f"docs/{name}.md").exists()]  # without ablations
-DEVICE = devices.choose("auto")
+DEVICE = machine.choose_device("auto")
 
 
 def build(name, size):
@@ -66,7 +66,7 @@ def batch(B, height, width):
 def seconds(call):
     start = time.perf_counter()
     call()
-    devices.synchronize(DEVICE)
+    machine.synchronize(DEVICE)
     return time.perf_counter() - start
 
 

@@ -31,12 +31,11 @@ from matplotlib.figure import Figure
 from torchvision.ops import batched_nms, box_convert, box_iou
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support import devices, pictures  # noqa: E402
+from support import machine, pictures  # noqa: E402
 from support.checkpoints import load_checkpoint, load_weights  # noqa: E402
+from support.data import load_datasets  # noqa: E402
 from support.evaluation import coco_eval, is_softmax  # noqa: E402
 from support.model_files import build_model, load_model_file  # noqa: E402
-from support.options import load_datasets  # noqa: E402
-from support.processes import make_loader  # noqa: E402
 from support.report import one_line_errors  # noqa: E402
 
 
@@ -113,7 +112,7 @@ def predict(model, dataset, args):
     """Every stage's best class of every query, over a data set: a list of Stages."""
     model.eval()
     images_seen = []
-    for images, mask, targets in make_loader(dataset, args, batch_size=args.eval_batch_size):
+    for images, mask, targets in machine.make_loader(dataset, args, batch_size=args.eval_batch_size):
         out = model(images.to(args.device), mask.to(args.device))
         logits, boxes = out["logits"].cpu(), box_convert(out["boxes"].cpu(), "cxcywh", "xyxy")
         p = logits.softmax(-1)[..., :-1] if is_softmax(model) else logits.sigmoid()
@@ -131,7 +130,7 @@ def load(path, loops):
     """(model, validation set, args) of a run; with `loops` sqr.py's last stage runs so many times."""
     checkpoint = load_checkpoint(path / "best.pt" if path.is_dir() else path)
     args = argparse.Namespace(**checkpoint["args"])
-    args.device, args.workers = devices.choose("auto"), 0
+    args.device, args.workers = machine.choose_device("auto"), 0
     args.eval_batch_size = args.eval_batch_size or args.batch_size
     dataset = load_datasets(args, ("val",))["val"]
     options = {**checkpoint["model_options"], "pretrained_backbone": False}

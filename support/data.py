@@ -287,3 +287,14 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
         datasets[part] = CocoFolder(name, reading.images, categories, notes, part == "train", augment, size,
                                     seed, flip, reading.held_out)
     return datasets
+
+
+def load_datasets(args, splits):
+    """{split: data set} as the flags of train.py say; with --overfit both are the same few images."""
+    paths = {name: getattr(args, name) for name in ("train_json", "train_images", "val_json", "val_images")}
+    splits = ("train",) if args.overfit else splits  # evaluated on what it is trained on
+    datasets = load(args.data, **paths, size=args.size, augment=args.preset, seed=args.seed, splits=splits,
+                    split=args.split, flip=not args.no_flip)
+    if args.overfit:
+        datasets["train"] = datasets["val"] = first_with_boxes(datasets["train"], args.overfit)
+    return datasets

@@ -120,7 +120,7 @@ def signs_of_collapse(all_boxes, predictions):
     }
 
 
-def explain(metrics):
+def metrics_table(metrics):
     """The 12 numbers as a table in words."""
     rows = [f"{name:<10} {metrics[name]:6.3f}  {meaning}" for name, meaning in METRICS.items()]
     return "\n".join(rows + ["-1 = no ground truth of that size. Pixels are those of the original images."])

@@ -16,10 +16,10 @@ import torch
 import torchvision
 from PIL import Image
 
-from support import UserError, data, devices
+from support import UserError, data, machine
 from support.checkpoints import load_checkpoint, load_weights, read_init
 from support.evaluation import is_softmax, postprocess
-from support.model_files import build_model, load_model_file, model_of_run
+from support.model_files import build_model, load_model_file, load_model_of, without_download
 
 PATHS = ("train_json", "train_images", "val_json", "val_images")
 
@@ -73,10 +73,7 @@ class Detector:
 
     def to(self, device):
         """Moves it to a device: "auto", or any that torch knows. Raises UserError."""
-        try:
-            self.device = devices.choose(str(device))
-        except ValueError as error:
-            raise UserError(f"{device}: {error}") from None
+        self.device = machine.choose_device(str(device))
         self.model = self.model.to(self.device)
         return self
 
@@ -174,8 +171,8 @@ def of_run(checkpoint, model=None, options=None):
     """A Detector of what load_checkpoint returns; `model` takes the place of its run's."""
     trained, names = checkpoint["args"], checkpoint["class_names"]
     check_args(checkpoint["path"], trained)
-    _, module, known = model_of_run(checkpoint, model)
-    known.update(options or {}, pretrained_backbone=False)
+    module = load_model_of(checkpoint, model)
+    known = without_download(module, {**checkpoint["model_options"], **(options or {})})
     network = build_model(module, len(names), known).eval()
     load_weights(network, checkpoint)
     return Detector(network, names, trained)

@@ -55,16 +55,16 @@ def test_matching_is_the_cheapest_of_all_assignments(model, objects):
     pairs = min(4, objects)
     best = min(sum(cost[q][g] for q, g in zip(qs, gs)) for qs in itertools.permutations(range(4), pairs)
                for gs in itertools.combinations(range(objects), pairs))
-    query, index = criterion.match(logits[None], boxes[None], [target])[0]
+    query, index = criterion.match(logits[None, None], boxes[None, None], [target])[0][0]
     assert query.dtype == index.dtype == torch.int64 and len(set(query.tolist())) == len(query) == pairs
     assert sum(cost[q][g] for q, g in zip(query, index)) == pytest.approx(best, abs=1e-4)
 
 
 def test_every_stage_is_matched_by_itself():
     criterion, out, wanted = train.SetCriterion(FOCAL), predictions(S=5), targets([2, 0, 3])
-    together = criterion.match_stages(out["logits"], out["boxes"], wanted)
+    together = criterion.match(out["logits"], out["boxes"], wanted)
     for stage in range(5):
-        alone = criterion.match(out["logits"][stage], out["boxes"][stage], wanted)
+        alone, = criterion.match(out["logits"][stage:stage + 1], out["boxes"][stage:stage + 1], wanted)
         assert [[a.tolist() for a in p] for p in together[stage]] == [[a.tolist() for a in p] for p in alone]
 
 
@@ -84,7 +84,7 @@ def test_losses_by_hand(model, counts):
     softmax = model.recipe["class_loss"] == "softmax"
     losses, total = criterion(out, wanted), 0
     for stage in range(2):
-        matches = criterion.match(out["logits"][stage], out["boxes"][stage], wanted)
+        matches, = criterion.match(out["logits"][stage:stage + 1], out["boxes"][stage:stage + 1], wanted)
         loss_class = weights = l1 = giou = 0
         for b in range(3):
             object_of = dict(zip(*(index.tolist() for index in matches[b])))

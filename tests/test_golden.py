@@ -94,13 +94,13 @@ def test_proposals_of_two_stages(run):
 
 def test_matching_of_every_stage(run):
     stored, out = run["case"].json["matching"], run["train_out"]
-    matches = run["criterion"].match_stages(out["logits"], out["boxes"], run["case"].targets())
+    matches = run["criterion"].match(out["logits"], out["boxes"], run["case"].targets())
     for stage, match in enumerate(matches):
         ours = [[q.tolist(), g.tolist()] for q, g in match]
         assert ours == stored[str(stage)], f"stage {stage} is matched differently"
     if "proposals" in out:
         objects = [{"labels": t["labels"] * 0, "boxes": t["boxes"]} for t in run["case"].targets()]
-        match = run["criterion"].match(out["proposals"]["logits"], out["proposals"]["boxes"], objects)
+        match = run["criterion"].match(*(out["proposals"][k][None] for k in ("logits", "boxes")), objects)[0]
         ours = [[q.tolist(), g.tolist()] for q, g in match]
         assert ours == stored["enc"], "proposals are matched differently"
 
@@ -191,10 +191,10 @@ def test_the_matcher_alone(name):
     for b, target in enumerate(targets):
         cost = criterion.cost(logits[None, b], boxes[None, b], target)[0]
         assert_close(f"cost of image {b}", cost, case.arrays[f"cost_{b}"], "cost")
-    ours = [[q.tolist(), g.tolist()] for q, g in criterion.match(logits, boxes, targets)]
+    ours = [[q.tolist(), g.tolist()] for q, g in criterion.match(logits[None], boxes[None], targets)[0]]
     assert ours == case.json["matching"]
     nothing = [{"labels": t["labels"][:0], "boxes": t["boxes"][:0]} for t in targets]
-    ours = [[q.tolist(), g.tolist()] for q, g in criterion.match(logits, boxes, nothing)]
+    ours = [[q.tolist(), g.tolist()] for q, g in criterion.match(logits[None], boxes[None], nothing)[0]]
     assert ours == case.json["matching_without_any_target"]
 
 

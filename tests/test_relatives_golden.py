@@ -99,14 +99,14 @@ def test_references_offsets_and_scales(run):
 
 def test_matching_of_every_stage(run):
     stored, out, targets = run["case"].json, run["train_out"], run["case"].targets()
-    for stage, match in enumerate(run["criterion"].match_stages(out["logits"], out["boxes"], targets)):
+    for stage, match in enumerate(run["criterion"].match(out["logits"], out["boxes"], targets)):
         ours = [sorted(zip(q.tolist(), g.tolist())) for q, g in match]
         assert ours == [sorted(zip(*pair)) for pair in stored["matching"][str(stage)]], f"stage {stage}"
     if "one2many" not in out:
         return
     many, repeat = out["one2many"], out["one2many"]["repeat"]
     copies = [{"labels": t["labels"].repeat(repeat), "boxes": t["boxes"].repeat(repeat, 1)} for t in targets]
-    for stage, match in enumerate(run["criterion"].match_stages(many["logits"], many["boxes"], copies)):
+    for stage, match in enumerate(run["criterion"].match(many["logits"], many["boxes"], copies)):
         ours = [sorted(zip(q.tolist(), (g % len(t["labels"])).tolist())) for (q, g), t in zip(match, targets)]
         official = stored["matching_one2many"][str(stage)]
         assert ours == [sorted(zip(*pair)) for pair in official], f"stage {stage}, one to many"

@@ -11,7 +11,8 @@ from PIL import Image
 
 import visualize
 from support import data
-from support.options import DEFAULTS
+from support.checkpoints import FORMAT
+from support.options import make_parser
 from support.predict import trained_size
 from support.shapes import SHAPE_NAMES
 from tests.tiny_models import TINY, tiny
@@ -41,8 +42,9 @@ def build(num_classes, **options):
 
 def save(path, model, state, options=None, names=("cat", "dog"), **args):
     """A checkpoint as train.py writes it."""
-    args = {**DEFAULTS, "model": str(model), **args}
-    torch.save({"model": state, "args": args, "model_options": options or {}, "class_names": list(names),
+    args = {**vars(make_parser("").parse_args([])), "model": str(model), **args}
+    torch.save({"format": FORMAT, "model": state,
+                "args": args, "model_options": options or {}, "class_names": list(names),
                 "category_ids": list(range(len(names)))}, path)
     return str(path)
 

@@ -71,9 +71,10 @@ def matcher(student, ours, seed):
             ("of the official code", stored.arrays["logits"], stored.arrays["boxes"], stored.targets()),
             ("drawn at random", logits, boxes, targets),
         ]
-        for what, *inputs in cases:
+        for what, logits, boxes, targets in cases:
             found, expected = (
-                [{g: q for q, g in zip(*(i.tolist() for i in pair))} for pair in c.match(*inputs)]
+                [{g: q for q, g in zip(*(i.tolist() for i in pair))}
+                 for pair in c.match(logits[None], boxes[None], targets)[0]]
                 for c in (theirs, mine)
             )
             wrong = sum(a != b for a, b in zip(found, expected))

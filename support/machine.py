@@ -1,0 +1,131 @@
+"""Where a run computes: its device, --amp, the processes of torchrun, and those that load images."""
+import contextlib
+import os
+import signal
+import sys
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from support import UserError
+from support.data import collate
+
+WORLD = max(1, int(os.environ.get("WORLD_SIZE") or 1))  # set by torchrun, like RANK
+RANK = int(os.environ.get("RANK") or 0) if WORLD > 1 else 0
+# Ctrl-C, a scheduler's request, and a terminal that is closed (Windows has no SIGHUP)
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+# ---- Device and --amp --------------------------------------------------------------------------------------
+def choose_device(name):
+    """The device behind --device: "auto", or any name that torch knows. Raises UserError."""
+    here = torch.accelerator.current_accelerator(check_available=True)  # None: there is only the CPU
+    if name == "auto":
+        return here.type if here else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: torch knows no such device; give auto, cpu, cuda, cuda:1 or mps")
+    count = torch.accelerator.device_count() if here and here.type == device.type else 0
+    if device.type != "cpu" and (device.index or 0) >= count:
+        found = f"{count or 'no'} {device.type} device{'s' * (count > 1)}"
+        raise UserError(f"--device {name}: torch sees {found} here; auto takes what there is")
+    return name
+
+
+def amp_dtype(device):
+    """bfloat16 if the hardware computes in it, float16 on older CUDA cards, None on most CPUs."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if kind == "cpu":
+        has = torch.cpu.get_capabilities()
+        return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else None
+    return torch.bfloat16
+
+
+@contextlib.contextmanager
+def autocast(args):
+    """The context of a forward pass: float32, or with --amp the short type of the device."""
+    kind = torch.device(args.device).type
+    with contextlib.ExitStack() as stack:
+        if args.amp:
+            stack.enter_context(torch.autocast(kind, amp_dtype(args.device) or torch.bfloat16))
+        if args.amp and kind == "cpu":  # the backward pass of a CPU's fused attention is slow in bfloat16
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
+
+
+def make_scaler(args):
+    """A GradScaler: it keeps small gradients in float16 from becoming 0, and does nothing otherwise."""
+    halves = args.amp and amp_dtype(args.device) == torch.float16
+    return torch.amp.GradScaler(torch.device(args.device).type, enabled=halves)
+
+
+def synchronize(device):
+    """Waits until the device has done all its work, so that a clock may be read."""
+    if torch.device(device).type != "cpu":
+        torch.accelerator.synchronize(torch.device(device))
+
+
+def peak_memory(device):
+    """The most memory that this process needed on the device so far, as text."""
+    module = torch.get_device_module(torch.device(device).type)
+    if hasattr(module, "max_memory_allocated"):
+        return f"{module.max_memory_allocated() / 2**30:.1f} GiB"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "unknown"
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
+
+
+# ---- Processes ---------------------------------------------------------------------------------------------
+def join(device):
+    """Takes this process's place among those of torchrun: a GPU of its own, or a share of the CPU."""
+    if WORLD == 1:
+        return
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if missing:
+        raise UserError(f"WORLD_SIZE is set in the environment, but {', '.join(missing)} is not: start with "
+                        "torchrun, or unset WORLD_SIZE")
+    if torch.device(device).type != "cpu":
+        local, count = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
+        if local >= count or torch.device(device).index is not None:
+            raise UserError(f"--device {device}: each process takes a device of its own, and there "
+                            f"{'is' if count == 1 else 'are'} {count}; lower --nproc-per-node")
+        torch.accelerator.set_device_index(local)
+    torch.distributed.init_process_group(torch.distributed.get_default_backend_for_device(device))
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # only one process prints
+
+
+def gather(value):
+    """The values of all processes in order of their ranks; [value] if there is only this one."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def default_workers():
+    """Processes that load images. None but on Linux: elsewhere each would start a Python of its own."""
+    if sys.platform != "linux":
+        return 0
+    return 1 if (os.cpu_count() or 1) < 4 else 4
+
+
+def make_loader(dataset, args, **how):
+    """A DataLoader with args.workers processes, or with none; `how`: batch_size or batch_sampler."""
+    # A generator of its own: otherwise a loader draws from the global one, which dropout uses, and a resumed
+    # run has made one loader more. fork: since Python 3.14 the default is a new Python, which imports torch.
+    return torch.utils.data.DataLoader(
+        dataset, num_workers=args.workers, collate_fn=collate, generator=torch.Generator(),
+        pin_memory=torch.device(args.device).type in ("cuda", "xpu"), worker_init_fn=leave_ctrl_c_to_the_run,
+        multiprocessing_context="fork" if args.workers and sys.platform == "linux" else None, **how)
+
+
+def leave_ctrl_c_to_the_run(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
