@@ -110,6 +110,13 @@ def load_image(annotated):
         return to_rgb(ImageOps.exif_transpose(raw) if size == shown else raw)
 
 
+def nearly_black(raw):
+    """A note on a PIL image of 16 bits that are hardly used, as of 12-bit sensors; None for others."""
+    if raw.mode.startswith("I") and np.asarray(raw).max() < 2 ** 14:
+        return "16-bit images with values below 16384: (nearly) black, scale all of them to 65535"
+    return None
+
+
 def to_rgb(image):
     """Any PIL image -> RGB. 16 bits are scaled to 8, not clipped; transparent parts become white."""
     if image.mode == "F":
