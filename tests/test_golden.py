@@ -44,8 +44,7 @@ def run(request):
 
 def every_stage(criterion, logits, boxes, targets):
     """The matching of every stage as sorted [(query, object), ...] per image."""
-    match = getattr(criterion, "match_stages", None) or criterion.match
-    found = match(logits, boxes, targets)
+    found = criterion.match(logits, boxes, targets)
     return [[sorted(zip(q.tolist(), g.tolist())) for q, g in images] for images in found]
 
 

@@ -1,0 +1,49 @@
+"""Lines, at most: each folder has a budget, so an addition names what it replaces. See CONTRIBUTING.md."""
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BUDGETS = {  # files: (all together, each)
+    "train.py": (350, 350),
+    "visualize.py": (120, 120),
+    "support/*.py": (3500, 450),
+    "benchmarks/*.py": (900, 300),
+    "tests/*.py": (6500, 500),
+    "tests/grading/*.py": (2700, 500),
+}
+SUPPORT_EACH = 300  # but readers.py, which reads three formats
+
+
+def lines(path):
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+@pytest.mark.parametrize("files", BUDGETS)
+def test_a_folder_fits_its_budget(files):
+    together, each = BUDGETS[files]
+    counts = {path.name: lines(path) for path in sorted(ROOT.glob(files))}
+    assert sum(counts.values()) <= together, f"{files} has {sum(counts.values())} lines, at most {together}"
+    for name, count in counts.items():
+        limit = SUPPORT_EACH if files.startswith("support") and name != "readers.py" else each
+        assert count <= limit, f"{name} has {count} lines, at most {limit}"
+
+
+def test_contributing_names_the_same_budgets():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for files, (together, _) in BUDGETS.items():
+        row = rf"^\| `{re.escape(files)}` \|.*\b{together:,}\b"
+        assert re.search(row, text, re.M), f"{files}: {together:,}"
+
+
+def test_train_py_takes_little_from_support_and_support_nothing_from_train_py():
+    text = (ROOT / "train.py").read_text(encoding="utf-8")
+    imports = re.findall(r"^from support(\.\w+)? import (.*)", text, re.M)
+    names = [name for _, found in imports for name in found.split(", ")]
+    modules = [module for module, _ in imports if module] + [
+        name for module, found in imports if not module for name in found.split(", ")]
+    assert len(modules) <= 7 and len(names) <= 11, imports
+    for path in (ROOT / "support").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"^\s*(from|import) (train|visualize)\b", text, re.M), path
