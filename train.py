@@ -100,9 +100,7 @@ class SetCriterion:
         row = counts.cumsum(0)[image] + target  # [P], among the objects of all images together
         labels = torch.cat([t["labels"] for t in targets])[row]  # [P]
         target_boxes = torch.cat([t["boxes"] for t in targets])[row]  # [P, 4]
-        num_boxes = max(sum(box_counts), 1)
-
-        matched = stage, image, query
+        matched, num_boxes = (stage, image, query), max(sum(box_counts), 1)
         matched_boxes = boxes[matched]  # [P, 4]
         xyxy, target_xyxy = (box_convert(b, "cxcywh", "xyxy") for b in (matched_boxes, target_boxes))
         giou = generalized_box_iou_loss(xyxy, target_xyxy, eps=0)  # [P], 1 - GIoU; targets are never empty
@@ -182,10 +180,8 @@ def make_optimizer(model, lr, lr_backbone, weight_decay):
     slow = model.recipe.get("slow_parameters") or ()
     parts = {"rest": [], "backbone": [], "slow": []}
     for name, parameter in model.named_parameters():
-        if name.startswith("backbone."):
-            part = "backbone"
-        else:
-            part = "slow" if any(word in name for word in slow) else "rest"
+        part = "slow" if any(word in name for word in slow) else "rest"
+        part = "backbone" if name.startswith("backbone.") else part
         if parameter.requires_grad:
             parts[part].append(parameter)
     rate = {"rest": lr, "backbone": lr_backbone, "slow": lr * 0.1}
