@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from urllib.parse import unquote
 from xml.etree import ElementTree
+from xml.sax.saxutils import escape
 
 import numpy as np
 import yaml
@@ -403,12 +404,8 @@ def read_xml(path, reading):
     return root if root.tag == "annotation" else reading.errors.add(kind, f"{path}: <{root.tag}>")
 
 
-def text_in(element, tag):
-    return visible((element.findtext(tag) or "").strip())
-
-
-def voc_files(source, tree, reading):
-    """[(XML file, its path below their folder without ending)] of a folder, or of a list with a name in each line."""
+def voc_files(source, tree):
+    """{path below their folder, without ending: XML file} of a folder, or of a list that has a name in each line."""
     folder, listed = source.path, not os.path.isdir(source.path)
     if listed:
         above = [source.path.rsplit(os.sep, k)[0] for k in (1, 2, 3)]
@@ -418,65 +415,71 @@ def voc_files(source, tree, reading):
     if not found:
         raise UserError(f"no XML files in {folder}")
     if not listed:
-        return [(xml, key) for key, xml in found.items()]
-    bare, chosen = {os.path.basename(key): key for key in found}, []
+        return found
+    bare, chosen = {os.path.basename(key): key for key in found}, {}
     for line in read_text(source.path).splitlines():
-        line = line.strip().strip('"')  # Datumaro puts names with spaces in quotes
+        line = line.strip().strip('"')  # Datumaro puts names with spaces in quotes, VoTT writes a.jpg 1
         names = [key_of(name) for name in (line, os.path.splitext(line)[0], line.split(" ")[0])]
-        key = next((bare.get(name, name) for name in names if name in found or name in bare), None)
-        if key or line and line[0] != "#":
-            chosen.append((found.get(key), key or line))
-    if chosen and not any(xml for xml, _ in chosen):
-        raise UserError(f"no name in this list has an XML file in {folder}, for example {chosen[0][1]}")
+        key = next((bare.get(name, name) for name in names if name in found or name in bare), line)
+        if line and line[0] != "#":
+            chosen[key] = found.get(key)
+    if not any(chosen.values()):
+        raise UserError(f"no name in this list has an XML file in {folder}")
     return chosen
 
 
-def voc_image(xml, inside, name, times, source, tree, reading):
-    """The image of a VOC file: its <filename>, or the one called like the XML file; times: the name is given."""
+def voc_image(stem, name, times, source, tree, reading):
+    """The image of a VOC file: its <filename>, which is given several times, or the one called like the file."""
     def at(name):
-        folders = [os.path.join(place, part) for part in (os.path.dirname(inside), "") for place in source.places]
+        folders = [os.path.join(place, part) for part in (os.path.dirname(stem), "") for place in source.places]
         return next((path for folder in folders if name and (path := tree.find(os.path.join(folder, name)))), None)
 
-    stem = os.path.splitext(os.path.basename(xml))[0]
-    named, alike = at(name) or at(re.split(r"[\\/]", name)[-1]), at(stem)
+    named, alike = at(name) or at(re.split(r"[\\/]", name)[-1]), at(os.path.basename(stem))
     if named and (times == 1 or not alike):
         if alike not in (None, named):
             kind = "XML files whose <filename> is not the image called like them: <filename> is used"
-            reading.notes.add(kind, f"{xml}: {name}")
+            reading.notes.add(kind, f"{stem}.xml: {name}")
         return named
     if alike and alike != named:
         kind = "XML files whose <filename> does not exist or is given twice: the image called like them is used"
-        reading.notes.add(kind, f"{xml}: {name or 'no <filename>'}")
-    return alike or tree.image(name or stem, source, reading, xml)
+        reading.notes.add(kind, f"{stem}.xml: {name or 'no <filename>'}")
+    return alike or tree.image(name or stem, source, reading, f"{stem}.xml")
 
 
 def read_voc(source, tree, reading, known, wanted):
     """The Table of VOC's XML files, boxes as they are written. Classes that are `known` keep their ids."""
-    files = []
-    for xml, inside in voc_files(source, tree, reading):
-        root = read_xml(xml, reading) if xml else ElementTree.Element("annotation")  # Datumaro's without objects
-        if not xml:
-            reading.notes.add("listed images without an XML file, taken as images without objects", inside)
-        files.append((xml or inside, inside, root))
-    files = [(xml, inside, root, text_in(root, "filename")) for xml, inside, root in files if root is not None]
-    times, id_of = Counter(name for *_, name in files), {name: i for i, name in known.items()}
-    for name in sorted({text_in(thing, "name") for _, _, root, _ in files for thing in root.findall("object")}):
-        if name and name not in id_of:
-            id_of[name] = max(id_of.values(), default=0) + 1
-    table = Table({i: name for name, i in id_of.items()}, where="{0[0]}, object {0[1]}".format, from_one=True)
-    for xml, inside, root, name in files if wanted else ():
-        path, i = voc_image(xml, inside, name, times[name], source, tree, reading), len(table.images)
-        size = [text_in(root, f"size/{side}") for side in ("height", "width")]
+    def text(element, tag):
+        return visible((element.findtext(tag) or "").strip())
+
+    roots = {}  # {path below the folder, without ending: (XML file, root)}
+    for stem, xml in voc_files(source, tree).items():
+        root = read_xml(xml, reading) if xml else ElementTree.fromstring(
+            f"<annotation><filename>{escape(stem)}</filename></annotation>")
+        if root is not None:
+            roots[stem] = xml, root
+        if not xml:  # Datumaro and CVAT write none
+            reading.notes.add("listed images without an XML file, taken as images without objects", stem)
+    times = Counter(text(root, "filename") for _, root in roots.values())
+    names = {text(thing, "name") for _, root in roots.values() for thing in root.findall("object")}
+    new = sorted(names - {"", *known.values()})
+    table = Table(known | dict(enumerate(new, max(known, default=0) + 1)), from_one=True,
+                  where="{0[0]}, object {0[1]}".format)
+    id_of = {name: i for i, name in table.names.items()}
+    for i, (stem, (xml, root)) in enumerate(roots.items() if wanted else ()):
+        name = text(root, "filename")
+        path = voc_image(stem, name, times[name], source, tree, reading)
+        size = text(root, "size/height"), text(root, "size/width")
         table.images.append(path and image_row(i + 1, path, *size, reading))
         for k, thing in enumerate(root.findall("object"), 1):
-            category = id_of.get(text_in(thing, "name"))
-            box = [number(text_in(thing, f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
+            category = id_of.get(text(thing, "name"))
+            corners = [text(thing, f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
+            box = [number(corner) for corner in corners]
             if category is None or None in box:
-                kind = "objects without a <name>" if category is None else "objects whose <bndbox> is not four numbers"
-                parts = "".join(f"<{part.tag}>{(part.text or '').strip()}" for part in thing.iter())
-                reading.errors.add(kind, f"{table.where((xml, k))}: {reprlib.repr(parts)}")
+                kind = "objects without a <name>" if category is None else \
+                    "objects whose <bndbox> has no four numbers xmin, ymin, xmax, ymax"
+                reading.errors.add(kind, f"{xml}, object {k}: {', '.join(corners)}")
             else:
-                table.rows.append((i, category, *box, None, text_in(thing, "difficult"), (xml, k)))
+                table.rows.append((i, category, *box, None, text(thing, "difficult"), (xml, k)))
     return table
 
 
@@ -557,36 +560,37 @@ def labels_of(image, tree):
 
 def read_labels(path, keypoints, reading):
     """[(line, class id, (x0, y0, x1, y1) as shares of the image)] of a label file."""
-    found = []
+    found, lines = [], []
     try:
         lines = read_text(path).splitlines()
     except UserError as error:
-        lines = reading.errors.add("label files that cannot be read", f"{path}: {error}") or []
-    for k, line in enumerate(lines, 1):
-        label, *corners = [number(word) for word in line.split()] or [None]
+        reading.errors.add("label files that cannot be read", f"{path}: {error}")
+    for k, words in ((k, line.split()) for k, line in enumerate(lines, 1) if line.strip()):
+        label, *corners = map(number, words)
         corners = corners[:4] if keypoints else corners
         fault = ("label lines with more than numbers" if None in (label, *corners) else
                  "label lines that are neither class, x, y, width, height nor a class and a polygon"
-                 if len(corners) != 4 and (len(corners) < 6 or len(corners) % 2) else
+                 if len(corners) < 4 or len(corners) == 5 or len(corners) % 2 else
                  "labels that are not shares of the image, from 0 to 1; are they pixels?"
                  if max(map(abs, corners)) > 2 else None)
-        if fault and line.strip():
-            reading.errors.add(fault, f"{path}, line {k}: {reprlib.repr(line)}")
-        elif not fault and len(corners) > 4:
+        if fault:
+            reading.errors.add(fault, f"{path}, line {k}: {reprlib.repr(lines[k - 1])}")
+        elif len(corners) == 4:
+            x, y, w, h = corners
+            found.append((k, label, (x - w / 2, y - h / 2, x + w / 2, y + h / 2)))
+        else:
             reading.notes.add("polygons, the boxes around them are used", f"{path}, line {k}")
             xs, ys = corners[::2], corners[1::2]
             found.append((k, label, (min(xs), min(ys), max(xs), max(ys))))
-        elif not fault:
-            x, y, w, h = corners
-            found.append((k, label, (x - w / 2, y - h / 2, x + w / 2, y + h / 2)))
     return found
 
 
 def read_yolo(source, tree, reading, known, wanted):
     """The Table of a YOLO folder; without images and boxes unless they are wanted."""
     config = read_config(source.path)
-    names, used, seen = read_classes(config, source.path, reading.notes), {}, set()
-    table = Table(names, where="{0[0]}, line {0[1]}".format, from_shares=True)
+    table = Table(read_classes(config, source.path, reading.notes), where="{0[0]}, line {0[1]}".format,
+                  from_shares=True)
+    used, unknown, last = {}, Problems(), max(table.names)  # used: {label file: image}
     for k, path in enumerate(yolo_images(source, tree, reading) if wanted else ()):
         table.images.append(image_row(k + 1, path, 0, 0, reading))
         labels = labels_of(path, tree)
@@ -597,15 +601,16 @@ def read_yolo(source, tree, reading, known, wanted):
         used[labels] = path
         _, _, height, width = table.images[k] or (0, 0, 0, 0)
         for line, label, (x0, y0, x1, y1) in read_labels(labels, "kpt_shape" in config, reading) if labels else ():
-            seen.add(label)
-            if label in names:
+            if label in table.names:
                 box = x0 * width, y0 * height, x1 * width, y1 * height
                 table.rows.append((k, label, *box, None, None, (labels, line)))
             else:
-                kind = f"labels whose class id is not among the {len(names)} of {os.path.basename(source.path)}"
-                reading.errors.add(kind, f"{labels}, line {line}: {label:g}")
-    if seen and max(seen) == len(names) and min(seen) > 0:
-        reading.errors.add(f"the labels seem to count their classes from 1; YOLO counts from 0 to {len(names) - 1}")
+                unknown.add(label, f"{labels}, line {line}: {label:g}")
+    if unknown:
+        from_one = {*unknown} == {last + 1} and all(row[1] for row in table.rows)
+        hint = f"; they seem to count from 1, and YOLO counts from 0 to {last}" if from_one else ""
+        reading.errors.add(f"labels whose class id is not among the {len(table.names)} names{hint}",
+                           next(iter(unknown.values()))[1], sum(count for count, _ in unknown.values()))
     if used and set(used) == {None}:
         raise UserError(f"no image has labels; {used[None]} has no .txt beside it or in labels/ in place of images/")
     if "kpt_shape" in config:
@@ -706,10 +711,10 @@ def find_source(tree, split, unsplit):
         hint = f"{train.path} has no val: add --split 0.2 to hold some images out"
     elif problems.errors:
         hint = problems.errors.lines()[0]
-    elif not unsplit and search(tree, split, unsplit=True):
-        hint = "All images lie together: add --split 0.2 to hold some of them out"
     elif found := next((path for path in inner if search(Tree(path), split)), None):
         hint = f"Did you mean {found}?"
+    elif not unsplit and search(tree, split, unsplit=True):
+        hint = "All images lie together: add --split 0.2 to hold some of them out"
     elif texts:
         hint = f"{texts[0]} is a label file of YOLO; write the names of its classes into {tree.top}/classes.txt"
     raise UserError(f"{tree.top}: no {split} annotations here. Expected annotations/instances_{split}.json (COCO), "
@@ -818,52 +823,49 @@ def join_names(names, own, reading):
 
 
 def clean(table, labels, reading):
-    """The AnnotatedImages of a Table: boxes cut to their image, what is no box left out, all of it noted."""
+    """The AnnotatedImages of a Table, boxes cut to their image. What is left out or changed is noted."""
     image, category, *corners, areas, crowd, places = zip(*table.rows) if table.rows else [()] * 9
     image, boxes = np.array(image, int), np.array(corners, float).T.reshape(-1, 4)  # [n], [n, 4]
     label = np.array([labels[i] for i in category], np.int64)
 
-    def note(chosen, kind):
-        found = np.flatnonzero(chosen)
-        if len(found):
-            reading.notes.add(kind, table.where(places[found[0]]), len(found))
+    def note(chosen, kind, problems=reading.notes):
+        if found := np.flatnonzero(chosen).tolist():
+            problems.add(kind, table.where(places[found[0]]), len(found))
 
-    shares = ((boxes >= -0.01) & (boxes <= 1.01)).all(1) & (boxes % 1 != 0).any(1)
+    with np.errstate(invalid="ignore"):  # infinite numbers
+        shares = (abs(boxes - 0.5) <= 0.51).all(1) & (boxes % 1 != 0).any(1)
     if not table.from_shares and shares.sum() > len(boxes) / 2:
-        reading.errors.add(SHARES, table.where(places[shares.argmax()]), int(shares.sum()))
+        note(shares, SHARES, reading.errors)
     boxes[:, :2] -= table.from_one
-    sizes = np.array([row[:1:-1] if row else (0, 0) for row in table.images]).reshape(-1, 2)[image]  # width, height
+    sizes = np.array([row[:1:-1] if row else (0, 0) for row in table.images]).reshape(-1, 2)[image]  # w, h
+    cut = boxes.clip(0, np.tile(sizes, 2))
+    sides, left = boxes[:, 2:] - boxes[:, :2], cut[:, 2:] - cut[:, :2]
     usable = sizes[:, 0] > 0
-    real = (abs(boxes) < 1e9).all(1) & ((boxes[:, 2:] - boxes[:, :2]).min(1) >= SMALLEST_SIDE)  # not NaN either
+    real = usable & (abs(boxes) < 1e9).all(1) & (sides.min(1) >= SMALLEST_SIDE)  # neither is NaN
+    kept = real & (left.min(1) >= SMALLEST_SIDE)
+    over = real & (abs(boxes - cut).max(1) > 0.5)  # up to half a pixel is rounding, common in COCO
     note(usable & ~real, "boxes that are not finite or have no width or height, dropped")
-    cut = np.clip(boxes, 0, np.tile(sizes, 2))
-    inside = (cut[:, 2:] - cut[:, :2]).min(1) >= SMALLEST_SIDE
-    over = abs(boxes - cut).max(1, initial=0) > 0.5  # up to half a pixel is rounding, common in COCO
-    note(usable & real & ~inside, "boxes outside their image, dropped")
-    note(usable & real & inside & over, "boxes reaching over the image edge, clipped")
-    if (usable & real & over).sum() > max(2, len(boxes) / 2):
-        reading.notes.add("most boxes reach over the edge of their image or lie outside: are they written in another "
-                          "way (COCO's is x, y, width, height), or was the image larger?")
-    kept = usable & real & inside
+    note(real & ~kept, "boxes outside their image, dropped")
+    note(kept & over, "boxes reaching over the image edge, clipped")
+    if over.sum() > max(2, len(boxes) / 2):
+        reading.notes.add("most boxes reach over the edge of their image or lie outside: are they written in "
+                          "another way (COCO's is x, y, width, height), or was the image larger?")
     order = np.lexsort((*cut.T, label, image))
-    same = (np.column_stack([image, label, cut])[order][1:] == np.column_stack([image, label, cut])[order][:-1]).all(1)
+    rows = np.column_stack([image, label, cut])[order]
     twice = np.zeros(len(boxes), bool)
-    twice[order[1:][same]] = True
+    twice[order[1:]] = (rows[1:] == rows[:-1]).all(1)
     note(kept & twice, "boxes given more than once, with the same class, kept")
-    is_crowd = np.array([value in CROWD for value in crowd], bool)
-    note(kept & ~is_crowd & np.array([value not in NO_CROWD for value in crowd], bool),
-         "iscrowd (VOC: difficult) is neither 0 nor 1, taken as 0")
+    crowd, is_crowd = np.array([[value not in NO_CROWD, value in CROWD] for value in crowd], bool).reshape(-1, 2).T
+    note(kept & crowd & ~is_crowd, "iscrowd (VOC: difficult) is neither 0 nor 1, taken as 0")
     note(kept & is_crowd, "crowd regions (VOC: difficult), neither trained on nor evaluated")
-    given = np.array([np.nan if area is None else number(area) or -1 for area in areas], float)
-    whole = (cut[:, 2:] - cut[:, :2]).prod(1)
-    wrong = ~np.isnan(given) & ~((given > 0) & (given < np.inf))
-    note(kept & wrong, "areas that are not numbers above 0, those of the boxes are used")
-    area = np.where(wrong | np.isnan(given), whole, np.minimum(given, whole))  # it may not have been clipped
+    given = np.array([np.inf if value is None else number(value) or -1 for value in areas], float)
+    note(kept & ~(given > 0), "areas that are not numbers above 0, those of the boxes are used")
+    area = np.minimum(np.where(given > 0, given, np.inf), left.prod(1))  # an outline may not have been clipped
 
-    chosen = np.flatnonzero(kept)[np.argsort(image[kept], kind="stable")]
+    chosen = np.flatnonzero(kept)
+    chosen = chosen[np.argsort(image[chosen], kind="stable")]
     ends = np.searchsorted(image[chosen], np.arange(len(table.images) + 1))
-    columns = label[chosen], cut[chosen].astype(np.float32), area[chosen], is_crowd[chosen]
-    found = []
+    columns, found = (label[chosen], cut[chosen].astype(np.float32), area[chosen], is_crowd[chosen]), []
     for row, start, end in zip(table.images, ends, ends[1:]):
         if row is None:
             continue
