@@ -146,15 +146,18 @@ NOTES = {
          "of epochs."),
         ("*.__init__", "self.input_proj =", "An optional GroupNorm after the convolution."),
         ("*.__init__", "xavier_uniform(self.reference_head)",
-         "Queries are 4 numbers, a box. Heads and initialisation are methods of their own, "
-         "below."),
+         "Salient points start at the centre of the box. Layers refine boxes, so each has heads of its own."),
+        ("*.__init__", "self.query_embed", "Queries are 4 numbers, a box."),
         ("RECIPE", "", "The same recipe. The paper also trains for 12 epochs."),
         ("sine_xy", "", "Another section begins here; the function is the same."),
         ("concat_heads", "", "Removed: content and position are added again."),
         ("valid_size", "", "Boxes are relative to the image, RoIAlign counts in cells of the padded map."),
         ("SemanticsAligner", "",
-         "The heart of the paper (section 3): F_R = RoIAlign(F, box); R_SP = MLP(ConvNet(F_R)), "
+         "The heart of the paper (section 3): F_R = rows F columns^T; R_SP = MLP(ConvNet(F_R)), "
          "one point per head; the new query is F_R sampled there, times Sigmoid(Linear(Q))."),
+        ("linear_weights", "", "Weights of the cells next to a place, with the gradient of grid_sample."),
+        ("bin_weights", "", "RoIAlign along one axis as a matrix: see Why no RoIAlign in docs/sam_detr.md."),
+        ("SharedKeyAttention", "", "All heads have the same key, so that one product gives all scores."),
         ("gaussian_bias", "",
          "The smca option, from SMCA-DETR: attention scores fall off with the distance from the "
          "point."),
@@ -166,8 +169,6 @@ NOTES = {
         ("Decoder.forward", "",
          "Layers refine reference boxes, detached in between (as in Deformable DETR). The "
          "position of self-attention is the sine of the box centre."),
-        ("*.make_heads", "", "Heads of its own for every layer, since layers refine boxes."),
-        ("*.reset_parameters", "", "Salient points start at the centre of the box."),
     ],
     ("deformable_detr", "sqr"): [
         ("*.__init__", "recollect=",
@@ -191,5 +192,66 @@ NOTES = {
         ("recollection_plan", "",
          "The heart of the paper: which group of queries is fed to which stage. Every entry of the "
          "plan makes a group, and every group is supervised."),
+    ],
+    ("dab_detr", "dn_detr"): [
+        ("draw_noise", "",
+         "All random numbers of a training step in one place, so that a test can replace them."),
+        ("object_places", "", "The copies of the objects stand in blocks: one block is a group."),
+        ("group_bias", "",
+         "Half of the idea: who sees whom. Without this mask the noisy queries would tell the "
+         "matching ones where the objects are."),
+        ("Denoising", "",
+         "The other half: labels and boxes with noise become queries, and each has one known "
+         "object to give back."),
+        ("DecoderLayer.forward", "def forward",
+         "The mask is one more argument. The comment goes: queries have a content in layer 1."),
+        ("DecoderLayer.forward", "bias=bias", "The mask is added to the scores of self-attention only."),
+        ("Decoder.forward", "", "The mask is handed to every layer."),
+        ("*.__init__", "dn_groups=", "How many noisy copies, and how much noise."),
+        ("*.__init__", "self.denoising", "It has the table of labels, with a row for \"no label\"."),
+        ("*.forward", "def forward", "The targets come in, in training only."),
+        ("*.forward", "no_label",
+         "The content of matching queries is not zero any more: it says \"no label\"."),
+        ("*.forward", "self.denoising(",
+         "N noisy queries go before the Q matching ones, through the same decoder and heads, and "
+         "are taken apart again. At inference N is 0."),
+    ],
+    ("hdetr", "dino"): [
+        ("Queries", "", "Gone: DINO always has two stages."),
+        ("Proposals", "", "The parent's proposals; QuerySelection takes their place."),
+        ("hybrid_bias", "", "Gone: the additional queries of H-DETR have another purpose."),
+        ("MixedSelection", "", "Gone: it is an option of QuerySelection."),
+        ("move_box", "", "Gone: boxes move as in DAB-DETR, by inverse_sigmoid."),
+        ("inverse_sigmoid", "", "DAB-DETR's, with its larger eps."),
+        ("QuerySelection", "",
+         "Mixed query selection: tokens are ranked by their best class and give the boxes; "
+         "the content is a learned row for each rank."),
+        ("draw_noise", "", "As in dn_detr.py, and a sign for each number of a box."),
+        ("object_places", "", "The same text as in dn_detr.py."),
+        ("group_bias", "", "The same text as in dn_detr.py."),
+        ("Denoising", "",
+         "Contrastive denoising: positives have less noise and give their object back, negatives "
+         "have more and say \"no object\"."),
+        ("Decoder", "", "References are always boxes."),
+        ("Decoder.__init__", "self.norm", "One norm before the heads, and the map from box to position."),
+        ("Decoder.__init__", "def __init__", "Refinement and look forward twice are no options here."),
+        ("Decoder.forward", "def forward", "No query_pos: every layer makes it from the box."),
+        ("Decoder.forward", "self.query_pos(",
+         "DAB-DETR's position of a query, from the box that this layer gets."),
+        ("Decoder.forward", "inverse_sigmoid(",
+         "The box head runs twice, as in DAB-DETR: with the norm to report, without to refine. The "
+         "reported box is relative to the previous one with its gradient: look forward twice."),
+        ("*.__init__", "num_queries=", "900 queries; temperature 20 for image positions."),
+        ("*.__init__", "num_one2many", "Options of H-DETR go."),
+        ("*.__init__", "dn_number=", "Options of the noise come."),
+        ("*.__init__", "box_refine, levels", "Nothing depends on two_stage any more."),
+        ("*.__init__", "self.denoising", "Selection and denoising; one pair of heads for all layers."),
+        ("*.make_heads", "", "One pair for all layers, and a copy of its own for the proposals."),
+        ("*.forward", "def forward", "The targets come in, in training only."),
+        ("*.forward", "With two_stage", "Proposals are the chosen ones; noisy queries in training."),
+        ("*.forward", "sine_positions", "No half pixel."),
+        ("*.forward", "self.queries(",
+         "N noisy queries go before the Q matching ones where H-DETR had additional queries after them."),
+        ("*.forward", "", "One class head for all layers; the two parts of the answer."),
     ],
 }

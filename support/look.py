@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torchvision.ops import box_iou, nms
+from torchvision.ops import box_convert, box_iou, nms
 
 from support import data
 from support.evaluation import boxes_to_pixels
@@ -21,8 +21,9 @@ from support.predict import answers, is_softmax, keep
 
 # ---- Arrays ------------------------------------------------------------------------------------------------
 def read_attention(nheads, q, k, v, mask=None, bias=None, **_):
-    # [B, T, E] -> [B, T, M, E/M] -> [B, M, T, E/M]
-    q, k = (x.unflatten(-1, (nheads, -1)).transpose(1, 2) for x in (q, k))
+    # [B, T, E] -> [B, T, M, E/M] -> [B, M, T, E/M]; a key that all heads share, E/M wide, -> [B, 1, T, E/M]
+    width = q.shape[-1] // nheads
+    q, k = (x.unflatten(-1, (-1, width)).transpose(1, 2) for x in (q, k))
     scale = q.shape[-1] ** -0.5  # for halves as well, so that content * spatial is proportional to weights
 
     def softmax(q, k, bias=None):
@@ -45,7 +46,7 @@ def read(name, module, given, output):
     kind = type(module).__name__
     if name.endswith("reference_head"):
         return {"reference": output.sigmoid()}
-    if kind == "Attention":
+    if kind in ("Attention", "SharedKeyAttention"):
         return read_attention(module.nheads, **given)
     if kind == "MSDeformAttn":
         query, reference, spatial_shapes = (given[key] for key in ("query", "reference", "spatial_shapes"))
@@ -60,12 +61,14 @@ def read(name, module, given, output):
         return {"samples": samples / samples.new_tensor([w * stride, h * stride, 1])}
     if kind == "BoxPositions":  # DAB-DETR
         return {"reference": given["box"]}
+    if kind == "Denoising":  # DN-DETR and DINO, in training
+        return {"noisy": output[1][:, :output[3]["target"].shape[1]]}
     return {}
 
 
 @torch.no_grad()
-def look(model, images, mask):
-    """Run the model as it is and keep where its parts look: (out, seen), `out` is model(images, mask).
+def look(model, *inputs):
+    """Run the model as it is and keep where its parts look: (out, seen), `out` is model(*inputs).
 
     images [B, 3, H, W], mask [B, H, W] bool, True on padding. seen: {name of the module: {name of the array:
     tensor on the CPU}}, in the order in which modules ran. By class of the module:
@@ -78,6 +81,7 @@ def look(model, images, mask):
     SemanticsAligner  points [B, Q, M, 2] and reference [B, Q, 4] in [0, 1] of the image
     Sampler           samples [B, Q, M, K, 3]: (x, y) in [0, 1] of the padded image, log2 of the stride
     BoxPositions      reference [B, Q, 4] in [0, 1] of the image: the box of each query in this layer
+    Denoising         noisy [B, N, 4] in [0, 1] of the image: the boxes of objects with noise, in training
     "reference_head"  reference [B, Q, 2] in [0, 1] of the image; it is this name that counts
 
     Other modules are left out, and so are classes of the same name with other arguments. In an encoder Q is
@@ -94,7 +98,7 @@ def look(model, images, mask):
     names = {module: name for name, module in model.named_modules()}
     hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in names]
     try:
-        return model(images, mask), seen
+        return model(*inputs), seen
     finally:
         for hook in hooks:
             hook.remove()
@@ -159,6 +163,14 @@ class Scene:
     def in_words(self, stage, query):
         """The class and the score of a query at a stage."""
         return f"{self.class_names[self.labels[stage, query]]} {self.scores[stage, query]:.2f}"
+
+    def objects(self):
+        """The true objects as a target, labels [n] and boxes [n, 4]; the detected ones where nobody knows."""
+        known = [(self.class_names.index(name), box) for name, box in self.truth if name in self.class_names]
+        known = known or [(self.labels[-1, query], box) for query, box, _ in self.detected_queries(20)]
+        labels, boxes = zip(*known)
+        boxes = box_convert(torch.stack(boxes).float(), "xyxy", "cxcywh")
+        return {"labels": torch.tensor(labels), "boxes": boxes / self.to_pixels(torch.ones(2)).repeat(2)}
 
     def fading_positives(self, query):
         """(true box [4] that the last stage finds or None, IoU [S], whether a stage was better [S]).
