@@ -12,7 +12,7 @@ Diff me against: conditional_detr.py. The 12 epochs are a matter of training, no
 Departures from the official code; tests/test_golden.py checks that the numbers are the same:
     those of all files: see Backbone.
     a batch without any object has the mean of the groups' losses as well; officially G times that.
-Left out on purpose: segmentation heads; the pre-norm variant, which the official code refuses to run.
+Left out on purpose: segmentation heads; pre-norm layers, which the official code refuses to run.
 """
 import math
 import re
@@ -399,7 +399,7 @@ class GroupDETR(nn.Module):
         groups = self.num_groups if self.training else 1
         query_pos = self.query_embed.weight[:groups * self.num_queries]  # [G*Q, D]
         query_pos = query_pos.expand(images.shape[0], -1, -1)  # [B, G*Q, D]
-        s = self.reference_head(query_pos)  # [B, G*Q, 2], before the sigmoid, never detached, for all layers
+        s = self.reference_head(query_pos)  # [B, G*Q, 2], before the sigmoid; not detached, for all layers
         p_s = sine_xy(s.sigmoid(), query_pos.shape[-1], self.temperature)  # [B, G*Q, D]
         hs = self.decoder(query_pos, p_s, memory, pos, mask, groups)  # [layers, B, G*Q, D]
         boxes = self.box_head(hs) + F.pad(s, (0, 2))  # Eq. (1): only the centre is relative to s

@@ -1,8 +1,7 @@
 """SMCA-DETR: Fast Convergence of DETR with Spatially Modulated Co-Attention.
 
 Peng Gao, Minghang Zheng, Xiaogang Wang, Jifeng Dai, Hongsheng Li.
-ICCV 2021, arXiv:2101.07448. Official code: github.com/gaopengcuhk/SMCA-DETR (no licence, so
-no line here is from there).
+ICCV 2021, arXiv:2101.07448. Official code: github.com/gaopengcuhk/SMCA-DETR (no licence; nothing is copied).
 
 The idea: a DETR query has to learn where its object can be, and that takes long. Here every query predicts a
 centre first, and every head an offset and a scale; a Gaussian around that point multiplies cross-attention.

@@ -17,7 +17,6 @@ ROOT = Path(__file__).parents[1]
 # A checkpoint of 10 MB instead of 50: the tests write hundreds of them
 QUICK = ["--workers", "0", "--size", "48", "--batch-size", "4", "--option", "enc_layers=1", "--option",
          "dec_layers=1", "--option", "last_stage=2", "--option", "hidden_dim=32"]
-RESUMED = ["--workers", "0"]
 
 
 def server():
@@ -27,12 +26,8 @@ def server():
     return context
 
 
-def begin_child(cwd):
-    os.chdir(cwd)
-
-
 def train_py(flags, cwd, out, err):
-    begin_child(cwd)
+    os.chdir(cwd)
     os.setsid()  # a process group of its own, as in a terminal
     sys.stdout, sys.stderr = open(out, "w"), open(err, "w")
     sys.argv = ["train.py", *flags]
@@ -51,16 +46,20 @@ def run(*flags, cwd, meanwhile=lambda process: None):
         return SimpleNamespace(returncode=process.exitcode, stdout=out.read_text(), stderr=err.read_text())
 
 
-def train_in_child(cwd, flags):
-    """For tests that kill or time a run: main() without pictures, which take most of the time."""
-    begin_child(cwd)
-    sys.stdout = sys.stderr = open(os.devnull, "w")
+def without_pictures():
     from support import pictures
     pictures.draw_predictions = pictures.draw_curves = lambda *_: None
-    train.main(list(map(str, flags)))
+
+
+def train_in_child(cwd, flags):
+    os.chdir(cwd)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    without_pictures()
+    train.main(flags)
 
 
 def start(*flags, cwd):
+    """For tests that kill or compare runs: main() without pictures, which take most of the time."""
     process = server().Process(target=train_in_child, args=(str(cwd), list(map(str, flags))))
     process.start()
     return process

@@ -1,7 +1,6 @@
 """Accumulation and several processes: the gradient of one large batch, whatever the sizes of the images."""
 import json
 import os
-import runpy
 import socket
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 import train
-from support import data, processes
+from support import data, machine
 from tests.command import QUICK, ROOT, run, server
 from tests.folders import small_coco
 from tests.tiny_models import tiny
@@ -72,7 +71,7 @@ def test_parts_have_the_gradient_of_the_whole(name):
 def distributed_gradients(rank, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    processes.RANK, processes.WORLD = rank, 2
+    machine.RANK, machine.WORLD = rank, 2
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     parts = [slice(rank, rank + 1), slice(rank + 2, rank + 3)]  # and accumulation in each process
     found = {name: gradients(name, parts, torch.nn.parallel.DistributedDataParallel) for name in MODELS}
@@ -113,7 +112,7 @@ def test_torchrun_trains_evaluates_every_image_once_and_goes_on(tmp_path):
     assert done.stdout.count("classes  1: thing") == 1, "more than one process talks"
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval" in line] == [1, 2]
-    alone = run("--resume", "run", "--steps", 3, "--workers", 0, cwd=tmp_path)  # with one process
+    alone = run("--resume", "run", "--steps", 3, cwd=tmp_path)  # with one process
     assert alone.returncode == 0, alone.stderr
 
 
@@ -121,34 +120,15 @@ def test_a_process_shares_batch_and_order_with_the_others(monkeypatch):
     args = SimpleNamespace(batch_size=8, accumulate=2, seed=3, steps=3)
     alone = list(train.Batches(20, args, 0))
     shares = []
-    monkeypatch.setattr(processes, "WORLD", 2)
+    monkeypatch.setattr(machine, "WORLD", 2)
     for rank in (0, 1):
-        monkeypatch.setattr(processes, "RANK", rank)
+        monkeypatch.setattr(machine, "RANK", rank)
         shares.append(list(train.Batches(20, args, 0)))
     together = [part for parts in zip(*shares) for part in parts]
     assert sum(together, []) == sum(alone, []), "two processes see other images than one"
 
 
-def test_world_size_without_torchrun_gets_a_sentence(monkeypatch):
-    monkeypatch.setattr(processes, "WORLD", 2)
-    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(SystemExit, match="RANK.*start with torchrun, or unset WORLD_SIZE"):
-        processes.join("cpu")
-
-
-@pytest.mark.parametrize("variables", [{"RANK": "3"}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "x", "RANK": "-1"}])
-def test_variables_of_somebody_elses_make_no_silent_process(variables, monkeypatch):
-    """A RANK without a WORLD_SIZE would train, but print and save nothing."""
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    started = runpy.run_path(processes.__file__)
-    assert (started["RANK"], started["WORLD"]) == (0, 1)
-
-
-@pytest.mark.parametrize("name", ["detr", "deformable_detr"])  # the others: test_models.py, test_relatives.py
+@pytest.mark.parametrize("name", ["detr", "deformable_detr"])  # the others: test_contract.py
 def test_a_step_in_bfloat16_is_nearly_that_in_float32(name):
     steps = {}
     for amp in (False, True):

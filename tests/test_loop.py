@@ -1,19 +1,16 @@
-"""The loop: optimiser, schedule, data order, evaluation, what a run leaves behind, how it diverges."""
+"""The loop: optimiser, schedule, data order, evaluation, files of a run, divergence."""
 import json
-import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import train
-from support import data, pictures, report
-from support import run as run_module
+from support import UserError, data, report
 from support.evaluation import METRICS
-from support.run import Run
-from tests.command import QUICK, ROOT, run
+from support.run import FILES
+from tests.command import QUICK, run
 from tests.folders import small_coco
 from tests.tiny_models import batch, tiny
 
@@ -84,99 +81,85 @@ def test_an_evaluation_neither_drops_out_nor_moves_batchnorm():
 
 
 # ---- A run -------------------------------------------------------------------------------------------------
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder, and no pictures, which take most of the time."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("draw_predictions", "draw_curves"):
+        monkeypatch.setattr(f"support.pictures.{name}", lambda *_: None)
+    return tmp_path
+
+
 def test_the_readmes_command_leaves_what_it_promises_and_evaluates(tmp_path):
     done = run("--model", "detr", "--steps", 6, "--eval-every", 3, "--log-every", 2, *QUICK, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs/detr-shapes"
-    for name in ("log.jsonl", "curves.png", "predictions.png", "last.pt", "best.pt", "args.json", "detr.py"):
+    for name in (*FILES, "detr.py"):
         assert (folder / name).stat().st_size > 0, f"{name} is missing"
     picture = Image.open(folder / "predictions.png").convert("RGB").getcolors(2**24)
     assert len(picture) > 5000, "predictions.png shows no images"
-    assert any(colour == (0, 200, 83) for _, colour in picture), "no true box is drawn"
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3, 4, 6, 6]
     assert {"AP", "AP50", "AR100"} <= set(lines[-1]["eval"])
     for words in ("6 steps", "250 images", "classes", "minutes", "no ground truth"):
         assert words in done.stdout, f'the output does not say "{words}"'
-    again = run("--eval", "--weights", folder / "best.pt", "--workers", 0, cwd=tmp_path)
+    again = run("--eval", "--weights", folder / "best.pt", cwd=tmp_path)
     assert again.returncode == 0 and "AP" in again.stdout, again.stderr
     assert list((tmp_path / "runs").iterdir()) == [folder], "--eval made a run of its own"
-    second = run("--model", "detr", "--steps", 1, *QUICK, cwd=tmp_path)
-    assert second.returncode == 0 and (tmp_path / "runs/detr-shapes-2").exists(), "no folder of its own"
-    finished = run("--resume", folder, cwd=tmp_path)
-    assert finished.returncode == 1 and "already finished" in finished.stderr
 
 
-def test_two_images_are_overfitted(tmp_path):
+def test_two_images_are_overfitted(here, capsys):
     """If this fails, nothing else needs to be looked at."""
-    done = run("--model", "detr", "--overfit", 2, "--steps", 180, "--size", 64, "--workers", 0,
-               "--eval-every", 180, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    last = json.loads((tmp_path / "runs/detr-shapes/log.jsonl").read_text().splitlines()[-1])
+    train.main(["--model", "detr", "--overfit", "2", "--steps", "180", "--size", "64", "--workers", "0",
+                "--eval-every", "180"])
+    last = json.loads((here / "runs/detr-shapes/log.jsonl").read_text().splitlines()[-1])
     assert last["eval"]["AP"] > 0.9, f"AP {last['eval']['AP']:.2f} on the two images it was trained on"
-    again = run("--eval", "--weights", "runs/detr-shapes", "--workers", 0, cwd=tmp_path)
-    assert again.returncode == 0 and f"AP         {last['eval']['AP']:6.3f}" in again.stdout, again.stderr
+    capsys.readouterr()
+    train.main(["--eval", "--weights", "runs/detr-shapes"])
+    assert f"AP         {last['eval']['AP']:6.3f}" in capsys.readouterr().out
 
 
-def test_an_overfit_run_stops_when_there_is_nothing_left_to_learn(tmp_path, monkeypatch, capsys):
+def test_an_overfit_run_stops_when_there_is_nothing_left_to_learn(here, monkeypatch, capsys):
     results = iter([1, 0.994, 1, 0.995, 1])
     perfect = {**dict.fromkeys(METRICS, 1.0), "spread_images": 1, "spread_queries": 1, "classes_predicted": 1}
     monkeypatch.setattr(train, "evaluate", lambda *_: ({**perfect, "AP": next(results)}, {}))
-    monkeypatch.setattr(pictures, "draw_predictions", lambda *_: None)
-    monkeypatch.setattr(pictures, "draw_curves", lambda *_: None)
-    monkeypatch.chdir(tmp_path)
     train.main(["--overfit", "2", "--steps", "50", "--eval-every", "1", *QUICK, "--size", "32"])
     assert "Stopped at step 5 of 50: AP was 1 in 3 evaluations in a row" in capsys.readouterr().out
-    last = torch.load("runs/detr-shapes/last.pt", weights_only=True)
-    assert last["step"] == 5, "what was learned is saved"
+    assert torch.load("runs/detr-shapes/last.pt", weights_only=True)["step"] == 5, "it is not saved"
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_line_a_minute_until_the_first_evaluation(rank, monkeypatch, capsys):
-    clock = iter(range(1025, 10**6, 25))  # a step takes 25 seconds
-    monkeypatch.setattr(run_module.time, "time", lambda: next(clock))
-    monkeypatch.setattr(run_module.processes, "RANK", rank)
-    one = Run.__new__(Run)
-    one.args, one.step, one.window, one.metrics = SimpleNamespace(steps=393, log_every=4), 100, [], None
-    one.bar, one.best, one.write = tqdm(disable=True), -1, lambda **_: None
-    one.talked, one.begun = 1000, (1000, 100)
-    for k in range(7):
-        one.log_step({"total": 10.0 - k, "grad_norm": 1.0}, 0, 0)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == ([] if rank else [
-        "step 103 of 393: loss 9.00, about 2.0 hours and the evaluations to go",
-        "step 106 of 393: loss 5.50, about 120 minutes and the evaluations to go"])
-    one.metrics = {"AP": 0.1}
-    for k in range(7):
-        one.log_step({"total": 1.0, "grad_norm": 1.0}, 0, 0)
-    assert capsys.readouterr().out == "", "evaluations say more"
-
-
-def test_a_folder_with_foreign_category_ids_trains(tmp_path):
-    folder = small_coco(tmp_path / "set")
-    done = run("--data", folder, "--steps", 2, *QUICK, "--accumulate", 2, "--batch-size", 2, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    checkpoint = torch.load(tmp_path / "runs/detr-set/last.pt", weights_only=True)
+def test_a_folder_with_foreign_category_ids_trains(here, capsys):
+    folder = small_coco(here / "set")
+    train.main(["--data", str(folder), "--steps", "2", *QUICK, "--accumulate", "2", "--batch-size", "2",
+                "--option", "num_queries=2"])
+    checkpoint = torch.load("runs/detr-set/last.pt", weights_only=True)
     assert checkpoint["class_names"] == ["thing"] and checkpoint["category_ids"] == [7]
-    assert "WARNING" in done.stdout, "three images from scratch deserve a warning"
+    assert "WARNING  from scratch on 3 images" in capsys.readouterr().out
 
 
-def test_two_stages_train_on_every_size_that_is_allowed(tmp_path, monkeypatch):
+def test_two_stages_train_on_every_size_that_is_allowed(here):
     """The smallest images have fewer tokens than there are queries."""
-    monkeypatch.chdir(tmp_path)
     train.main(["--model", "deformable_detr", "--option", "two_stage=true", "--steps", "2", "--overfit", "2",
                 "--size", "32", "--batch-size", "1", "--option", "num_queries=30", "--workers", "0",
                 "--option", "enc_layers=1", "--option", "dec_layers=1"])
-    assert (tmp_path / "runs/deformable_detr-shapes/best.pt").exists()
+    assert (here / "runs/deformable_detr-shapes/best.pt").exists()
 
 
-# ---- Divergence and memory ---------------------------------------------------------------------------------
-def test_divergence_is_named_and_keeps_what_was_saved(tmp_path):
-    done = run("--steps", 40, "--eval-every", 1000, "--lr", 1e30, "--clip-norm", 1e30, *QUICK, cwd=tmp_path)
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert re.search(r"diverged at step \d+ .*Lower --lr", done.stderr, re.S)
-    again = run("--resume", "runs/detr-shapes", "--lr", 1e-4, "--clip-norm", 1, "--steps", 2, cwd=tmp_path)
-    assert again.returncode == 0, "the message sends people there"
+def test_too_many_boxes_are_said(here, capsys):
+    box = {"image_id": 1, "category_id": 7, "bbox": [4, 4, 20, 20]}
+    folder = small_coco(here / "set", annotations=[{**box, "id": i} for i in range(2000)])
+    with pytest.raises(UserError, match=r"1\.png has 2000 boxes, which would need 4000 queries"):
+        train.main(["--data", str(folder), "--steps", "1", *QUICK])
+    train.main(["--steps", "1", "--overfit", "2", *QUICK, "--option", "num_queries=2"])
+    assert "2 queries, but an image has" in capsys.readouterr().out
+
+
+# ---- Divergence, memory, compiler --------------------------------------------------------------------------
+def test_divergence_is_named_and_keeps_what_was_saved(here):
+    flags = ["--steps", "40", "--eval-every", "1000", "--lr", "1e30", "--clip-norm", "1e30", *QUICK]
+    with pytest.raises(UserError, match=r"diverged at step \d+ \(lr .*first bad layer .*Lower --lr"):
+        train.main(flags)
+    train.main(["--resume", "runs/detr-shapes", "--lr", "1e-4", "--clip-norm", "1", "--steps", "2"])
 
 
 def test_the_first_bad_layer_is_named():
@@ -191,30 +174,16 @@ def test_the_first_bad_layer_is_named():
     assert report.where_it_went_bad(model, *batch()) == "first bad gradient decoder.layers.1.norm1.weight"
 
 
-def test_out_of_memory_says_what_to_lower(monkeypatch, tmp_path):
+def test_memory_and_compiler_are_tried_before_a_folder_is_made(here, monkeypatch):
     def no_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.SetCriterion, "__call__", no_memory)
-    with pytest.raises(SystemExit, match=r"parts of 4 images of up to 48 x 48 pixels.*--batch-size"):
+    with monkeypatch.context() as full, pytest.raises(UserError, match="4 images of up to 48 x 48.*--batch"):
+        full.setattr(train.SetCriterion, "__call__", no_memory)
         train.main(["--steps", "1", *QUICK])
-    assert not (tmp_path / "runs").exists()
 
-
-def test_more_boxes_than_queries_is_said(tmp_path):
-    done = run("--steps", 1, *QUICK, "--option", "num_queries=2", cwd=tmp_path)
-    assert done.returncode == 0 and "2 queries" in done.stdout, done.stdout
-
-
-def test_an_image_with_thousands_of_boxes_is_named_before_memory_is_gone(tmp_path, monkeypatch):
-    box = {"image_id": 1, "category_id": 7, "bbox": [4, 4, 20, 20]}
-    folder = small_coco(tmp_path / "set", annotations=[{**box, "id": i} for i in range(2000)])
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=r"1\.png has 2000 boxes, which asks for 4000 queries"):
-        train.main(["--data", str(folder), "--steps", "1", *QUICK])
-
-
-def test_the_readme_names_every_file_of_a_run():
-    from support.run import FILES
-    text = (ROOT / "README.md").read_text() + (ROOT / "docs/options.md").read_text()
-    assert not [name for name in FILES if f"`{name}`" not in text]
+    def no_compiler(*_):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
+    monkeypatch.setattr(torch, "compile", lambda _: no_compiler)
+    with pytest.raises(UserError, match="--compile: torch cannot compile here.* needs a C"):
+        train.main(["--steps", "1", *QUICK, "--overfit", "2", "--compile"])
+    assert not (here / "runs").exists()
