@@ -43,6 +43,7 @@ LAYOUTS = [  # (format, annotations below the folder, in any case); {} is one of
     ("COCO", "*{}*.json"),
     ("VOC", "imagesets/main/{}.txt"),  # a list of names; the boxes are in Annotations/*.xml
     ("VOC", "imagesets/{}.txt"),
+    ("VOC", "imagesets/main/*_{}.txt"),  # VoTT: a list for each class, and all images in each
     ("VOC", "annotations/{}"),  # a folder with XML files in it or below
     ("VOC", "labels/{}"),
     ("VOC", "images/{}"),
@@ -705,30 +706,42 @@ def find_source(tree, split, unsplit):
     """The Source of a split. UserError with what is there and what to do if there is none."""
     if source := search(tree, split, unsplit):
         return source
-    counts = Counter(os.path.splitext(key)[1] for key in tree.files)
-    here = sorted({key[len(tree.top) + 1:].split(os.sep)[0] + "/" for key in tree.folders if key != key_of(tree.top)})[:9]
+    counts = Counter(os.path.splitext(path)[1].lower() for path in {*tree.files.values()})
+    here = sorted({key[len(tree.top) + 1:].split(os.sep)[0] + "/" for key in tree.folders} - {"/"})[:9]
     here += [f"{count} {ending or 'without ending'}" for ending, count in counts.most_common(6)]
-    hint, problems = f"For another layout give --{split}-json and --{split}-images", Reading()
-    inner = [path for path in tree.folders.values() if path[len(tree.top):].count(os.sep) in (1, 2)][:50]
-    texts = [path for path in tree.inside(tree.top, ".txt")[:20] if read_labels(path, False, Reading())]
-    for path in tree.inside(tree.top, ".json")[:1] + tree.inside(tree.top, ".xml")[:1]:
-        try:
-            parse_coco(path) if path.lower().endswith("json") else read_xml(path, problems)
-        except UserError as error:
-            problems.errors.add(f"{path} {error}")
+    raise UserError(
+        f"{tree.top}: no {split} annotations here. Expected annotations/instances_{split}.json (COCO), ImageSets/"
+        f"Main/{split}.txt (VOC), data.yaml (YOLO) or another layout of docs/options.md. "
+        f"Found {', '.join(here) or 'nothing'}. {find_hint(tree, split, unsplit, counts)}")
+
+
+def find_hint(tree, split, unsplit, counts):
+    """What to do about a folder in which a split was not found."""
     if split == "val" and (train := search(tree, "train")):
-        hint = f"{train.path} has no val: add --split 0.2 to hold some images out"
-    elif problems.errors:
-        hint = problems.errors.lines()[0]
-    elif found := next((path for path in inner if search(Tree(path), split)), None):
-        hint = f"Did you mean {found}?"
-    elif not unsplit and search(tree, split, unsplit=True):
-        hint = "All images lie together: add --split 0.2 to hold some of them out"
-    elif texts:
-        hint = f"{texts[0]} is a label file of YOLO; write the names of its classes into {tree.top}/classes.txt"
-    raise UserError(f"{tree.top}: no {split} annotations here. Expected annotations/instances_{split}.json (COCO), "
-                    f"ImageSets/Main/{split}.txt (VOC), data.yaml (YOLO) or another layout of docs/options.md. "
-                    f"Found {', '.join(here) or 'nothing'}. {hint}")
+        return f"{train.path} has no val: add --split 0.2 to hold some images out"
+    for folder in [path for path in tree.folders.values() if path[len(tree.top):].count(os.sep) in (1, 2)][:50]:
+        if search(Tree(folder), split):
+            return f"Did you mean {folder}?"
+    together = None if unsplit else search(tree, split, unsplit=True)
+    jsons, xmls, wrong = tree.inside(tree.top, ".json")[:1], tree.inside(tree.top, ".xml")[:1], Reading()
+    likely = {"COCO": [together.path], "VOC": xmls, "YOLO": []}[together.form] if together else jsons + xmls
+    for path in likely:
+        try:
+            parse_coco(path) if path.lower().endswith("json") else read_xml(path, wrong)
+        except UserError as error:
+            wrong.errors.add(f"{path} {error}")
+    if wrong.errors:
+        return wrong.errors.lines()[0]
+    if together:
+        return "All images lie together: add --split 0.2 to hold some of them out"
+    if class_file(tree, NAMES[split]):
+        return "There are no images where YOLO's layouts have them"
+    for path in tree.inside(tree.top, ".txt")[:20]:
+        if read_labels(path, False, Reading()):
+            return f"{path} is a label file of YOLO: write the names of its classes into {tree.top}/classes.txt"
+    ending = next((ending for ending in (".csv", ".tfrecord", ".parquet", ".zip") if ending in counts), None)
+    return f"{ending} files are not read, export the data as COCO" if ending else \
+        f"For another layout give --{split}-json and --{split}-images"
 
 
 # ---- Both splits -------------------------------------------------------------------------------------------
