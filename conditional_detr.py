@@ -9,10 +9,10 @@ a reference point, scaled by what the previous layer knows: every head soon look
 
 Diff me against: detr.py. Independent of the idea are 300 queries and the focal loss, which came with it.
 
-Departures from the official code (numbers are the same, tests/test_golden.py holds them):
+Departures from the official code; tests/test_golden.py checks that the numbers are the same:
+    those of all files: see Backbone.
 Left out on purpose: segmentation heads; pre-norm layers, which the official code refuses to run.
 """
-import inspect
 import math
 import re
 
@@ -21,9 +21,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-# How the paper trains it (section 4.1). train.py reads this.
+# How the paper trains it; train.py reads this.
 RECIPE = dict(
-    epochs=50,
+    epochs=50,  # section 4.1
     lr_drop=40,
     batch_size=16,
     lr=1e-4,
@@ -37,12 +37,12 @@ RECIPE = dict(
     w_giou=2,
 )
 
-# For train.py --preset laptop: small images need a finer map; by trial C4 (3) for DETR, C3 (2) after it.
+# For train.py --preset laptop: small images need a finer map than C5.
 LAPTOP = dict(last_stage=2, temperature=20)
 
-# Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of
-# H*W), S supervised stages. Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding.
-# Masks are True on padding.
+# Shapes in comments: B images of H x W pixels, maps of h x w cells, T tokens (cells of all maps), Q queries,
+# C classes, D width, E width of queries and keys, M heads, L levels, K points, G groups, S supervised stages.
+# Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding. Masks are True on padding.
 
 
 # ---- Shared blocks: the same text in all files -------------------------------------------------------------
@@ -59,9 +59,11 @@ class Backbone(nn.Module):
     """torchvision ResNet without pooling and classifier.
 
     In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5
-    at 16 with dilation). Raises ValueError for unknown values. Not official: norm="batch", which training
-    from scratch needs; last_stage 3 or 2, cheap; dilation of ResNet-18 and -34, which torchvision refuses.
-    Source: official models/backbone.py; ImageNet weights V1, from which all papers start.
+    at 16 with dilation). Raises ValueError for unknown values. Source: official models/backbone.py; ImageNet
+    weights V1, from which all papers start.
+    Departures of all files: norm="batch" trains everything with live BatchNorm, which training from scratch
+    needs; last_stage 3 or 2 gives finer maps; `temperature` is an option. Faster with the same numbers:
+    FrozenBatchNorm2d reads x once, and FeedForward has its dropout before the ReLU.
     """
 
     def __init__(self, name, pretrained, norm, dilation, last_stage):
@@ -74,21 +76,17 @@ class Backbone(nn.Module):
             raise ValueError(f"last_stage is {last_stage!r}, it must be 4 (C5, as in the papers), 3 or 2")
         norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
         weights = "IMAGENET1K_V1" if pretrained else None
-        body = torchvision.models.get_model(name, weights=weights, norm_layer=norm_layer)
+        # DC5: the last stage keeps C4's resolution; torchvision has none for ResNet-18 and -34 and raises
+        body = torchvision.models.get_model(name, weights=weights, norm_layer=norm_layer,
+                                            replace_stride_with_dilation=[False, False, dilation])
         c5 = body.fc.in_features
         self.channels = [c5 // 4, c5 // 2, c5][:last_stage - 1]
         self.stages = ["layer2", "layer3", "layer4"][:last_stage - 1]
         del body.avgpool, body.fc
-        if dilation:  # DC5: the last stage keeps C4's resolution; stride becomes dilation, from block 2 on
-            for name, module in body.layer4.named_modules():
-                if isinstance(module, nn.Conv2d):
-                    module.stride = (1, 1)
-                    if module.kernel_size == (3, 3) and not name.startswith("0."):
-                        module.dilation = module.padding = (2, 2)
         for unused in ["layer3", "layer4"][last_stage - 2:]:
             delattr(body, unused)
         if norm == "frozen":
-            # A batch of one or two images has useless statistics: ImageNet's stay, and the first layers, too
+            # A batch of one or two images has useless statistics: ImageNet's stay, and so do the first layers
             body.conv1.requires_grad_(False)
             body.layer1.requires_grad_(False)
         self.body = body.to(memory_format=torch.channels_last)  # same numbers, faster convolutions
@@ -102,23 +100,6 @@ class Backbone(nn.Module):
             x = getattr(self.body, stage)(x)  # [B, ., H/8, W/8], then H/16, then H/32
             features.append(x)
         return features
-
-
-def check_options(model_class, values, may_be_zero=("enc_layers",)):
-    """Raises ValueError unless values, the arguments of model_class by name, can make a model."""
-    for name, parameter in inspect.signature(model_class).parameters.items():
-        value = values[name]
-        default = 1 if name == "num_classes" else parameter.default
-        if type(value) is not type(default) and (type(value), type(default)) != (int, float):
-            raise ValueError(f"{name} is {value!r}, it must be of type {type(default).__name__}")
-        least = 0 if default == 0 or name in may_be_zero else 1  # table 2 of DETR tries a decoder alone
-        if type(default) is int and value < least:
-            raise ValueError(f"{name} is {value}, it must be at least {least}")
-    if not 0 <= values["dropout"] < 1:
-        raise ValueError(f"dropout is {values['dropout']}, it must be at least 0 and below 1")
-    dim, nheads = values["hidden_dim"], values["nheads"]
-    if dim % nheads or dim % 4:  # sin and cos of x and y
-        raise ValueError(f"hidden_dim is {dim}, it must be a multiple of nheads ({nheads}) and of 4")
 
 
 def check_input(images, mask):
@@ -145,19 +126,18 @@ def sine(x, dim, temperature=10000):
 def sine_positions(mask, dim, offset, temperature=10000):
     """Position of every cell of a feature map, relative to the part of the map that is not padding.
 
-    mask [B, H, W] bool -> [B, H*W, dim], the first half encodes y, the second x. With `offset` 0 cells count
-    1 to N, as in DETR; 0.5 moves them to their centres, because some papers sample features at points.
-    The order of the additions matters to SAM-DETR alone: in rows that are all padding N is 0, the quotient
-    is rounding noise, and its RoIAlign reads the outcome. Source: official models/position_encoding.py.
+    mask [B, h, w] bool -> [B, h*w, dim]: the first half encodes y, the second x. With `offset` 0 cells count
+    1 to N, as in DETR; 0.5 moves them to their centres, because some papers sample features at points. In a
+    row of padding N is 0, and the order of the additions decides. Source: official position_encoding.py.
     """
     def normalised(n, axis):
         last = n.narrow(axis, -1, 1)
         return (n - offset) / (((last - offset) + 1e-6) + offset)
 
-    y = normalised((~mask).cumsum(1, dtype=torch.float32), 1)  # [B, H, W]
-    x = normalised((~mask).cumsum(2, dtype=torch.float32), 2)  # [B, H, W]
-    both = [sine(y, dim // 2, temperature), sine(x, dim // 2, temperature)]  # 2 x [B, H, W, dim/2]
-    return torch.cat(both, dim=-1).flatten(1, 2)  # [B, H*W, dim]
+    y = normalised((~mask).cumsum(1, dtype=torch.float32), 1)  # [B, h, w]
+    x = normalised((~mask).cumsum(2, dtype=torch.float32), 2)  # [B, h, w]
+    both = [sine(y, dim // 2, temperature), sine(x, dim // 2, temperature)]  # 2 x [B, h, w, dim/2]
+    return torch.cat(both, dim=-1).flatten(1, 2)  # [B, h*w, dim]
 
 
 class MLP(nn.Module):
@@ -191,11 +171,12 @@ class Attention(nn.Module):
     def forward(self, q, k, v, mask=None, bias=None):
         # [B, T, E] -> [B, T, M, E/M] -> [B, M, T, E/M]
         q, k, v = (x.unflatten(-1, (self.nheads, -1)).transpose(1, 2) for x in (q, k, v))
+        attn_mask = bias  # torch adds it if it is float; if it is bool, True means "look here"
         if mask is not None:
-            attend = ~mask[:, None, None]  # [B, 1, 1, T], True = look here
-            bias = attend if bias is None else bias.masked_fill(~attend, -math.inf)
+            attend = ~mask[:, None, None]  # [B, 1, 1, T]
+            attn_mask = attend if bias is None else bias.masked_fill(~attend, -math.inf)
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)  # [B, M, Q, D/M]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p=dropout)  # [B, M, Q, D/M]
         return self.out_proj(out.transpose(1, 2).flatten(2))  # [B, Q, D]
 
 
@@ -281,7 +262,7 @@ def concat_heads(content, position, nheads):
     return torch.cat(pair, dim=-1).flatten(-2)  # [B, T, 2D]
 
 
-# ---- Decoder: queries look at each other, then at the image (paper, section 3.2) ---------------------------
+# ---- Decoder: queries look at each other, then at the image ------------------------------------------------
 class DecoderLayer(nn.Module):
     """Queries look at each other, then at the image: tgt [B, Q, D], memory [B, T, D] -> [B, Q, D]."""
 
@@ -338,17 +319,17 @@ class Decoder(nn.Module):
             DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, first=(i == 0))
             for i in range(num_layers))
         self.norm = nn.LayerNorm(hidden_dim)
-        # One for all layers but the first: it knows nothing yet, so that its T is 1
+        # One for all layers but the first, in which queries know nothing yet and p_q is p_s
         self.query_scale = MLP(hidden_dim, hidden_dim, hidden_dim, depth=2) if num_layers > 1 else None
 
     def forward(self, query_pos, p_s, memory, pos, mask):
-        tgt = torch.zeros_like(query_pos)  # "object queries" are positions; what they hold starts empty
+        tgt = torch.zeros_like(query_pos)  # "object queries" are positions; their content starts at zero
         outputs = []
         for i, layer in enumerate(self.layers):
-            # Eqs. (3), (4): lambda_q, the diagonal of T, from what the layer before returned (not normalised)
+            # Eqs. (3), (4): p_q = lambda_q * p_s; lambda_q from the previous layer, before the norm
             p_q = p_s if i == 0 else self.query_scale(tgt) * p_s
             tgt = layer(tgt, query_pos, p_q, memory, pos, mask)
-            outputs.append(self.norm(tgt))  # one norm for all layers, in front of the shared heads
+            outputs.append(self.norm(tgt))  # one norm for all layers, before the shared heads
         return torch.stack(outputs)  # [S, B, Q, D]
 
 
@@ -376,18 +357,19 @@ class ConditionalDETR(nn.Module):
         temperature=10000,  # of sine positions; for small maps less is better (DAB-DETR, section 4.5)
     ):
         super().__init__()
-        check_options(ConditionalDETR, locals())
+        if hidden_dim % nheads or hidden_dim % 4:  # equal heads; sin and cos of x and y
+            raise ValueError(f"hidden_dim {hidden_dim} must be a multiple of nheads ({nheads}) and of 4")
         self.backbone = Backbone(backbone, pretrained_backbone, backbone_norm, dilation, last_stage)
         self.input_proj = nn.Conv2d(self.backbone.channels[-1], hidden_dim, kernel_size=1)
         self.encoder = Encoder(enc_layers, hidden_dim, nheads, dim_feedforward, dropout)
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
         self.temperature = temperature
-        self.reference = MLP(hidden_dim, hidden_dim, 2, depth=2)
+        self.reference_head = MLP(hidden_dim, hidden_dim, 2, depth=2)
         self.decoder = Decoder(dec_layers, hidden_dim, nheads, dim_feedforward, dropout)
         self.class_head = nn.Linear(hidden_dim, num_classes)
         self.box_head = MLP(hidden_dim, hidden_dim, 4, depth=3)
         xavier_uniform(self.encoder)
-        xavier_uniform(self.reference)
+        xavier_uniform(self.reference_head)
         xavier_uniform(self.decoder)
         nn.init.constant_(self.class_head.bias, -math.log(99))  # every class starts at p = 0.01
         nn.init.zeros_(self.box_head.layers[-1].weight)
@@ -404,7 +386,7 @@ class ConditionalDETR(nn.Module):
         src = features.flatten(2).transpose(1, 2)  # [B, T, D]
         memory = self.encoder(src, pos, mask)  # [B, T, D]
         query_pos = self.query_embed.weight.expand(images.shape[0], -1, -1)  # [B, Q, D]
-        s = self.reference(query_pos)  # [B, Q, 2], before the sigmoid; not detached, the same for all layers
+        s = self.reference_head(query_pos)  # [B, Q, 2], before the sigmoid; not detached, one for all layers
         p_s = sine_xy(s.sigmoid(), query_pos.shape[-1], self.temperature)  # [B, Q, D]
         hs = self.decoder(query_pos, p_s, memory, pos, mask)  # [S, B, Q, D]
         boxes = self.box_head(hs) + F.pad(s, (0, 2))  # Eq. (1): only the centre is relative to s
@@ -425,7 +407,7 @@ OFFICIAL_NAMES = (
     (r"\.(sa|ca)_([qk])pos_proj\.", r".\1_\2_pos."),
     (r"\.(sa|ca)_v_proj\.", r".\1_v."),
     (r"\.ca_qpos_sine_proj\.", ".ca_q_sine."),
-    (r"^decoder\.ref_point_head\.", "reference."),
+    (r"^decoder\.ref_point_head\.", "reference_head."),
     (r"\.(linear[12])\.", r".ffn.\1."),
     (r"(encoder\.layers\.\d+)\.norm2\.", r"\1.ffn.norm."),
     (r"(decoder\.layers\.\d+)\.norm3\.", r"\1.ffn.norm."),
@@ -456,4 +438,4 @@ if __name__ == "__main__":
         print(f"{name:12} {sum(p.numel() for p in part.parameters()):12,} parameters")
     with torch.no_grad():
         out = model(torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool))
-    print({name: list(tensor.shape) for name, tensor in out.items()})
+    print({name: list(out[name].shape) for name in ("logits", "boxes")})

@@ -9,13 +9,13 @@ with the square of the pixels, so the encoder can work on several resolutions, w
 
 Diff me against: detr.py. Independent of the idea are 300 queries, the focal loss and the shorter schedule.
 
-Departures from the official code (numbers are the same, tests/test_golden.py holds them):
+Departures from the official code; tests/test_golden.py checks that the numbers are the same:
+    those of all files: see Backbone.
     sampling is grid_sample, point by point, instead of a CUDA extension; it runs everywhere.
     boxes are computed once per layer; the official code computes them twice, to refine and to report.
 Left out on purpose: segmentation heads.
 """
 import copy
-import inspect
 import math
 import re
 
@@ -24,9 +24,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-# How the paper trains it (section 5.1 and appendix A.3). train.py reads this.
+# How the paper trains it; train.py reads this.
 RECIPE = dict(
-    epochs=50,
+    epochs=50,  # section 5.1 and appendix A.3
     lr_drop=40,
     batch_size=32,
     lr=2e-4,
@@ -40,13 +40,13 @@ RECIPE = dict(
     w_giou=2,
 )
 
-# What train.py --preset laptop changes for this file: refinement, and strides 8, 16, 32, all made of C3.
+# For train.py --preset laptop: refinement, and maps of strides 8, 16, 32 made of C3.
 LAPTOP = dict(steps=1800, batch_size=8, lr=8e-4, lr_backbone=8e-4, last_stage=2, num_feature_levels=3,
               enc_points=2, box_refine=True)
 
-# Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of
-# H*W), S supervised stages. Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding.
-# Masks are True on padding.
+# Shapes in comments: B images of H x W pixels, maps of h x w cells, T tokens (cells of all maps), Q queries,
+# C classes, D width, E width of queries and keys, M heads, L levels, K points, G groups, S supervised stages.
+# Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding. Masks are True on padding.
 
 
 # ---- Shared blocks: the same text in all files -------------------------------------------------------------
@@ -63,9 +63,11 @@ class Backbone(nn.Module):
     """torchvision ResNet without pooling and classifier.
 
     In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5
-    at 16 with dilation). Raises ValueError for unknown values. Not official: norm="batch", which training
-    from scratch needs; last_stage 3 or 2, cheap; dilation of ResNet-18 and -34, which torchvision refuses.
-    Source: official models/backbone.py; ImageNet weights V1, from which all papers start.
+    at 16 with dilation). Raises ValueError for unknown values. Source: official models/backbone.py; ImageNet
+    weights V1, from which all papers start.
+    Departures of all files: norm="batch" trains everything with live BatchNorm, which training from scratch
+    needs; last_stage 3 or 2 gives finer maps; `temperature` is an option. Faster with the same numbers:
+    FrozenBatchNorm2d reads x once, and FeedForward has its dropout before the ReLU.
     """
 
     def __init__(self, name, pretrained, norm, dilation, last_stage):
@@ -78,21 +80,17 @@ class Backbone(nn.Module):
             raise ValueError(f"last_stage is {last_stage!r}, it must be 4 (C5, as in the papers), 3 or 2")
         norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
         weights = "IMAGENET1K_V1" if pretrained else None
-        body = torchvision.models.get_model(name, weights=weights, norm_layer=norm_layer)
+        # DC5: the last stage keeps C4's resolution; torchvision has none for ResNet-18 and -34 and raises
+        body = torchvision.models.get_model(name, weights=weights, norm_layer=norm_layer,
+                                            replace_stride_with_dilation=[False, False, dilation])
         c5 = body.fc.in_features
         self.channels = [c5 // 4, c5 // 2, c5][:last_stage - 1]
         self.stages = ["layer2", "layer3", "layer4"][:last_stage - 1]
         del body.avgpool, body.fc
-        if dilation:  # DC5: the last stage keeps C4's resolution; stride becomes dilation, from block 2 on
-            for name, module in body.layer4.named_modules():
-                if isinstance(module, nn.Conv2d):
-                    module.stride = (1, 1)
-                    if module.kernel_size == (3, 3) and not name.startswith("0."):
-                        module.dilation = module.padding = (2, 2)
         for unused in ["layer3", "layer4"][last_stage - 2:]:
             delattr(body, unused)
         if norm == "frozen":
-            # A batch of one or two images has useless statistics: ImageNet's stay, and the first layers, too
+            # A batch of one or two images has useless statistics: ImageNet's stay, and so do the first layers
             body.conv1.requires_grad_(False)
             body.layer1.requires_grad_(False)
         self.body = body.to(memory_format=torch.channels_last)  # same numbers, faster convolutions
@@ -106,23 +104,6 @@ class Backbone(nn.Module):
             x = getattr(self.body, stage)(x)  # [B, ., H/8, W/8], then H/16, then H/32
             features.append(x)
         return features
-
-
-def check_options(model_class, values, may_be_zero=("enc_layers",)):
-    """Raises ValueError unless values, the arguments of model_class by name, can make a model."""
-    for name, parameter in inspect.signature(model_class).parameters.items():
-        value = values[name]
-        default = 1 if name == "num_classes" else parameter.default
-        if type(value) is not type(default) and (type(value), type(default)) != (int, float):
-            raise ValueError(f"{name} is {value!r}, it must be of type {type(default).__name__}")
-        least = 0 if default == 0 or name in may_be_zero else 1  # table 2 of DETR tries a decoder alone
-        if type(default) is int and value < least:
-            raise ValueError(f"{name} is {value}, it must be at least {least}")
-    if not 0 <= values["dropout"] < 1:
-        raise ValueError(f"dropout is {values['dropout']}, it must be at least 0 and below 1")
-    dim, nheads = values["hidden_dim"], values["nheads"]
-    if dim % nheads or dim % 4:  # sin and cos of x and y
-        raise ValueError(f"hidden_dim is {dim}, it must be a multiple of nheads ({nheads}) and of 4")
 
 
 def check_input(images, mask):
@@ -149,19 +130,18 @@ def sine(x, dim, temperature=10000):
 def sine_positions(mask, dim, offset, temperature=10000):
     """Position of every cell of a feature map, relative to the part of the map that is not padding.
 
-    mask [B, H, W] bool -> [B, H*W, dim], the first half encodes y, the second x. With `offset` 0 cells count
-    1 to N, as in DETR; 0.5 moves them to their centres, because some papers sample features at points.
-    The order of the additions matters to SAM-DETR alone: in rows that are all padding N is 0, the quotient
-    is rounding noise, and its RoIAlign reads the outcome. Source: official models/position_encoding.py.
+    mask [B, h, w] bool -> [B, h*w, dim]: the first half encodes y, the second x. With `offset` 0 cells count
+    1 to N, as in DETR; 0.5 moves them to their centres, because some papers sample features at points. In a
+    row of padding N is 0, and the order of the additions decides. Source: official position_encoding.py.
     """
     def normalised(n, axis):
         last = n.narrow(axis, -1, 1)
         return (n - offset) / (((last - offset) + 1e-6) + offset)
 
-    y = normalised((~mask).cumsum(1, dtype=torch.float32), 1)  # [B, H, W]
-    x = normalised((~mask).cumsum(2, dtype=torch.float32), 2)  # [B, H, W]
-    both = [sine(y, dim // 2, temperature), sine(x, dim // 2, temperature)]  # 2 x [B, H, W, dim/2]
-    return torch.cat(both, dim=-1).flatten(1, 2)  # [B, H*W, dim]
+    y = normalised((~mask).cumsum(1, dtype=torch.float32), 1)  # [B, h, w]
+    x = normalised((~mask).cumsum(2, dtype=torch.float32), 2)  # [B, h, w]
+    both = [sine(y, dim // 2, temperature), sine(x, dim // 2, temperature)]  # 2 x [B, h, w, dim/2]
+    return torch.cat(both, dim=-1).flatten(1, 2)  # [B, h*w, dim]
 
 
 class MLP(nn.Module):
@@ -195,11 +175,12 @@ class Attention(nn.Module):
     def forward(self, q, k, v, mask=None, bias=None):
         # [B, T, E] -> [B, T, M, E/M] -> [B, M, T, E/M]
         q, k, v = (x.unflatten(-1, (self.nheads, -1)).transpose(1, 2) for x in (q, k, v))
+        attn_mask = bias  # torch adds it if it is float; if it is bool, True means "look here"
         if mask is not None:
-            attend = ~mask[:, None, None]  # [B, 1, 1, T], True = look here
-            bias = attend if bias is None else bias.masked_fill(~attend, -math.inf)
+            attend = ~mask[:, None, None]  # [B, 1, 1, T]
+            attn_mask = attend if bias is None else bias.masked_fill(~attend, -math.inf)
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)  # [B, M, Q, D/M]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p=dropout)  # [B, M, Q, D/M]
         return self.out_proj(out.transpose(1, 2).flatten(2))  # [B, Q, D]
 
 
@@ -248,18 +229,21 @@ def deformable_sampling(value, spatial_shapes, locations, weights):
     Source: official ms_deform_attn_core_pytorch; point by point it needs less memory and time.
     """
     B, Q, M, L, K, _ = locations.shape
-    # grid_sample counts from -1 to 1 and knows no heads: they become images. Contiguous, because one point's
-    # numbers are far apart in memory: without it, a single image takes as long as two
+    # grid_sample counts from -1 to 1 and has no heads: they become images. Contiguous, because the numbers of
+    # one point are far apart in memory; without it, a single image takes as long as two.
+    # [B, Q, M, L, K, 2] -> [L, K, B, M, Q, 2] -> [L, K, B*M, 1, Q, 2]
     grid = (2 * locations - 1).permute(3, 4, 0, 2, 1, 5).reshape(L, K, B * M, 1, Q, 2).contiguous()
+    # [B, Q, M, L, K] -> [L, K, B, M, Q] -> [L, K, B*M, 1, 1, Q]
     weights = weights.permute(3, 4, 0, 2, 1).reshape(L, K, B * M, 1, 1, Q).contiguous()
-    levels = value.to(grid.dtype).split([h * w for h, w in spatial_shapes], dim=1)
-    total = grid.new_zeros(B * M, value.shape[-1], 1, Q)
-    for (h, w), values, points, shares in zip(spatial_shapes, levels, grid, weights):
-        feature_map = values.permute(0, 2, 3, 1).reshape(B * M, -1, h, w)  # [B*M, D/M, h, w]
-        for point, weight in zip(points, shares):
+    maps = value.to(grid.dtype).split([h * w for h, w in spatial_shapes], dim=1)  # L x [B, h*w, M, D/M]
+    total = grid.new_zeros(B * M, value.shape[-1], 1, Q)  # [B*M, D/M, 1, Q]
+    for (h, w), feature_map, level_grid, level_weights in zip(spatial_shapes, maps, grid, weights):
+        # [B, h*w, M, D/M] -> [B, M, D/M, h*w] -> [B*M, D/M, h, w]
+        feature_map = feature_map.permute(0, 2, 3, 1).reshape(B * M, -1, h, w)
+        for point, weight in zip(level_grid, level_weights):  # [B*M, 1, Q, 2], [B*M, 1, 1, Q]
             sampled = F.grid_sample(feature_map, point, align_corners=False)  # [B*M, D/M, 1, Q]
             total.addcmul_(sampled, weight)  # total += weight * sampled
-    return total.reshape(B, -1, Q).transpose(1, 2)  # [B, Q, D]
+    return total.reshape(B, -1, Q).transpose(1, 2)  # [B*M, D/M, 1, Q] -> [B, D, Q] -> [B, Q, D]
 
 
 class MSDeformAttn(nn.Module):
@@ -267,7 +251,7 @@ class MSDeformAttn(nn.Module):
 
     def __init__(self, hidden_dim, nheads, levels, points):
         super().__init__()
-        self.shape = (nheads, levels, points)
+        self.nheads, self.levels, self.points = nheads, levels, points
         self.sampling_offsets = nn.Linear(hidden_dim, nheads * levels * points * 2)
         self.attention_weights = nn.Linear(hidden_dim, nheads * levels * points)
         self.value_proj = nn.Linear(hidden_dim, hidden_dim)
@@ -275,7 +259,7 @@ class MSDeformAttn(nn.Module):
 
     def reset_parameters(self):
         """Start as a star: head m looks towards angle 2 pi m / M, point k is k steps away; equal weights."""
-        M, L, K = self.shape
+        M, L, K = self.nheads, self.levels, self.points
         angle = torch.arange(M) * (2 * math.pi / M)
         ray = torch.stack([angle.cos(), angle.sin()], dim=-1)  # [M, 2]
         ray = ray / ray.abs().max(-1, keepdim=True).values  # onto the border of a square
@@ -289,10 +273,10 @@ class MSDeformAttn(nn.Module):
 
     def locations_and_weights(self, query, reference, spatial_shapes):
         """Where to look, [B, Q, M, L, K, 2] in [0, 1] of the padded maps, and its weight [B, Q, M, L, K]."""
-        M, L, K = self.shape
+        M, L, K = self.nheads, self.levels, self.points
         offsets = self.sampling_offsets(query).unflatten(-1, (M, L, K, 2))  # [B, Q, M, L, K, 2]
         weights = self.attention_weights(query).unflatten(-1, (M, L * K))  # [B, Q, M, L*K]
-        weights = weights.softmax(-1).unflatten(-1, (L, K))  # [B, Q, M, L, K]; 1 over all levels and points
+        weights = weights.softmax(-1).unflatten(-1, (L, K))  # [B, Q, M, L, K], sum to 1 over L and K together
         reference = reference[:, :, None, :, None]  # [B, Q, 1, L, 1, 2 or 4]
         if reference.shape[-1] == 2:
             # Offsets are in pixels of their level. (w, h) and not (h, w): the first release had that wrong.
@@ -304,7 +288,7 @@ class MSDeformAttn(nn.Module):
     def forward(self, query, reference, value, spatial_shapes, mask):
         """query [B, Q, D], reference [B, Q, L, 2 or 4], value [B, T, D], mask [B, T] -> [B, Q, D]."""
         value = self.value_proj(value).masked_fill(mask[..., None], 0)  # padding contributes nothing
-        value = value.unflatten(-1, (self.shape[0], -1))  # [B, T, M, D/M]
+        value = value.unflatten(-1, (self.nheads, -1))  # [B, T, M, D/M]
         locations, weights = self.locations_and_weights(query, reference, spatial_shapes)
         return self.output_proj(deformable_sampling(value, spatial_shapes, locations, weights))
 
@@ -368,7 +352,7 @@ class Queries(nn.Module):
         super().__init__()
         self.query_embed = nn.Embedding(num_queries, 2 * hidden_dim)
         self.reference_points = nn.Linear(hidden_dim, 2)
-        # The embedding keeps N(0, 1): so points start all over the image, with a smaller one near its centre
+        # The embedding stays N(0, 1), so that reference points start all over the image, not near its centre
         xavier_uniform(self.reference_points)
         nn.init.zeros_(self.reference_points.bias)
 
@@ -393,6 +377,7 @@ class Proposals(nn.Module):
     def forward(self, memory, spatial_shapes, valid_ratios, mask, class_head, box_head):
         """-> tgt, query_pos [B, Q, D], reference [B, Q, 4], {"proposals": ...} of all T tokens."""
         centre = pixel_centres(spatial_shapes, valid_ratios)  # [B, T, 2]
+        # The anchor of a token is its centre with a side of 0.05 of the image at level 0, 0.1 at level 1, ...
         side = [torch.full((h * w, 2), 0.05 * 2 ** level) for level, (h, w) in enumerate(spatial_shapes)]
         anchor = torch.cat([centre, torch.cat(side).to(centre).expand_as(centre)], dim=-1)  # [B, T, 4]
         invalid = mask | ~((anchor > 0.01) & (anchor < 0.99)).all(-1)  # [B, T]
@@ -403,7 +388,7 @@ class Proposals(nn.Module):
         boxes_logit = box_head(tokens) + anchor  # [B, T, 4]
 
         # All labels of proposals are class 0 ("an object"), so class 0 ranks them (as in the official code).
-        count = torch.sym_min(self.num_queries, logits.shape[1])  # small maps may have fewer tokens
+        count = torch.sym_min(self.num_queries, logits.shape[1])  # min for torch.export; small maps have few
         best = logits[..., 0].topk(count, dim=1).indices  # [B, Q]
         reference = boxes_logit.gather(1, best[..., None].expand(-1, -1, 4)).detach().sigmoid()  # [B, Q, 4]
         embedding = sine(reference, memory.shape[-1] // 2).flatten(-2)  # [B, Q, 2D]
@@ -411,7 +396,7 @@ class Proposals(nn.Module):
         return tgt, query_pos, reference, {"proposals": {"logits": logits, "boxes": boxes_logit.sigmoid()}}
 
 
-# ---- Decoder: queries look at each other, then at the image (paper, section 4.1) ---------------------------
+# ---- Decoder: queries look at each other, then at the image ------------------------------------------------
 class DecoderLayer(nn.Module):
     """Queries look at each other, then at the image: tgt [B, Q, D], memory [B, T, D] -> [B, Q, D]."""
 
@@ -453,7 +438,7 @@ class Decoder(nn.Module):
             tgt = layer(tgt, query_pos, reference[:, :, None] * ratios[:, None], memory, spatial_shapes, mask)
             outputs.append(tgt)  # no final norm (DETR has one)
             # A.3: relative to the reference, in logit space; a point says nothing about width and height.
-            # Without eps a reference on the image's edge, 0 or 1, had an infinite logit.
+            # eps keeps the logit finite for a reference on the image's edge, 0 or 1.
             logit = reference.logit(eps=1e-5)
             boxes.append((box_head(tgt) + F.pad(logit, (0, 4 - logit.shape[-1]))).sigmoid())
             if self.box_refine:
@@ -482,6 +467,7 @@ class DeformableDETR(nn.Module):
         dim_feedforward=1024,
         dropout=0.1,
         num_queries=300,
+        temperature=10000,  # of sine positions; for small maps less is better (DAB-DETR, section 4.5)
         num_feature_levels=4,
         enc_points=4,
         dec_points=4,
@@ -489,12 +475,16 @@ class DeformableDETR(nn.Module):
         two_stage=False,
     ):
         super().__init__()
-        check_options(DeformableDETR, locals())
+        if hidden_dim % nheads or hidden_dim % 4:  # equal heads; sin and cos of x and y
+            raise ValueError(f"hidden_dim {hidden_dim} must be a multiple of nheads ({nheads}) and of 4")
         self.backbone = Backbone(backbone, pretrained_backbone, backbone_norm, dilation, last_stage)
+        if enc_layers < 1:
+            raise ValueError(f"enc_layers is {enc_layers}, it must be at least 1 to use the level embedding")
         box_refine, levels = box_refine or two_stage, num_feature_levels
         self.make_projections(hidden_dim, levels)
         self.encoder = Encoder(enc_layers, hidden_dim, nheads, dim_feedforward, dropout, levels, enc_points)
         self.queries = Proposals(hidden_dim, num_queries) if two_stage else Queries(hidden_dim, num_queries)
+        self.temperature = temperature
         self.decoder = Decoder(
             dec_layers, hidden_dim, nheads, dim_feedforward, dropout, levels, dec_points, box_refine)
         count = dec_layers + 1 if two_stage else dec_layers  # the proposals' heads are the last ones
@@ -509,11 +499,13 @@ class DeformableDETR(nn.Module):
         while len(convs) < levels:
             convs.append(nn.Conv2d(c, hidden_dim, kernel_size=3, stride=2, padding=1))
             c = hidden_dim
-        self.input_proj = nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(32, hidden_dim)) for conv in convs)
+        groups = min(32, hidden_dim // 2)  # a group of one channel has no spread on a map of one cell
+        norms = [nn.GroupNorm(groups, hidden_dim) for _ in convs]
+        self.input_proj = nn.ModuleList(nn.Sequential(*pair) for pair in zip(convs, norms))
         self.level_embed = nn.Parameter(torch.randn(levels, hidden_dim))
 
     def make_heads(self, hidden_dim, num_classes, count, box_refine, two_stage):
-        """The same pair of heads `count` times, or with refinement so many pairs."""
+        """`count` pairs of heads, which are different ones with refinement and one and the same without."""
         class_head = nn.Linear(hidden_dim, num_classes)
         box_head = MLP(hidden_dim, hidden_dim, 4, depth=3)
         nn.init.constant_(class_head.bias, -math.log(99))  # every class starts at p = 0.01
@@ -550,7 +542,7 @@ class DeformableDETR(nn.Module):
             maps.append(proj(features[-1] if len(maps) == len(features) else maps[-1]))  # C6: from raw C5
         spatial_shapes = [m.shape[-2:] for m in maps]
         masks = [resize_mask(mask, shape) for shape in spatial_shapes]  # L x [B, h, w]
-        pos = torch.cat([sine_positions(m, self.level_embed.shape[1], offset=0.5) + embed
+        pos = torch.cat([sine_positions(m, len(embed), offset=0.5, temperature=self.temperature) + embed
                          for m, embed in zip(masks, self.level_embed)], dim=1)  # [B, T, D]
         valid_ratios = torch.stack([valid_ratio(m) for m in masks], dim=1)  # [B, L, 2]
         src = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)  # [B, T, D]
@@ -611,4 +603,4 @@ if __name__ == "__main__":
         print(f"{name:12} {sum(p.numel() for p in part.parameters()):12,} parameters")
     with torch.no_grad():
         out = model(torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool))
-    print({name: list(tensor.shape) for name, tensor in out.items()})
+    print({name: list(out[name].shape) for name in ("logits", "boxes")})

@@ -8,16 +8,18 @@ to learn what matches. Here every decoder layer makes its queries anew, out of t
 feature at one salient point inside the query's reference box, and the old query only re-weighs what it took.
 
 Diff me against: conditional_detr.py. Independent of the idea are the boxes that each layer refines with heads
-of its own (as in Deformable DETR) and smca (from SMCA-DETR). More levels: relatives/sam_detr_multiscale.py.
+of its own (as in Deformable DETR), smca (from SMCA-DETR) and the fixed temperature of positions. More levels:
+relatives/sam_detr_multiscale.py.
 
-Departures from the official code (numbers are the same, tests/test_golden.py holds them):
+Departures from the official code; tests/test_golden.py checks that the numbers are the same:
+    those of all files: see Backbone.
     RoIAlign runs once per layer and boxes are computed once; the official code does both twice.
     any number of heads and decoder layers works; the official code stops at 6 layers and has 8 hard-coded.
+    salient points start at the centre of their box; the official ones, by mistake, anywhere in it.
     input_norm is an option; the official code normalises the single-scale input if trained for < 25 epochs.
 Left out on purpose: segmentation heads.
 """
 import copy
-import inspect
 import math
 import re
 
@@ -25,11 +27,10 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torchvision.ops import box_convert, roi_align
 
-# How the paper trains it (section 4), or for 12 epochs with lr_drop=10. train.py reads this.
+# How the paper trains it; train.py reads this.
 RECIPE = dict(
-    epochs=50,
+    epochs=50,  # section 4; or 12 with lr_drop=10
     lr_drop=40,
     batch_size=16,
     lr=1e-4,
@@ -43,12 +44,12 @@ RECIPE = dict(
     w_giou=2,
 )
 
-# For train.py --preset laptop: small images need a finer map; by trial C4 (3) for DETR, C3 (2) after it.
+# For train.py --preset laptop: small images need a finer map than C5.
 LAPTOP = dict(last_stage=2)
 
-# Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of
-# H*W), S supervised stages. Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding.
-# Masks are True on padding.
+# Shapes in comments: B images of H x W pixels, maps of h x w cells, T tokens (cells of all maps), Q queries,
+# C classes, D width, E width of queries and keys, M heads, L levels, K points, G groups, S supervised stages.
+# Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding. Masks are True on padding.
 
 
 # ---- Shared blocks: the same text in all files -------------------------------------------------------------
@@ -65,9 +66,11 @@ class Backbone(nn.Module):
     """torchvision ResNet without pooling and classifier.
 
     In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5
-    at 16 with dilation). Raises ValueError for unknown values. Not official: norm="batch", which training
-    from scratch needs; last_stage 3 or 2, cheap; dilation of ResNet-18 and -34, which torchvision refuses.
-    Source: official models/backbone.py; ImageNet weights V1, from which all papers start.
+    at 16 with dilation). Raises ValueError for unknown values. Source: official models/backbone.py; ImageNet
+    weights V1, from which all papers start.
+    Departures of all files: norm="batch" trains everything with live BatchNorm, which training from scratch
+    needs; last_stage 3 or 2 gives finer maps; `temperature` is an option. Faster with the same numbers:
+    FrozenBatchNorm2d reads x once, and FeedForward has its dropout before the ReLU.
     """
 
     def __init__(self, name, pretrained, norm, dilation, last_stage):
@@ -80,21 +83,17 @@ class Backbone(nn.Module):
             raise ValueError(f"last_stage is {last_stage!r}, it must be 4 (C5, as in the papers), 3 or 2")
         norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
         weights = "IMAGENET1K_V1" if pretrained else None
-        body = torchvision.models.get_model(name, weights=weights, norm_layer=norm_layer)
+        # DC5: the last stage keeps C4's resolution; torchvision has none for ResNet-18 and -34 and raises
+        body = torchvision.models.get_model(name, weights=weights, norm_layer=norm_layer,
+                                            replace_stride_with_dilation=[False, False, dilation])
         c5 = body.fc.in_features
         self.channels = [c5 // 4, c5 // 2, c5][:last_stage - 1]
         self.stages = ["layer2", "layer3", "layer4"][:last_stage - 1]
         del body.avgpool, body.fc
-        if dilation:  # DC5: the last stage keeps C4's resolution; stride becomes dilation, from block 2 on
-            for name, module in body.layer4.named_modules():
-                if isinstance(module, nn.Conv2d):
-                    module.stride = (1, 1)
-                    if module.kernel_size == (3, 3) and not name.startswith("0."):
-                        module.dilation = module.padding = (2, 2)
         for unused in ["layer3", "layer4"][last_stage - 2:]:
             delattr(body, unused)
         if norm == "frozen":
-            # A batch of one or two images has useless statistics: ImageNet's stay, and the first layers, too
+            # A batch of one or two images has useless statistics: ImageNet's stay, and so do the first layers
             body.conv1.requires_grad_(False)
             body.layer1.requires_grad_(False)
         self.body = body.to(memory_format=torch.channels_last)  # same numbers, faster convolutions
@@ -108,23 +107,6 @@ class Backbone(nn.Module):
             x = getattr(self.body, stage)(x)  # [B, ., H/8, W/8], then H/16, then H/32
             features.append(x)
         return features
-
-
-def check_options(model_class, values, may_be_zero=("enc_layers",)):
-    """Raises ValueError unless values, the arguments of model_class by name, can make a model."""
-    for name, parameter in inspect.signature(model_class).parameters.items():
-        value = values[name]
-        default = 1 if name == "num_classes" else parameter.default
-        if type(value) is not type(default) and (type(value), type(default)) != (int, float):
-            raise ValueError(f"{name} is {value!r}, it must be of type {type(default).__name__}")
-        least = 0 if default == 0 or name in may_be_zero else 1  # table 2 of DETR tries a decoder alone
-        if type(default) is int and value < least:
-            raise ValueError(f"{name} is {value}, it must be at least {least}")
-    if not 0 <= values["dropout"] < 1:
-        raise ValueError(f"dropout is {values['dropout']}, it must be at least 0 and below 1")
-    dim, nheads = values["hidden_dim"], values["nheads"]
-    if dim % nheads or dim % 4:  # sin and cos of x and y
-        raise ValueError(f"hidden_dim is {dim}, it must be a multiple of nheads ({nheads}) and of 4")
 
 
 def check_input(images, mask):
@@ -151,19 +133,18 @@ def sine(x, dim, temperature=10000):
 def sine_positions(mask, dim, offset, temperature=10000):
     """Position of every cell of a feature map, relative to the part of the map that is not padding.
 
-    mask [B, H, W] bool -> [B, H*W, dim], the first half encodes y, the second x. With `offset` 0 cells count
-    1 to N, as in DETR; 0.5 moves them to their centres, because some papers sample features at points.
-    The order of the additions matters to SAM-DETR alone: in rows that are all padding N is 0, the quotient
-    is rounding noise, and its RoIAlign reads the outcome. Source: official models/position_encoding.py.
+    mask [B, h, w] bool -> [B, h*w, dim]: the first half encodes y, the second x. With `offset` 0 cells count
+    1 to N, as in DETR; 0.5 moves them to their centres, because some papers sample features at points. In a
+    row of padding N is 0, and the order of the additions decides. Source: official position_encoding.py.
     """
     def normalised(n, axis):
         last = n.narrow(axis, -1, 1)
         return (n - offset) / (((last - offset) + 1e-6) + offset)
 
-    y = normalised((~mask).cumsum(1, dtype=torch.float32), 1)  # [B, H, W]
-    x = normalised((~mask).cumsum(2, dtype=torch.float32), 2)  # [B, H, W]
-    both = [sine(y, dim // 2, temperature), sine(x, dim // 2, temperature)]  # 2 x [B, H, W, dim/2]
-    return torch.cat(both, dim=-1).flatten(1, 2)  # [B, H*W, dim]
+    y = normalised((~mask).cumsum(1, dtype=torch.float32), 1)  # [B, h, w]
+    x = normalised((~mask).cumsum(2, dtype=torch.float32), 2)  # [B, h, w]
+    both = [sine(y, dim // 2, temperature), sine(x, dim // 2, temperature)]  # 2 x [B, h, w, dim/2]
+    return torch.cat(both, dim=-1).flatten(1, 2)  # [B, h*w, dim]
 
 
 class MLP(nn.Module):
@@ -197,11 +178,12 @@ class Attention(nn.Module):
     def forward(self, q, k, v, mask=None, bias=None):
         # [B, T, E] -> [B, T, M, E/M] -> [B, M, T, E/M]
         q, k, v = (x.unflatten(-1, (self.nheads, -1)).transpose(1, 2) for x in (q, k, v))
+        attn_mask = bias  # torch adds it if it is float; if it is bool, True means "look here"
         if mask is not None:
-            attend = ~mask[:, None, None]  # [B, 1, 1, T], True = look here
-            bias = attend if bias is None else bias.masked_fill(~attend, -math.inf)
+            attend = ~mask[:, None, None]  # [B, 1, 1, T]
+            attn_mask = attend if bias is None else bias.masked_fill(~attend, -math.inf)
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)  # [B, M, Q, D/M]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p=dropout)  # [B, M, Q, D/M]
         return self.out_proj(out.transpose(1, 2).flatten(2))  # [B, Q, D]
 
 
@@ -286,6 +268,31 @@ def valid_size(mask):
     return torch.stack([(~mask[:, 0]).sum(1), (~mask[:, :, 0]).sum(1)], dim=-1)  # [B, 2]
 
 
+def linear_weights(places, cells):
+    """Weights of the cells 0, 1, ... in a linear interpolation at `places`: [...] -> [..., cells]."""
+    # Not relu(1 - |places - cell|), which has no gradient at the centre of a cell, where all points start
+    cell = torch.arange(cells, device=places.device)
+    left = places.floor()[..., None]
+    share = places[..., None] - left  # of the cell on the right
+    return (cell == left) * (1 - share) + (cell == left + 1) * share
+
+
+def bin_weights(centre, size, cells, bins):
+    """RoIAlign along one axis is a matrix: centre and size [B, Q] of boxes, in cells -> [B, Q, bins, cells].
+
+    A bin is the mean of ceil(its size) samples. Samples more than one cell outside of the map are 0, others
+    are moved to the centres of its outermost cells. Source: torchvision's roi_align with aligned=True.
+    """
+    size = size[..., None, None] / bins  # [B, Q, 1, 1], of a bin
+    n = size.ceil()  # of its samples; none in an empty box
+    i = torch.arange(2 * cells // bins + 2, device=size.device)  # enough for twice the map; export needs > 1
+    k = torch.arange(bins, device=size.device)[:, None] - bins / 2  # [bins, 1], from the box's centre
+    places = centre[..., None, None] - 0.5 + size * (k + (i + 0.5) / n.clamp(min=1))  # [B, Q, bins, samples]
+    counts = (i < n) & (places >= -1) & (places <= cells)
+    weights = linear_weights(places.clamp(0, cells - 1), cells) * counts[..., None]  # [.., samples, cells]
+    return weights.sum(-2) / n.clamp(min=1)  # [B, Q, bins, cells]
+
+
 class SemanticsAligner(nn.Module):
     """New content and position for every query and head, sampled from the image inside the reference box.
 
@@ -293,59 +300,54 @@ class SemanticsAligner(nn.Module):
     points [B, Q, M, 2] as (x, y) in [0, 1] of the image; scale [B, Q, M, 2] with smca, else None.
     """
 
-    roi_size = 7
+    bins = 7  # of a region, along each axis
 
     def __init__(self, hidden_dim, nheads, smca):
         super().__init__()
         self.nheads = nheads
         self.smca = smca
-        conv = nn.Conv2d(hidden_dim, hidden_dim // 4, kernel_size=1)
-        self.point_conv = nn.Sequential(conv, nn.ReLU(), nn.Flatten())
+        self.point_conv = nn.Conv2d(hidden_dim, hidden_dim // 4, kernel_size=1)
         self.point_mlp = nn.Sequential(
-            nn.Linear(hidden_dim // 4 * self.roi_size ** 2, hidden_dim),
-            nn.ReLU(),
-            nn.Linear(hidden_dim, 2 * hidden_dim),
-            nn.ReLU(),
-            nn.Linear(2 * hidden_dim, 2 * hidden_dim),
-            nn.ReLU(),
-            nn.Linear(2 * hidden_dim, nheads * (4 if smca else 2)),
-        )
+            nn.Linear(hidden_dim // 4 * self.bins ** 2, hidden_dim), nn.ReLU(),
+            nn.Linear(hidden_dim, 2 * hidden_dim), nn.ReLU(),
+            nn.Linear(2 * hidden_dim, 2 * hidden_dim), nn.ReLU(),
+            nn.Linear(2 * hidden_dim, nheads * (4 if smca else 2)))
         self.reweight_content = nn.Linear(hidden_dim, nheads * hidden_dim)
         self.reweight_position = nn.Linear(hidden_dim, nheads * hidden_dim)
 
     def centre_points(self):
-        """Start every point at the centre of its box; to be called after Xavier initialisation.
-
-        The official code means to, but in the other order: its points start anywhere in the box.
-        """
+        """Start every point at the centre of its box; for after Xavier initialisation (official: before)."""
         # Not the scales of smca: they are used squared, so that zeros would get no gradient
         nn.init.zeros_(self.point_mlp[-1].weight[:2 * self.nheads])
         nn.init.zeros_(self.point_mlp[-1].bias)
 
-    def regions(self, reference, memory, mask):
-        """F_R = RoIAlign(F, box), the reference boxes' contents: [B*Q, D, 7, 7]."""
-        feature_map = memory.transpose(1, 2).unflatten(2, mask.shape[1:])  # [B, D, h, w]
+    def forward(self, tgt, reference, memory, mask):
+        (B, Q, D), (h, w), bins = tgt.shape, mask.shape[1:], self.bins
         # Boxes are relative to the image, hence the valid size. Where one reaches over the image's edge, it
         # reads what the encoder wrote on padding (as in the official code): so padding changes numbers more.
-        size = valid_size(mask).repeat(1, 2)[:, None]  # [B, 1, 4]
-        boxes_xyxy = (box_convert(reference, "cxcywh", "xyxy") * size).flatten(0, 1)  # [B*Q, 4], in cells
-        image = torch.arange(memory.shape[0], device=memory.device).repeat_interleave(reference.shape[1])
-        rois = torch.cat([image[:, None], boxes_xyxy], dim=-1)  # [B*Q, 5]
-        return roi_align(feature_map, rois, output_size=self.roi_size, aligned=True)  # [B*Q, D, 7, 7]
-
-    def forward(self, tgt, reference, memory, mask):
-        B, Q, D = tgt.shape
-        regions = self.regions(reference, memory, mask)  # [B*Q, D, 7, 7]
+        boxes = reference.detach() * valid_size(mask).repeat(1, 2)[:, None]  # [B, Q, 4], in cells
+        columns = bin_weights(boxes[..., 0], boxes[..., 2], w, bins)  # [B, Q, 7, w]
+        rows = bin_weights(boxes[..., 1], boxes[..., 3], h, bins)  # [B, Q, 7, h]
+        # F_R = RoIAlign(F, box) = rows F columns^T in every channel. The 1x1 convolution is linear, too, and
+        # goes first, so that regions have D/4 channels. Its bias goes last: F is 0 outside of the map.
+        narrow = F.linear(memory, self.point_conv.weight.flatten(1)).view(B, h, w, D // 4)
+        regions = rows.flatten(1, 2)[:, None] @ narrow.transpose(1, 2)  # [B, w, Q*7, D/4]
+        regions = regions.transpose(1, 2).unflatten(1, (Q, bins))  # [B, Q, 7, w, D/4]
+        regions = columns[:, :, None] @ regions  # [B, Q, 7, 7, D/4]
+        regions = (regions + self.point_conv.bias).relu().movedim(-1, 2)  # [B, Q, D/4, 7, 7]
         # R_SP = MLP(ConvNet(F_R)): one point per head, in [-1, 1] of the box; with smca one scale as well
-        xy = self.point_mlp(self.point_conv(regions)).view(B, Q, -1, self.nheads, 2)  # [B, Q, 1 or 2, M, 2]
-        points = xy[:, :, 0].tanh()  # [B, Q, M, 2]
-        scale = xy[:, :, 1] if self.smca else None  # [B, Q, M, 2]
+        xy = self.point_mlp(regions.flatten(2)).view(B, Q, -1, self.nheads, 2)  # [B, Q, 1 or 2, M, 2]
+        in_box, scale = xy[:, :, 0].tanh(), xy[:, :, 1] if self.smca else None  # [B, Q, M, 2] twice
 
-        # A head's content is the feature at its point: all D channels, not D/M of them
-        content = F.grid_sample(regions, points.view(B * Q, 1, -1, 2), align_corners=False)  # [B*Q, D, 1, M]
-        content = content.view(B, Q, D, -1).transpose(2, 3)  # [B, Q, M, D]
+        # A head's content is F_R at its point: all D channels, not D/M of them. This is linear in F, too: the
+        # point's weights of the 7 bins, times the bins' weights of the cells, are a weight for every cell.
+        x, y = ((in_box.float() + 1) * bins / 2 - 0.5).unbind(-1)  # [B, Q, M] twice, in bins
+        x = linear_weights(x, bins) @ columns  # [B, Q, M, w]
+        y = linear_weights(y, bins) @ rows  # [B, Q, M, h]
+        weights = y[..., None] * x[..., None, :]  # [B, Q, M, h, w]
+        content = (weights.view(B, -1, h * w) @ memory).view(B, Q, self.nheads, D)
         centre, wh = reference[:, :, None].chunk(2, dim=-1)  # [B, Q, 1, 2] twice
-        points = centre + points * wh / 2
+        points = centre + in_box * wh / 2  # [B, Q, M, 2], in [0, 1] of the image
         position = sine_xy(points.detach(), D)  # [B, Q, M, D]; points learn through the content they sample
         # The old query decides which channels count: Sigmoid(Linear(Q))
         content = content * self.reweight_content(tgt).sigmoid().view_as(content)
@@ -354,10 +356,7 @@ class SemanticsAligner(nn.Module):
 
 
 def gaussian_bias(points, scale, mask):
-    """SMCA: the logarithm of a Gaussian around every head's point, for its attention scores.
-
-    points [B, Q, M, 2] in [0, 1] of the image, scale [B, Q, M, 2], mask [B, h, w] -> [B, M, Q, h*w].
-    """
+    """SMCA's log-Gaussian around points [B, Q, M, 2], scale [B, Q, M, 2], mask [B, h, w]: [B, M, Q, h*w]."""
     h, w = mask.shape[1:]
     points = (points * valid_size(mask)[:, None, None]).transpose(1, 2)  # [B, M, Q, 2], in cells
     scale = scale.transpose(1, 2)  # [B, M, Q, 2]
@@ -367,7 +366,20 @@ def gaussian_bias(points, scale, mask):
     return -squares.flatten(3) / 8  # [B, M, Q, h*w]; the 8 is SMCA-DETR's
 
 
-# ---- Decoder: queries look at each other, then at the image (paper, section 3) -----------------------------
+class SharedKeyAttention(Attention):
+    """Attention whose M heads, each D wide, share the key: q [B, Q, M*D], k [B, T, D]; else as Attention."""
+
+    def forward(self, q, k, v, mask, bias=None):
+        q = q.unflatten(-1, (self.nheads, -1)) / math.sqrt(k.shape[-1])  # [B, Q, M, D]
+        scores = torch.einsum("bqmd,btd->bmqt", q, k)  # [B, M, Q, T]
+        scores = scores if bias is None else scores + bias
+        weights = scores.masked_fill(mask[:, None, None], -math.inf).softmax(-1)
+        v = v.unflatten(-1, (self.nheads, -1)).transpose(1, 2)  # [B, M, T, D/M]
+        out = F.dropout(weights, self.dropout, self.training) @ v  # [B, M, Q, D/M]
+        return self.out_proj(out.transpose(1, 2).flatten(2))  # [B, Q, D]
+
+
+# ---- Decoder: queries look at each other, then at the image ------------------------------------------------
 class DecoderLayer(nn.Module):
     """Queries look at each other, then at the image: tgt [B, Q, D], memory [B, T, D] -> [B, Q, D]."""
 
@@ -387,7 +399,7 @@ class DecoderLayer(nn.Module):
         self.ca_k_content = nn.Linear(hidden_dim, hidden_dim)
         self.ca_k_sine = MLP(hidden_dim, hidden_dim, hidden_dim, depth=2)
         self.ca_v = nn.Linear(hidden_dim, hidden_dim)
-        self.cross_attn = Attention(hidden_dim, nheads, dropout)
+        self.cross_attn = SharedKeyAttention(hidden_dim, nheads, dropout)
         self.norm2 = nn.LayerNorm(hidden_dim)
         self.ffn = FeedForward(hidden_dim, dim_feedforward, dropout)
         self.dropout = nn.Dropout(dropout)
@@ -405,9 +417,8 @@ class DecoderLayer(nn.Module):
         q = self.ca_q_content(content) + self.ca_q_sine(position)  # [B, Q, M, D]
         k = self.ca_k_content(memory) + self.ca_k_sine(pos)  # [B, T, D]
         v = self.ca_v(memory)  # [B, T, D]
-        q, k = q.flatten(2), k.repeat(1, 1, self.nheads)  # [B, Q, M*D], [B, T, M*D]
         bias = None if scale is None else gaussian_bias(points, scale, mask)  # [B, M, Q, T]
-        tgt = self.norm2(tgt + self.dropout(self.cross_attn(q, k, v, mask.flatten(1), bias)))
+        tgt = self.norm2(tgt + self.dropout(self.cross_attn(q.flatten(2), k, v, mask.flatten(1), bias)))
         return self.ffn(tgt)
 
 
@@ -417,16 +428,17 @@ class Decoder(nn.Module):
     def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout, smca):
         super().__init__()
         self.layers = nn.ModuleList(
-            DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, smca) for _ in range(num_layers))
+            DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, smca)
+            for _ in range(num_layers))
 
     def forward(self, reference, box_heads, memory, pos, mask):
-        tgt = memory.new_zeros(*reference.shape[:2], memory.shape[-1])  # [B, Q, D]; queries hold nothing yet
+        tgt = memory.new_zeros(*reference.shape[:2], memory.shape[-1])  # [B, Q, D]; content starts at zero
         outputs, boxes = [], []
         for layer, box_head in zip(self.layers, box_heads):
             query_pos = sine_xy(reference[..., :2].detach(), tgt.shape[-1])  # [B, Q, D]; no width and height
             tgt = layer(tgt, query_pos, reference, memory, pos, mask)
             outputs.append(tgt)  # no final norm (DETR has one)
-            # Relative to the reference; without eps one on the image's edge, 0 or 1, had an infinite logit
+            # Relative to the reference; eps keeps its logit finite on the image's edge, 0 or 1
             boxes.append((box_head(tgt) + reference.logit(eps=1e-5)).sigmoid())
             reference = boxes[-1].detach()  # no gradient from one layer's box to the previous one
         return torch.stack(outputs), torch.stack(boxes)
@@ -457,32 +469,27 @@ class SAMDETR(nn.Module):
         input_norm=False,
     ):
         super().__init__()
-        check_options(SAMDETR, locals())
+        if hidden_dim % nheads or hidden_dim % 4:  # equal heads; sin and cos of x and y
+            raise ValueError(f"hidden_dim {hidden_dim} must be a multiple of nheads ({nheads}) and of 4")
         self.backbone = Backbone(backbone, pretrained_backbone, backbone_norm, dilation, last_stage)
-        conv = nn.Conv2d(self.backbone.channels[-1], hidden_dim, kernel_size=1)
+        self.input_proj = nn.Conv2d(self.backbone.channels[-1], hidden_dim, kernel_size=1)
         norm = nn.GroupNorm(32, hidden_dim) if input_norm else nn.Identity()
-        self.input_proj = nn.ModuleList([nn.Sequential(conv, norm)])  # one level
+        self.input_proj = nn.ModuleList([nn.Sequential(self.input_proj, norm)])  # one level
         self.encoder = Encoder(enc_layers, hidden_dim, nheads, dim_feedforward, dropout)
         self.query_embed = nn.Embedding(num_queries, 4)  # boxes, before the sigmoid
         self.decoder = Decoder(dec_layers, hidden_dim, nheads, dim_feedforward, dropout, smca)
-        self.make_heads(hidden_dim, num_classes, dec_layers)
-        self.reset_parameters()
-
-    def make_heads(self, hidden_dim, num_classes, dec_layers):
-        """A pair of heads for each layer."""
-        class_head = nn.Linear(hidden_dim, num_classes)
-        box_head = MLP(hidden_dim, hidden_dim, 4, depth=3)
-        nn.init.constant_(class_head.bias, -math.log(99))  # every class starts at p = 0.01
-        nn.init.zeros_(box_head.layers[-1].weight)
-        nn.init.zeros_(box_head.layers[-1].bias)
-        self.class_head = nn.ModuleList(copy.deepcopy(class_head) for _ in range(dec_layers))
-        self.box_head = nn.ModuleList(copy.deepcopy(box_head) for _ in range(dec_layers))
-
-    def reset_parameters(self):
+        self.class_head = nn.Linear(hidden_dim, num_classes)
+        self.box_head = MLP(hidden_dim, hidden_dim, 4, depth=3)
         xavier_uniform(self.encoder)
         xavier_uniform(self.decoder)
         for layer in self.decoder.layers:
             layer.aligner.centre_points()
+        nn.init.constant_(self.class_head.bias, -math.log(99))  # every class starts at p = 0.01
+        nn.init.zeros_(self.box_head.layers[-1].weight)
+        nn.init.zeros_(self.box_head.layers[-1].bias)
+        # Layers refine boxes, so each has a pair of heads
+        self.class_head = nn.ModuleList(copy.deepcopy(self.class_head) for _ in range(dec_layers))
+        self.box_head = nn.ModuleList(copy.deepcopy(self.box_head) for _ in range(dec_layers))
 
     def forward(self, images, mask):
         """images [B, 3, H, W], mask [B, H, W] -> {"logits": [S, B, Q, C], "boxes": [S, B, Q, 4]}."""
@@ -515,7 +522,7 @@ OFFICIAL_NAMES = (
     (r"\.(sa|ca)_([qk])pos_proj\.", r".\1_\2_pos."),
     (r"\.(sa|ca)_v_proj\.", r".\1_v."),
     (r"\.ca_([qk])pos_sine_proj\.", r".ca_\1_sine."),
-    (r"\.point1\.", ".aligner.point_conv."),
+    (r"\.point1\.0\.", ".aligner.point_conv."),
     (r"\.point2\.", ".aligner.point_mlp."),
     (r"\.attn1\.", ".aligner.reweight_content."),
     (r"\.attn2\.", ".aligner.reweight_position."),
@@ -549,4 +556,4 @@ if __name__ == "__main__":
         print(f"{name:12} {sum(p.numel() for p in part.parameters()):12,} parameters")
     with torch.no_grad():
         out = model(torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool))
-    print({name: list(tensor.shape) for name, tensor in out.items()})
+    print({name: list(out[name].shape) for name in ("logits", "boxes")})

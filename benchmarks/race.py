@@ -1,18 +1,17 @@
-"""The race: every method trains on `shapes` for the same CPU minutes of one core, with the same pictures.
+"""The race: every runner makes the same steps of 8 images with the same cosine, on the same pictures.
 
-    python benchmarks/race.py --jobs 2                         the files at the top level, seed 0
-    python benchmarks/race.py --group race_all --seeds 0 1 2   another group of runners, more seeds
-    python benchmarks/race.py --only sqr deformable_detr       some runners by name
-    python benchmarks/race.py --table --group race_all         no training: table and figure from the results
+    python benchmarks/race.py --jobs 2 --seeds 0 1 2           trains the five methods
+    python benchmarks/race.py --groups race_all maps layers    trains other groups of runners
+    python benchmarks/race.py --only "sqr dense" --steps 600   trains some runners by name
+    python benchmarks/race.py --draw                           trains nothing: tables, figures of docs/
+    python benchmarks/race.py --compare RUN RUN                draws the curves of your own runs
 
-Each runner is `python train.py` with its laptop preset and batches of 8 on one thread, so anybody can repeat
-one by hand. Its number of steps is what fits into --minutes of a core at the CPU seconds of its step. These
-are measured first and kept in benchmarks/results/steps.json: delete the file to measure all again. What is
-finished is not run again, what was interrupted goes on where it stopped. Runs lie in benchmarks/runs/, their
-curves in benchmarks/results/race.json, the figures in docs/.
+Each runner is `python train.py` with its laptop preset on one thread. A run is recorded in
+benchmarks/results/race.json when it ends, and a recorded run is not trained again. After Ctrl-C or SIGTERM
+the same command resumes each run where it stopped. To start a new race, delete race.json and benchmarks/runs.
 
-Minutes are CPU minutes of the run's process, evaluations included: waiting does not count. They still grow
-a little with a second run beside it, since the two share caches and memory.
+Minutes are CPU minutes of the run's process, evaluations included. Waiting does not count, but a second run
+on the same machine makes them a little longer, because the two share caches and memory.
 """
 import argparse
 import datetime
@@ -21,11 +20,11 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,321 +34,234 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import train  # noqa: E402
-from support import data, options  # noqa: E402
-from support.model_files import build_model, known_files  # noqa: E402
+from support import UserError  # noqa: E402
+from support.model_files import known_files  # noqa: E402
+from support.report import one_line_errors  # noqa: E402
 
-RUNS, DOCS = ROOT / "benchmarks/runs", ROOT / "docs"
-RESULTS, STEPS = (ROOT / "benchmarks/results" / name for name in ("race.json", "steps.json"))
-EVALUATIONS = 10  # in each run
-
-
-def runner(model, *options, steps=None, batch=8):
-    """Flags of train.py. With `steps` the number of steps is given, not what fits into the minutes."""
-    length = ["--steps", str(steps)] if steps else []
-    chosen = [word for option in options for word in ("--option", option)]
-    return ["--model", model, "--batch-size", str(batch), *length, *chosen]
+RUNS, RESULTS, DOCS = ROOT / "benchmarks/runs", ROOT / "benchmarks/results/race.json", ROOT / "docs"
+BATCH, EVALUATIONS = 8, 10  # of each run
+LOCK, CHILDREN = threading.Lock(), set()  # of race.json; process ids
 
 
-# Every model file is a runner of its own name with its laptop preset. Here are those that differ: other
-# options, a length of their own, ablations of a paper.
-SPECIAL = {
+def runner(model, *options, times=1):
+    """A model file with its laptop preset and these options; it makes `times` the steps of the others."""
+    return {"model": model, "options": options, "times": times}
+
+
+CONTROLS = {
+    "detr, coarse map": runner("detr", "last_stage=3", "temperature=10000"),
+    "detr, 5 times as long": runner("detr", times=5),
+    "conditional_detr, coarse map": runner("conditional_detr", "last_stage=3", "temperature=10000"),
+    "sam_detr smca": runner("sam_detr", "smca=true"),
     "deformable_detr plain": runner("deformable_detr", "box_refine=false"),
     "deformable_detr two-stage": runner("deformable_detr", "two_stage=true"),
     "sqr dense": runner("sqr", "recollect=dense"),
     "sqr recurrent": runner("sqr", "recurrent=true"),
-    "group_detr K=6": runner("group_detr", "num_groups=6"),
-    "group_detr K=11": runner("group_detr", "num_groups=11"),
-    "detr 3600 steps": runner("detr", steps=3600, batch=16),
-    "deformable_detr 1300 steps": runner("deformable_detr", steps=1300),
-    "sqr 1300 steps": runner("sqr", steps=1300),
-    "deformable_detr 6 stages": runner("deformable_detr", "dec_layers=6"),
-    "sqr 6 stages": runner("sqr", "dec_layers=6"),
-    "adamixer 6 stages": runner("adamixer", "dec_layers=6"),
-    "deformable_detr 6 stages, no loss on the first": runner(
-        "benchmarks/no_first_loss.py", "recollect=none", "dec_layers=6"),
-    "sqr 6 stages, no loss on the first": runner("benchmarks/no_first_loss.py", "dec_layers=6"),
-    # Of the same length as conditional_detr in a race of 11 minutes, which is the fifth of them
-    "csq-i": runner("conditional_detr_ablations", "spatial_query=csq-i", steps=1990),
-    "csq-p": runner("conditional_detr_ablations", "spatial_query=csq-p", steps=1990),
-    "csq-t": runner("conditional_detr_ablations", "spatial_query=csq-t", steps=1990),
-    "csq-c": runner("conditional_detr_ablations", "spatial_query=csq-c", steps=1990),
+    **{f"group_detr K={K}": runner("group_detr", f"num_groups={K}") for K in (1, 6, 11)},
+    **{f"{name} 6 layers": runner(name, "dec_layers=6") for name in ("deformable_detr", "sqr", "adamixer")},
+    **{f"csq-{x}": runner("conditional_detr_ablations", f"spatial_query=csq-{x}") for x in "iptc"},
 }
 FILES = known_files()
-RUNNERS = {**{name: runner(name) for name in FILES}, **SPECIAL}
-MAIN = [name for name, path in FILES.items() if path.parent == ROOT]  # README's figure
+RUNNERS = {**{name: runner(name) for name in FILES}, **CONTROLS}
+MAIN = [name for name, path in FILES.items() if path.parent == ROOT]
 RELATIVES = [name for name in FILES if name not in MAIN and (DOCS / f"{name}.md").exists()]
-# What is run, shown in one table and drawn in docs/GROUP.png
-GROUPS = {
+GROUPS = {  # trained together, and shown in one table
     "race": MAIN,
     "race_all": [*MAIN, *RELATIVES],
-    "variants": ["deformable_detr", "deformable_detr plain", "deformable_detr two-stage", "sqr", "sqr dense"],
-    "supervision": ["conditional_detr", "group_detr", "group_detr K=6", "group_detr K=11", "deformable_detr",
-                    "hdetr", "sqr", "sqr dense"],
-    "rivals": ["conditional_detr", "smca_detr", "dab_detr", "sam_detr"],
-    "stages": [name for name in RUNNERS if "6 stages" in name],
+    "maps": [name for name in RUNNERS if name.split(",")[0] in ("detr", "conditional_detr")],
+    "rivals": ["conditional_detr", "smca_detr", "dab_detr", "sam_detr", "sam_detr smca"],
+    "variants": ["deformable_detr", "deformable_detr plain", "deformable_detr two-stage"],
+    "supervision": ["conditional_detr", *(name for name in RUNNERS if name.startswith("group_detr")),
+                    "deformable_detr", "hdetr", "sqr", "sqr dense"],
+    "layers": [name for name in RUNNERS if "6 layers" in name],
     "spatial_query": ["conditional_detr", *(name for name in RUNNERS if name.startswith("csq"))],
 }
-COLOURS = ["#0072b2", "#d55e00", "#000000", "#cc79a7", "#009e73", "#8c564b", "#9467bd", "#b8860b", "#17a2b8",
-           "#e0115f", "#7f7f7f", "#5f8f00"]  # of the files, in order
-SHOWN = {"group_detr": "group_detr K=3"}  # a clearer name in tables and figures
+FIGURES = ("race", "race_all", "rivals", "supervision")  # the groups of docs/GROUP.png
 
 
-# ---- Running -----------------------------------------------------------------------------------------------
-def git(*words):
-    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+# ---- Training ----------------------------------------------------------------------------------------------
+def flags_of(name, steps):
+    """The runner as flags of train.py."""
+    chosen = RUNNERS[name]
+    options = [word for option in chosen["options"] for word in ("--option", option)]
+    return ["--model", chosen["model"], "--batch-size", str(BATCH), "--schedule", "cosine",
+            "--steps", str(steps * chosen["times"]), *options]
 
 
 def launch(flags, output):
-    """CPU seconds of one run of train.py on one thread, which prints into `output`; None if it fails."""
+    """CPU seconds of train.py on one thread, which prints into `output`; None if it does not end well."""
     command = [sys.executable, str(ROOT / "train.py"), "--workers", "0", "--device", "cpu", *map(str, flags)]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open(output, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=one_thread, cwd=ROOT)
+    with open(output, "a") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        CHILDREN.add(process.pid)
         _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        print(f"stopped, see {output}", flush=True)
-        return None
-    return usage.ru_utime + usage.ru_stime
+    CHILDREN.discard(process.pid)
+    return None if status else usage.ru_utime + usage.ru_stime
 
 
-def measure(names, rounds=10):
-    """CPU seconds of a step and of an evaluation of each runner on one thread, kept in steps.json.
-
-    They take turns, and the least of all rounds counts: whatever else the machine does weighs on all alike.
-    """
-    torch.set_num_threads(1)
-    trained = {name: Trained(RUNNERS[name]) for name in names}
-    seconds = {name: [] for name in names}
-    for _ in range(rounds + 2):  # the first ones warm up
-        for name in names:
-            seconds[name].append(cpu_seconds(trained[name].step))
-    for name in names:
-        evaluation = min(cpu_seconds(trained[name].evaluate) for _ in range(2))
-        write(STEPS, name, [round(min(seconds[name][2:]), 4), round(evaluation, 2)])
-
-
-class Trained:
-    """A runner's model and its data, for measuring."""
-
-    def __init__(self, flags):
-        request = options.parse(None, [*flags, "--workers", "0", "--device", "cpu"])
-        self.args, sets = request.args, data.load_datasets(request.args, ("train", "val"))
-        options.resolve(request, sets["train"])
-        model = build_model(request.module, len(sets["val"].class_names), request.model_options)
-        self.model, self.criterion, self.val_set = model, train.SetCriterion(model), sets["val"]
-        self.optimizer = train.make_optimizer(model, 1e-4, 1e-4, 1e-4)
-        self.train_set = sets["train"]
-
-    def step(self):
-        batch = data.collate([self.train_set[i] for i in range(self.args.batch_size)])
-        train.train_step(self.model, self.criterion, self.optimizer, [batch], self.args)
-
-    def evaluate(self):
-        train.evaluate(self.model, self.criterion, self.val_set, self.args)
-
-
-def cpu_seconds(function):
-    start = time.process_time()
-    function()
-    return time.process_time() - start
-
-
-def flags_of(name, minutes):
-    """The runner's flags with --steps: a multiple of the number of evaluations, as many as fit."""
-    if "--steps" in RUNNERS[name]:
-        return RUNNERS[name]
-    step, evaluation = read(STEPS)[name]
-    fit = (60 * minutes - EVALUATIONS * evaluation) / step
-    return [*RUNNERS[name], "--steps", str(max(1, round(fit / EVALUATIONS)) * EVALUATIONS)]
-
-
-def run(name, seed, minutes):
-    """Train one runner to its end, or go on with it: its entry for race.json, or None if it stopped early."""
-    flags = flags_of(name, minutes)
+def run(name, seed, steps):
+    """Trains a runner to its end, or resumes it, and records it in race.json."""
+    flags = flags_of(name, steps)
     steps = int(flags[flags.index("--steps") + 1])
-    folder, start = RUNS / f"{name.replace(',', '').replace(' ', '-')}-{steps}-seed{seed}", 0
+    folder = RUNS / f"{name.replace(',', '').replace(' ', '-')}-{steps}-seed{seed}"
+    start, seconds = 0, None
     if (folder / "last.pt").exists():
         start = torch.load(folder / "last.pt", weights_only=True)["step"]
         command = ["--resume", folder]
     else:
-        shutil.rmtree(folder, ignore_errors=True)  # stopped before its first checkpoint
-        command = [*flags, "--seed", seed, "--eval-every", steps // EVALUATIONS, "--out", folder]
+        shutil.rmtree(folder, ignore_errors=True)  # a run stopped before its first checkpoint
+        command = [*flags, "--seed", seed, "--eval-every", max(1, steps // EVALUATIONS), "--out", folder]
     if start < steps:
         seconds = launch(command, f"{folder}.txt")
         if seconds is None:
-            return None
-        minutes = seconds / 60 * steps / (steps - start)
+            print(f"{name}, seed {seed}: stopped, see {folder}.txt", flush=True)
+            return
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    entry = {**entry_of(folder), "name": name, "seed": seed, "flags": shlex.join(flags),
+             "commit": commit.stdout.strip(), "date": str(datetime.date.today()),
+             "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    if seconds:  # of the last part, from which those of the whole run follow
+        entry["cpu_minutes"] = round(seconds / 60 * steps / (steps - start), 2)
+    with LOCK:
+        key = f"{name}, seed {seed}, {steps} steps"
+        content = json.dumps(dict(sorted({**read(), key: entry}.items())), indent=1)
+        RESULTS.with_suffix(".tmp").write_text(content + "\n")
+        os.replace(RESULTS.with_suffix(".tmp"), RESULTS)  # race.json is whole at any moment
+    print(f"{name}, seed {seed}: AP {entry['evals'][-1]['AP']:.3f}", flush=True)
+
+
+def entry_of(folder):
+    """Settings and evaluations of a run. Minutes are those of its clock. Raises UserError."""
+    settings = json.loads((folder / "args.json").read_text())
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     keep = ("AP", "AP50", "AP75", "AP_small")
     evals = [{"step": line["step"], **{k: round(line["eval"][k], 4) for k in keep}}
              for line in lines if "eval" in line]
-    print(f"{name}, seed {seed}: AP {evals[-1]['AP']:.3f}, AP50 {evals[-1]['AP50']:.3f}", flush=True)
-    settings = json.loads((folder / "args.json").read_text())
-    return {"name": name, "seed": seed, "flags": shlex.join(flags), "batch": settings["train"]["batch_size"],
-            "cpu_minutes": round(minutes, 2), "commit": git("rev-parse", "--short", "HEAD"),
-            "date": str(datetime.date.today()), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "torch": settings["versions"]["torch"], "evals": evals}
+    if not evals:
+        raise UserError(f"{folder}: no evaluation in log.jsonl yet")
+    return {"name": folder.name, "batch": settings["train"]["batch_size"], "options": settings["model"],
+            "cpu_minutes": round(lines[-1]["seconds"] / 60, 2), "torch": settings["versions"]["torch"],
+            "evals": evals}
 
 
-def read(path):
-    return json.loads(path.read_text()) if path.exists() else {}
+def read():
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
-def write(path, key, value):
-    path.write_text(json.dumps(dict(sorted({**read(path), key: value}.items())), indent=1) + "\n")
-
-
-def race(names, seeds, jobs, minutes):
-    """Run what is not in race.json yet, `jobs` at a time, and store each result at once."""
-    lock = threading.Lock()
+def race(names, seeds, steps, jobs):
+    """Trains what race.json lacks, `jobs` runs at a time."""
     RUNS.mkdir(parents=True, exist_ok=True)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-
-    def keep(path, key, value):
-        with lock:
-            if value:
-                write(path, key, value)
-
-    def one(job):
-        name, seed = job
-        keep(RESULTS, f"{name}, seed {seed}", run(name, seed, minutes))
-
-    measure([name for name in names if "--steps" not in RUNNERS[name] and name not in read(STEPS)])
-    with ThreadPoolExecutor(jobs) as pool:
-        todo = [(name, seed) for seed in seeds for name in names
-                if read(RESULTS).get(f"{name}, seed {seed}", {}).get("flags")
-                != shlex.join(flags_of(name, minutes))]
-        list(pool.map(one, todo))
+    done = [(entry["name"], entry["seed"], entry["flags"]) for entry in read().values()]
+    todo = [(name, seed) for seed in seeds for name in names
+            if (name, seed, shlex.join(flags_of(name, steps))) not in done]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        list(pool.map(lambda job: run(*job, steps), todo))
+    finally:
+        for child in set(CHILDREN):
+            os.kill(child, signal.SIGTERM)  # it saves its last step
+        pool.shutdown(cancel_futures=True)
 
 
-# ---- Table and figure --------------------------------------------------------------------------------------
+# ---- Tables and figures ------------------------------------------------------------------------------------
 def entries_of(name):
-    """Results of a runner, one a seed; of the same length, should --minutes have changed."""
-    found = [entry for entry in read(RESULTS).values() if entry["name"] == name]
-    return [entry for entry in found if entry["flags"] == found[-1]["flags"]]
+    """Recorded runs of a runner, one a seed; only the longest if there are several lengths."""
+    found = [entry for entry in read().values() if entry["name"] == name]
+    longest = max((entry["evals"][-1]["step"] for entry in found), default=0)
+    return [entry for entry in found if entry["evals"][-1]["step"] == longest]
 
 
-def curves(name):
-    """All seeds of a runner: (its entries, steps [n], AP [seeds, n], minutes [n])."""
-    entries = entries_of(name)
-    steps = np.array([line["step"] for line in entries[0]["evals"]])
-    values = np.array([[line["AP"] for line in entry["evals"]] for entry in entries])
-    minutes = np.mean([entry["cpu_minutes"] for entry in entries]) * steps / steps[-1]
-    return entries, steps, values, minutes
+def curve(entry, key="AP"):
+    """(images seen, minutes, values) at the start and at each evaluation of a run."""
+    steps = np.array([0] + [line["step"] for line in entry["evals"]])
+    values = np.array([0] + [max(0, line[key]) for line in entry["evals"]])  # -1: no object of that size
+    return steps * entry["batch"], entry["cpu_minutes"] * steps / steps[-1], values
 
 
-def crossing(entry, key="AP50", level=0.5):
-    """The step at which a curve first reaches the level, by straight lines between evaluations, or None."""
-    step, value = 0, 0.0
-    for line in entry["evals"]:
-        if line[key] >= level:
-            return step + (line["step"] - step) * (level - value) / (line[key] - value)
-        step, value = line["step"], line[key]
-    return None
+def images_to(entry, key="AP50", level=0.5):
+    """Images seen when a curve first reaches the level, by straight lines between evaluations, or None."""
+    images, _, values = curve(entry, key)
+    above = int(np.argmax(values >= level))
+    return np.interp(level, values[above - 1:above + 1], images[above - 1:above + 1]) if above else None
 
 
-def spread(values, form="{:.3f}"):
-    """"mean ± standard deviation", or the one value there is."""
-    mean = form.format(statistics.mean(values))
-    return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
+def spread(values):
+    """"mean ± standard deviation", or the value if there is only one."""
+    mean = f"{statistics.mean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
-def images_to(entries):
-    """Mean number of training images until AP50 = 0.5; None without runs, or if a seed never gets there."""
-    reached = [crossing(entry) for entry in entries]
-    return statistics.mean(reached) * entries[0]["batch"] if reached and None not in reached else None
-
-
-def table(names):
-    """Markdown, one row a runner. "DETR / it": images to AP50 0.5 that DETR needs over those it needs."""
-    print("| runner | seeds | batch | steps | CPU min | AP | AP50 | AP small "
-          "| images to AP50 0.5 | DETR / it |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    detr = images_to(entries_of("detr")) or images_to(entries_of("detr 3600 steps"))
-    for name in names:
-        entries = entries_of(name)
-        last, images = [entry["evals"][-1] for entry in entries], images_to(entries)
-        cells = [SHOWN.get(name, name), len(entries), entries[0]["batch"], last[0]["step"],
-                 f"{statistics.mean(e['cpu_minutes'] for e in entries):.1f}",
-                 *(spread([line[key] for line in last]) for key in ("AP", "AP50", "AP_small")),
-                 f"{images:.0f}" if images else "never", f"{detr / images:.1f}" if detr and images else ""]
+def table(runners):
+    """Markdown table of {name: entries}. The last column compares when the fastest runner ends."""
+    minutes = {name: statistics.mean(entry["cpu_minutes"] for entry in entries)
+               for name, entries in runners.items()}
+    least = min(minutes.values())
+    print("\n| runner | seeds | steps | seconds a step | CPU minutes | AP | AP50 | AP small "
+          f"| images to AP50 0.5 | AP after {least:.1f} minutes |\n|{'---|' * 10}")
+    for name, entries in runners.items():
+        last = [entry["evals"][-1] for entry in entries]
+        reached = [images_to(entry) for entry in entries]
+        equal = [np.interp(least, *curve(entry)[1:]) for entry in entries]
+        cells = [name, len(entries), last[0]["step"], f"{60 * minutes[name] / last[0]['step']:.3f}",
+                 f"{minutes[name]:.1f}", *(spread([line[key] for line in last])
+                                           for key in ("AP", "AP50", "AP_small")),
+                 "never" if None in reached else f"{statistics.mean(reached):.0f}", spread(equal)]
         print(f"| {' | '.join(map(str, cells))} |")
 
 
-def style(name):
-    """(colour, line style): a colour for each file; solid at the top level, dashed for relatives."""
-    model = RUNNERS[name][1]
-    place = list(FILES).index(model) if model in FILES else len(FILES)
-    variants = [other for other in RUNNERS if RUNNERS[other][1] == model]
-    dashes = ["-" if model in MAIN else "--", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1))]
-    return COLOURS[place % len(COLOURS)], dashes[variants.index(name) % len(dashes)]
-
-
-def draw(names, path):
-    """AP against images seen and against minutes: the mean of the seeds, and a band from worst to best."""
+def draw(runners, path, minutes="minutes of one CPU core, evaluations included"):
+    """AP of {name: entries} against images and against minutes: mean of the seeds, band of all seeds."""
     figure = Figure(figsize=(13, 5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    ends = []  # (last AP, minutes, label, colour)
-    for name in names:
-        entries, steps, values, minutes = curves(name)
-        colour, dashes = style(name)
-        for ax, x in zip(axes, (steps * entries[0]["batch"], minutes)):
-            ax.plot([0, *x], [0, *values.mean(0)], color=colour, linestyle=dashes, linewidth=1.8)
-            ax.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0)
-        relative = ", relative" if RUNNERS[name][1] in RELATIVES else ""
-        label = f"{SHOWN.get(name, name)}{relative}  {values.mean(0)[-1]:.2f}"
-        ends.append((values.mean(0)[-1], minutes[-1], label, colour, dashes))
-    axes[0].set(xlabel="training images seen", ylabel="AP on held-out images", ylim=(0, None))
-    axes[1].set(xlabel="minutes of one CPU core, evaluations included")
+    shown = []  # (last AP, line), for the legend
+    for name, entries in runners.items():
+        images, times, values = (np.array(rows) for rows in zip(*map(curve, entries)))  # [seeds, evaluations]
+        mean, dashes = values.mean(0), "--" if name in RELATIVES else ":" if name in CONTROLS else "-"
+        for ax, x in zip(axes, (images[0], times.mean(0))):
+            line, = ax.plot(x, mean, linestyle=dashes, label=f"{mean[-1]:.2f}  {name}")
+            ax.fill_between(x, values.min(0), values.max(0), color=line.get_color(), alpha=0.12, linewidth=0)
+        shown.append((mean[-1], line))
+    axes[0].set(xlabel="training images seen", ylabel="AP on held-out images")
+    axes[1].set(xlabel=minutes)
     for ax in axes:
         ax.grid(alpha=0.3)
-        ax.set_xlim(0, None)
-    seeds = sorted({len(entries_of(name)) for name in names})
-    if seeds[-1] > 1:
-        count = " to ".join(map(str, sorted({seeds[0], seeds[-1]})))
-        axes[0].set_title(f"mean of {count} seeds, band from worst to best", fontsize=9)
-    ends.sort()
-    heights = spaced([end[0] / axes[1].get_ylim()[1] for end in ends], gap=0.055)
-    for (value, minute, label, colour, dashes), y in zip(ends, heights):
-        line = {"arrowstyle": "-", "color": colour, "linestyle": dashes, "relpos": (0, 0.5)}
-        axes[1].annotate(label, (minute, value), (1.08, y), textcoords="axes fraction", color=colour,
-                         va="center", annotation_clip=False, arrowprops=line)
+        ax.set(xlim=(0, None), ylim=(0, None))
+    order = [line for _, line in sorted(shown, key=lambda one: -one[0])]
+    axes[1].legend(handles=order, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False,
+                   title="AP at the end")
     figure.savefig(path, dpi=110)
 
 
-def spaced(heights, gap, top=0.99):
-    """Sorted heights of labels, moved apart to at least `gap` and not above `top`."""
-    for i in range(1, len(heights)):
-        heights[i] = max(heights[i], heights[i - 1] + gap)
-    for i in reversed(range(len(heights))):
-        heights[i] = min(heights[i], top - gap * (len(heights) - 1 - i))
-    return heights
-
-
-def main():
+def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--group", choices=GROUPS, default="race", help="what to run, to list and to draw")
+    p.add_argument("--groups", nargs="+", choices=GROUPS, help="default: race; with --draw all groups")
     p.add_argument("--only", nargs="+", choices=RUNNERS, metavar="RUNNER",
-                   help=f"instead of a group some of: {', '.join(RUNNERS)}")
-    p.add_argument("--figure", type=Path, metavar="FILE",
-                   help="default: docs/GROUP.png; with --only none is drawn without it")
+                   help=f"instead of groups, some of: {'; '.join(RUNNERS)}")
     p.add_argument("--seeds", nargs="+", type=int, default=[0])
-    p.add_argument("--minutes", type=float, default=10, help="CPU minutes of each run (default: 10)")
+    p.add_argument("--steps", type=int, default=3000, help="of each run (default: 3000)")
     p.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
-    p.add_argument("--table", action="store_true", help="only table and figure, from what is there")
-    args = p.parse_args()
-    names = args.only or GROUPS[args.group]
-    if not args.table:
-        race(names, args.seeds, args.jobs, args.minutes)
-    present = [name for name in names if entries_of(name)]
-    if not present:
-        raise SystemExit(f"{RESULTS}: no results of these runners yet; run without --table first.")
-    table(present)
-    figure = args.figure or (None if args.only else DOCS / f"{args.group}.png")
-    if figure:
-        draw(present, figure)
+    p.add_argument("--draw", action="store_true", help="no training: tables, and the figures in docs/")
+    p.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="draws your runs in compare.png")
+    args = p.parse_args(argv)
+    if args.compare:
+        runs = {str(folder): [entry_of(folder)] for folder in args.compare}
+        table(runs)
+        return draw(runs, "compare.png", "minutes")
+    groups = {"chosen": args.only} if args.only else {
+        group: GROUPS[group] for group in args.groups or (GROUPS if args.draw else ["race"])}
+    if not args.draw:
+        race(list(dict.fromkeys(sum(groups.values(), []))), args.seeds, args.steps, args.jobs)
+    for group, names in groups.items():
+        runners = {name: entries_of(name) for name in names if entries_of(name)}
+        if runners:
+            print(f"\n{group}")
+            table(runners)
+        if runners and args.draw and group in FIGURES:
+            draw(runners, DOCS / f"{group}.png")
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

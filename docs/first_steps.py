@@ -34,8 +34,7 @@ if not os.path.exists("train.py"):
 # download. On two CPU cores it takes about five minutes; the README has the AP that it reaches.
 # Interrupting is safe: section 6 goes on exactly there.
 #
-# **Settings for a T4.** None is needed: `--device auto` is the default and takes the GPU. What a machine can
-# do is said by `python -m support.check_device`.
+# **Settings for a T4.** None is needed: `--device auto` is the default and takes the GPU.
 #
 # * `--amp` computes in a short number format. A T4 has no bfloat16 in hardware, so `--amp` picks float16
 #   there, with a scaler that keeps small gradients from becoming 0; on newer GPUs it picks bfloat16. It is

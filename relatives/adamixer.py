@@ -7,16 +7,15 @@ The idea: a query has a place (x, y) and a scale z in the feature pyramid, and s
 around it in all three. It mixes them with weights that it makes itself, first the channels, then the points.
 So the decoder adapts to every object, and needs neither an encoder nor a feature pyramid network.
 
-Diff me against: deformable_detr.py. Little of its decoder stays, and nothing of its encoder.
+Diff me against: detr.py. There is no encoder, and in the decoder only self-attention stays.
 
-Departures from the official code (numbers are the same, tests/test_relatives_golden.py holds them):
+Departures from the official code; tests/test_golden.py checks that the numbers are the same:
+    those of all files: see Backbone.
     losses are normalised by the number of objects, at least 1; officially a batch without any gives NaN.
     backbone_norm="frozen" keeps all of batch norm; officially its scale and shift are trained in C3 to C5.
     one drop of the learning rate after epoch 8; officially a second one after epoch 11.
-    backbone_norm="batch" trains everything with live BatchNorm, which training from scratch needs.
 As in the official code: padding is read like image (there are no masks), and boxes may leave [0, 1].
 """
-import inspect
 import math
 import re
 
@@ -25,9 +24,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-# How the paper trains it (section 4.1, 1x schedule). train.py reads this.
+# How the paper trains it; train.py reads this.
 RECIPE = dict(
-    epochs=12,
+    epochs=12,  # section 4.1, 1x schedule
     lr_drop=8,
     batch_size=16,
     lr=2.5e-5,
@@ -43,15 +42,15 @@ RECIPE = dict(
     free_boxes=True,
 )
 
-# What train.py --preset paper changes for this file.
+# For train.py --preset paper.
 PAPER = dict(warmup=500)
 
-# What train.py --preset laptop changes for this file: no encoder, fewer points, and maps of strides 4 and 8.
+# For train.py --preset laptop: no encoder, fewer points, maps of strides 4 and 8.
 LAPTOP = dict(steps=1300, batch_size=8, last_stage=2, enc_layers=0, in_points=16, out_points=32)
 
-# Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of
-# H*W), S supervised stages. Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding.
-# Masks are True on padding.
+# Shapes in comments: B images of H x W pixels, maps of h x w cells, T tokens (cells of all maps), Q queries,
+# C classes, D width, E width of queries and keys, M heads, L levels, K points, G groups, S supervised stages.
+# Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding. Masks are True on padding.
 
 
 # ---- Shared blocks: the same text in all files -------------------------------------------------------------
@@ -68,9 +67,11 @@ class Backbone(nn.Module):
     """torchvision ResNet without pooling and classifier.
 
     In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5
-    at 16 with dilation). Raises ValueError for unknown values. Not official: norm="batch", which training
-    from scratch needs; last_stage 3 or 2, cheap; dilation of ResNet-18 and -34, which torchvision refuses.
-    Source: official models/backbone.py; ImageNet weights V1, from which all papers start.
+    at 16 with dilation). Raises ValueError for unknown values. Source: official models/backbone.py; ImageNet
+    weights V1, from which all papers start.
+    Departures of all files: norm="batch" trains everything with live BatchNorm, which training from scratch
+    needs; last_stage 3 or 2 gives finer maps; `temperature` is an option. Faster with the same numbers:
+    FrozenBatchNorm2d reads x once, and FeedForward has its dropout before the ReLU.
     """
 
     def __init__(self, name, pretrained, norm, dilation, last_stage):
@@ -83,21 +84,17 @@ class Backbone(nn.Module):
             raise ValueError(f"last_stage is {last_stage!r}, it must be 4 (C5, as in the papers), 3 or 2")
         norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
         weights = "IMAGENET1K_V1" if pretrained else None
-        body = torchvision.models.get_model(name, weights=weights, norm_layer=norm_layer)
+        # DC5: the last stage keeps C4's resolution; torchvision has none for ResNet-18 and -34 and raises
+        body = torchvision.models.get_model(name, weights=weights, norm_layer=norm_layer,
+                                            replace_stride_with_dilation=[False, False, dilation])
         c5 = body.fc.in_features
         self.channels = [c5 // 4, c5 // 2, c5][:last_stage - 1]
         self.stages = ["layer2", "layer3", "layer4"][:last_stage - 1]
         del body.avgpool, body.fc
-        if dilation:  # DC5: the last stage keeps C4's resolution; stride becomes dilation, from block 2 on
-            for name, module in body.layer4.named_modules():
-                if isinstance(module, nn.Conv2d):
-                    module.stride = (1, 1)
-                    if module.kernel_size == (3, 3) and not name.startswith("0."):
-                        module.dilation = module.padding = (2, 2)
         for unused in ["layer3", "layer4"][last_stage - 2:]:
             delattr(body, unused)
         if norm == "frozen":
-            # A batch of one or two images has useless statistics: ImageNet's stay, and the first layers, too
+            # A batch of one or two images has useless statistics: ImageNet's stay, and so do the first layers
             body.conv1.requires_grad_(False)
             body.layer1.requires_grad_(False)
         self.body = body.to(memory_format=torch.channels_last)  # same numbers, faster convolutions
@@ -111,23 +108,6 @@ class Backbone(nn.Module):
             x = getattr(self.body, stage)(x)  # [B, ., H/8, W/8], then H/16, then H/32
             features.append(x)
         return features
-
-
-def check_options(model_class, values, may_be_zero=("enc_layers",)):
-    """Raises ValueError unless values, the arguments of model_class by name, can make a model."""
-    for name, parameter in inspect.signature(model_class).parameters.items():
-        value = values[name]
-        default = 1 if name == "num_classes" else parameter.default
-        if type(value) is not type(default) and (type(value), type(default)) != (int, float):
-            raise ValueError(f"{name} is {value!r}, it must be of type {type(default).__name__}")
-        least = 0 if default == 0 or name in may_be_zero else 1  # table 2 of DETR tries a decoder alone
-        if type(default) is int and value < least:
-            raise ValueError(f"{name} is {value}, it must be at least {least}")
-    if not 0 <= values["dropout"] < 1:
-        raise ValueError(f"dropout is {values['dropout']}, it must be at least 0 and below 1")
-    dim, nheads = values["hidden_dim"], values["nheads"]
-    if dim % nheads or dim % 4:  # sin and cos of x and y
-        raise ValueError(f"hidden_dim is {dim}, it must be a multiple of nheads ({nheads}) and of 4")
 
 
 def check_input(images, mask):
@@ -163,11 +143,12 @@ class Attention(nn.Module):
     def forward(self, q, k, v, mask=None, bias=None):
         # [B, T, E] -> [B, T, M, E/M] -> [B, M, T, E/M]
         q, k, v = (x.unflatten(-1, (self.nheads, -1)).transpose(1, 2) for x in (q, k, v))
+        attn_mask = bias  # torch adds it if it is float; if it is bool, True means "look here"
         if mask is not None:
-            attend = ~mask[:, None, None]  # [B, 1, 1, T], True = look here
-            bias = attend if bias is None else bias.masked_fill(~attend, -math.inf)
+            attend = ~mask[:, None, None]  # [B, 1, 1, T]
+            attn_mask = attend if bias is None else bias.masked_fill(~attend, -math.inf)
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)  # [B, M, Q, D/M]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p=dropout)  # [B, M, Q, D/M]
         return self.out_proj(out.transpose(1, 2).flatten(2))  # [B, Q, D]
 
 
@@ -249,7 +230,7 @@ def overlap_bias(xyzr, tau):
 
 # ---- Adaptive 3-D sampling (paper, section 3.2) ------------------------------------------------------------
 class Sampler(nn.Module):
-    """Features at P points of G groups in x, y and scale: tgt [B, Q, D], xyzr [B, Q, 4] -> [B, Q, G, P, D/G].
+    """Features at K points of G groups in x, y and scale: tgt [B, Q, D], xyzr [B, Q, 4] -> [B, Q, G, K, D/G].
 
     maps are L x [G*B, D/G, h, w], so that every group has its own channels, with L strides.
     """
@@ -268,37 +249,31 @@ class Sampler(nn.Module):
             bias[:, 2] = -1.0
 
     def samples(self, tgt, xyzr):
-        """Where to look: x, y in pixels and the level, log2 of a stride: [B, Q, G, P, 3]."""
-        offsets = self.offsets(tgt).unflatten(-1, (self.groups, -1, 3))  # [B, Q, G, P, 3]
+        """Where to look: x, y in pixels and the level, log2 of a stride: [B, Q, G, K, 3]."""
+        offsets = self.offsets(tgt).unflatten(-1, (self.groups, -1, 3))  # [B, Q, G, K, 3]
         xyzr = xyzr[:, :, None, None]  # [B, Q, 1, 1, 4]
         xy = xyzr[..., :2] + offsets[..., :2] * box_size(xyzr)  # offsets are in units of the box
         return torch.cat([xy, xyzr[..., 2:3] + offsets[..., 2:]], dim=-1)
 
     def forward(self, tgt, xyzr, maps, strides):
-        samples = self.samples(tgt, xyzr).permute(2, 0, 1, 3, 4).flatten(0, 1)  # [G*B, Q, P, 3]
-        x, y, level = samples.unbind(-1)  # [G*B, Q, P] each
+        samples = self.samples(tgt, xyzr).permute(2, 0, 1, 3, 4).flatten(0, 1)  # [G*B, Q, K, 3]
+        x, y, level = samples.unbind(-1)  # [G*B, Q, K] each
         levels = torch.tensor(strides, device=tgt.device).log2()  # [L]
-        # How much a level counts: a Gaussian around the level of the point, and 1 over all levels
-        weights = (-(level[..., None] - levels).square() / 2).softmax(-1)  # [G*B, Q, P, L]
+        # How much a level counts: a Gaussian around the level of the point, and they sum to 1 over levels
+        weights = (-(level[..., None] - levels).square() / 2).softmax(-1)  # [G*B, Q, K, L]
         total = 0
         for i, (feature_map, stride) in enumerate(zip(maps, strides)):
             h, w = feature_map.shape[-2:]
-            grid = torch.stack([x / (w * stride), y / (h * stride)], dim=-1) * 2 - 1  # [G*B, Q, P, 2]
-            sampled = F.grid_sample(feature_map.to(grid.dtype), grid, align_corners=False)  # [G*B, D/G, Q, P]
+            grid = torch.stack([x / (w * stride), y / (h * stride)], dim=-1) * 2 - 1  # [G*B, Q, K, 2]
+            sampled = F.grid_sample(feature_map.to(grid.dtype), grid, align_corners=False)  # [G*B, D/G, Q, K]
             total = total + sampled * weights[:, None, :, :, i]
-        total = total.unflatten(0, (self.groups, -1))  # [G, B, D/G, Q, P]
-        return total.permute(1, 3, 0, 4, 2)  # [B, Q, G, P, D/G]
-
-    def look(self, output, tgt, xyzr, maps, strides):
-        """For support/look.py: the samples, in [0, 1] of the padded image."""
-        h, w = maps[0].shape[-2:]
-        size = torch.tensor([w * strides[0], h * strides[0], 1], device=tgt.device)
-        return {"samples": self.samples(tgt, xyzr) / size}
+        total = total.unflatten(0, (self.groups, -1))  # [G, B, D/G, Q, K]
+        return total.permute(1, 3, 0, 4, 2)  # [B, Q, G, K, D/G]
 
 
 # ---- Adaptive mixing (paper, section 3.3) ------------------------------------------------------------------
 class Mixer(nn.Module):
-    """Samples, mixed with weights made from the query: tgt [B, Q, D], x [B, Q, G, P, D/G] -> [B, Q, D]."""
+    """Samples, mixed with weights made from the query: tgt [B, Q, D], x [B, Q, G, K, D/G] -> [B, Q, D]."""
 
     def __init__(self, hidden_dim, groups, in_points, out_points):
         super().__init__()
@@ -313,7 +288,7 @@ class Mixer(nn.Module):
         weights = self.weights(tgt).unflatten(-1, (self.groups, -1))  # [B, Q, G, .]
         M, S = weights.split([channels[0] * channels[1], points[0] * points[1]], dim=-1)
         # Channels: relu(norm(x M)); the norm runs over points and channels of a group, without parameters
-        x = x @ M.unflatten(-1, channels)  # [B, Q, G, P, D/G]
+        x = x @ M.unflatten(-1, channels)  # [B, Q, G, K, D/G]
         x = F.layer_norm(x, x.shape[-2:]).relu()
         # Points: relu(norm(S x))
         x = S.unflatten(-1, points) @ x  # [B, Q, G, out, D/G]
@@ -321,7 +296,7 @@ class Mixer(nn.Module):
         return self.out_proj(x.flatten(2))  # [B, Q, D]
 
 
-# ---- Decoder: queries look at each other, then at the image (paper, section 3.4) ---------------------------
+# ---- Decoder: queries look at each other, then at the image ------------------------------------------------
 class Head(nn.Module):
     """Linear, norm, ReLU, linear: [..., D] -> [..., out_dim]."""
 
@@ -361,7 +336,7 @@ class DecoderLayer(nn.Module):
         tgt = self.norm1(tgt + self.dropout(self.self_attn(q, k, v, bias=bias)))
 
         # No keys: the query alone decides where to look, and what to make of it
-        sampled = self.sampler(tgt, xyzr, maps, strides)  # [B, Q, G, P, D/G]
+        sampled = self.sampler(tgt, xyzr, maps, strides)  # [B, Q, G, K, D/G]
         tgt = self.norm2(tgt + self.dropout(self.mixer(tgt, sampled)))
         tgt = self.ffn(tgt)
         move, zoom = self.box_head(tgt).chunk(2, dim=-1)  # [B, Q, 2] each
@@ -411,7 +386,8 @@ class AdaMixer(nn.Module):
         n_groups=4,
     ):
         super().__init__()
-        check_options(AdaMixer, locals())
+        if hidden_dim % nheads or hidden_dim % 4:  # equal heads; sin and cos of x and y
+            raise ValueError(f"hidden_dim {hidden_dim} must be a multiple of nheads ({nheads}) and of 4")
         if enc_layers:
             raise ValueError(f"enc_layers is {enc_layers}, it must be 0: AdaMixer has no encoder")
         if hidden_dim % n_groups or hidden_dim % 32:
@@ -513,4 +489,4 @@ if __name__ == "__main__":
         print(f"{name:12} {sum(p.numel() for p in part.parameters()):12,} parameters")
     with torch.no_grad():
         out = model(torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool))
-    print({name: list(tensor.shape) for name, tensor in out.items()})
+    print({name: list(out[name].shape) for name in ("logits", "boxes")})

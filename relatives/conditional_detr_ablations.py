@@ -55,7 +55,7 @@ class SpatialQuery(MLP):
             return f
         if self.form == "csq-t":
             return super().forward(f)
-        if first or self.layers is None:  # in layer 1 nothing is known yet and T is 1
+        if first or self.layers is None:  # in layer 1 nothing is known yet
             return p_s
         t = super().forward(f)  # [B, Q, size of T]
         if t.shape[-1] <= p_s.shape[-1]:
@@ -138,8 +138,8 @@ class ConditionalDETRAblations(conditional_detr.ConditionalDETR):
                                layer.dropout.p, spatial_query, transform)
         xavier_uniform(self.decoder)
         if reference != "query":
-            self.reference = ReferencePoints(num_queries, learned=reference == "learned")
-            xavier_uniform(self.reference)
+            self.reference_head = ReferencePoints(num_queries, learned=reference == "learned")
+            xavier_uniform(self.reference_head)
 
 
 def build(num_classes, **options):

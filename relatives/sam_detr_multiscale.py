@@ -1,4 +1,4 @@
-"""SAM-DETR's decoder behind Deformable DETR's encoder: what the paper calls multi-scale.
+"""SAM-DETR's decoder after Deformable DETR's encoder: what the paper calls multi-scale.
 
 Not a file to diff: it imports its parents, sam_detr.py and deformable_detr.py, and replaces three parts of
 the first: a projection for each of C3, C4, C5, the encoder, and a decoder whose layers see one level each.
@@ -23,13 +23,14 @@ from sam_detr import (  # noqa: E402, F401
     resize_mask,
     sine_positions,
     sine_xy,
+    xavier_uniform,
 )
 
 LAPTOP = dict(last_stage=3)  # two levels, C3 and C4
 
 
 class Decoder(sam_detr.Decoder):
-    """The parent's layers, from coarse to fine: L levels of (memory, pos, mask) in place of one of each."""
+    """The parent's layers, from coarse to fine: L levels of (memory, pos, mask) instead of one of each."""
 
     def forward(self, reference, box_heads, levels):
         B, Q, D = *reference.shape[:2], levels[0][0].shape[-1]
@@ -60,9 +61,12 @@ class SAMDETRMultiscale(sam_detr.SAMDETR):
         self.encoder = deformable_detr.Encoder(
             len(self.encoder.layers), hidden_dim, nheads, dim_feedforward // 2, dropout, len(channels), 4)
         self.decoder = Decoder(len(self.decoder.layers), hidden_dim, nheads, dim_feedforward, dropout, smca)
-        self.reset_parameters()
+        xavier_uniform(self.encoder)
+        xavier_uniform(self.decoder)
         for layer in self.encoder.layers:
             layer.self_attn.reset_parameters()
+        for layer in self.decoder.layers:
+            layer.aligner.centre_points()
 
     def forward(self, images, mask):
         """images [B, 3, H, W], mask [B, H, W] -> {"logits": [S, B, Q, C], "boxes": [S, B, Q, 4]}."""

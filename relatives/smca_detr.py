@@ -1,8 +1,7 @@
 """SMCA-DETR: Fast Convergence of DETR with Spatially Modulated Co-Attention.
 
 Peng Gao, Minghang Zheng, Xiaogang Wang, Jifeng Dai, Hongsheng Li.
-ICCV 2021, arXiv:2101.07448. Official code: github.com/gaopengcuhk/SMCA-DETR (no licence, so
-no line here is from there).
+ICCV 2021, arXiv:2101.07448. Official code: github.com/gaopengcuhk/SMCA-DETR (no licence; nothing is copied).
 
 The idea: a DETR query has to learn where its object can be, and that takes long. Here every query predicts a
 centre first, and every head an offset and a scale; a Gaussian around that point multiplies cross-attention.
@@ -10,15 +9,13 @@ Attention is near the object from the start, and the box is predicted relative t
 
 Diff me against: detr.py. Independent of the idea are 300 queries and the focal loss, which came with it.
 
-Departures from the official code (numbers are the same, tests/test_relatives_golden.py holds them):
+Departures from the official code; tests/test_golden.py checks that the numbers are the same:
+    those of all files: see Backbone.
     centres are divided by the real stride; officially by 32, so that DC5 reaches a quarter of its map.
-    dilation (DC5) works for ResNet-18 and -34 too; torchvision refuses it there.
-    backbone_norm="batch" trains everything with live BatchNorm, which training from scratch needs.
-Departures of the official code from the paper, which we follow: a large scale makes a narrow Gaussian (the
-paper divides by it); there is one sigmoid more than there are classes, trained towards 0.
+As in the official code, unlike the paper: a large scale makes a narrow Gaussian (the paper divides by it);
+there is one sigmoid more than there are classes, trained towards 0.
 Left out on purpose: multi-scale encoder features with scale selection, which are another code base.
 """
-import inspect
 import math
 import re
 
@@ -27,9 +24,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-# How the paper trains it (section 4.1). train.py reads this.
+# How the paper trains it; train.py reads this.
 RECIPE = dict(
-    epochs=50,
+    epochs=50,  # section 4.1
     lr_drop=40,
     batch_size=16,
     lr=1e-4,
@@ -44,12 +41,12 @@ RECIPE = dict(
     w_giou=2,
 )
 
-# For train.py --preset laptop: small images need a finer map; by trial C4 (3) for DETR, C3 (2) after it.
+# For train.py --preset laptop: small images need a finer map than C5.
 LAPTOP = dict(last_stage=2)
 
-# Shapes in comments: B images, Q queries, C classes, D width, M heads, L levels, K points, T tokens (sum of
-# H*W), S supervised stages. Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding.
-# Masks are True on padding.
+# Shapes in comments: B images of H x W pixels, maps of h x w cells, T tokens (cells of all maps), Q queries,
+# C classes, D width, E width of queries and keys, M heads, L levels, K points, G groups, S supervised stages.
+# Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding. Masks are True on padding.
 
 
 # ---- Shared blocks: the same text in all files -------------------------------------------------------------
@@ -66,9 +63,11 @@ class Backbone(nn.Module):
     """torchvision ResNet without pooling and classifier.
 
     In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5
-    at 16 with dilation). Raises ValueError for unknown values. Not official: norm="batch", which training
-    from scratch needs; last_stage 3 or 2, cheap; dilation of ResNet-18 and -34, which torchvision refuses.
-    Source: official models/backbone.py; ImageNet weights V1, from which all papers start.
+    at 16 with dilation). Raises ValueError for unknown values. Source: official models/backbone.py; ImageNet
+    weights V1, from which all papers start.
+    Departures of all files: norm="batch" trains everything with live BatchNorm, which training from scratch
+    needs; last_stage 3 or 2 gives finer maps; `temperature` is an option. Faster with the same numbers:
+    FrozenBatchNorm2d reads x once, and FeedForward has its dropout before the ReLU.
     """
 
     def __init__(self, name, pretrained, norm, dilation, last_stage):
@@ -81,21 +80,17 @@ class Backbone(nn.Module):
             raise ValueError(f"last_stage is {last_stage!r}, it must be 4 (C5, as in the papers), 3 or 2")
         norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
         weights = "IMAGENET1K_V1" if pretrained else None
-        body = torchvision.models.get_model(name, weights=weights, norm_layer=norm_layer)
+        # DC5: the last stage keeps C4's resolution; torchvision has none for ResNet-18 and -34 and raises
+        body = torchvision.models.get_model(name, weights=weights, norm_layer=norm_layer,
+                                            replace_stride_with_dilation=[False, False, dilation])
         c5 = body.fc.in_features
         self.channels = [c5 // 4, c5 // 2, c5][:last_stage - 1]
         self.stages = ["layer2", "layer3", "layer4"][:last_stage - 1]
         del body.avgpool, body.fc
-        if dilation:  # DC5: the last stage keeps C4's resolution; stride becomes dilation, from block 2 on
-            for name, module in body.layer4.named_modules():
-                if isinstance(module, nn.Conv2d):
-                    module.stride = (1, 1)
-                    if module.kernel_size == (3, 3) and not name.startswith("0."):
-                        module.dilation = module.padding = (2, 2)
         for unused in ["layer3", "layer4"][last_stage - 2:]:
             delattr(body, unused)
         if norm == "frozen":
-            # A batch of one or two images has useless statistics: ImageNet's stay, and the first layers, too
+            # A batch of one or two images has useless statistics: ImageNet's stay, and so do the first layers
             body.conv1.requires_grad_(False)
             body.layer1.requires_grad_(False)
         self.body = body.to(memory_format=torch.channels_last)  # same numbers, faster convolutions
@@ -109,23 +104,6 @@ class Backbone(nn.Module):
             x = getattr(self.body, stage)(x)  # [B, ., H/8, W/8], then H/16, then H/32
             features.append(x)
         return features
-
-
-def check_options(model_class, values, may_be_zero=("enc_layers",)):
-    """Raises ValueError unless values, the arguments of model_class by name, can make a model."""
-    for name, parameter in inspect.signature(model_class).parameters.items():
-        value = values[name]
-        default = 1 if name == "num_classes" else parameter.default
-        if type(value) is not type(default) and (type(value), type(default)) != (int, float):
-            raise ValueError(f"{name} is {value!r}, it must be of type {type(default).__name__}")
-        least = 0 if default == 0 or name in may_be_zero else 1  # table 2 of DETR tries a decoder alone
-        if type(default) is int and value < least:
-            raise ValueError(f"{name} is {value}, it must be at least {least}")
-    if not 0 <= values["dropout"] < 1:
-        raise ValueError(f"dropout is {values['dropout']}, it must be at least 0 and below 1")
-    dim, nheads = values["hidden_dim"], values["nheads"]
-    if dim % nheads or dim % 4:  # sin and cos of x and y
-        raise ValueError(f"hidden_dim is {dim}, it must be a multiple of nheads ({nheads}) and of 4")
 
 
 def check_input(images, mask):
@@ -152,19 +130,18 @@ def sine(x, dim, temperature=10000):
 def sine_positions(mask, dim, offset, temperature=10000):
     """Position of every cell of a feature map, relative to the part of the map that is not padding.
 
-    mask [B, H, W] bool -> [B, H*W, dim], the first half encodes y, the second x. With `offset` 0 cells count
-    1 to N, as in DETR; 0.5 moves them to their centres, because some papers sample features at points.
-    The order of the additions matters to SAM-DETR alone: in rows that are all padding N is 0, the quotient
-    is rounding noise, and its RoIAlign reads the outcome. Source: official models/position_encoding.py.
+    mask [B, h, w] bool -> [B, h*w, dim]: the first half encodes y, the second x. With `offset` 0 cells count
+    1 to N, as in DETR; 0.5 moves them to their centres, because some papers sample features at points. In a
+    row of padding N is 0, and the order of the additions decides. Source: official position_encoding.py.
     """
     def normalised(n, axis):
         last = n.narrow(axis, -1, 1)
         return (n - offset) / (((last - offset) + 1e-6) + offset)
 
-    y = normalised((~mask).cumsum(1, dtype=torch.float32), 1)  # [B, H, W]
-    x = normalised((~mask).cumsum(2, dtype=torch.float32), 2)  # [B, H, W]
-    both = [sine(y, dim // 2, temperature), sine(x, dim // 2, temperature)]  # 2 x [B, H, W, dim/2]
-    return torch.cat(both, dim=-1).flatten(1, 2)  # [B, H*W, dim]
+    y = normalised((~mask).cumsum(1, dtype=torch.float32), 1)  # [B, h, w]
+    x = normalised((~mask).cumsum(2, dtype=torch.float32), 2)  # [B, h, w]
+    both = [sine(y, dim // 2, temperature), sine(x, dim // 2, temperature)]  # 2 x [B, h, w, dim/2]
+    return torch.cat(both, dim=-1).flatten(1, 2)  # [B, h*w, dim]
 
 
 class MLP(nn.Module):
@@ -198,11 +175,12 @@ class Attention(nn.Module):
     def forward(self, q, k, v, mask=None, bias=None):
         # [B, T, E] -> [B, T, M, E/M] -> [B, M, T, E/M]
         q, k, v = (x.unflatten(-1, (self.nheads, -1)).transpose(1, 2) for x in (q, k, v))
+        attn_mask = bias  # torch adds it if it is float; if it is bool, True means "look here"
         if mask is not None:
-            attend = ~mask[:, None, None]  # [B, 1, 1, T], True = look here
-            bias = attend if bias is None else bias.masked_fill(~attend, -math.inf)
+            attend = ~mask[:, None, None]  # [B, 1, 1, T]
+            attn_mask = attend if bias is None else bias.masked_fill(~attend, -math.inf)
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)  # [B, M, Q, D/M]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p=dropout)  # [B, M, Q, D/M]
         return self.out_proj(out.transpose(1, 2).flatten(2))  # [B, Q, D]
 
 
@@ -323,7 +301,7 @@ class Gaussian(nn.Module):
         return -g.flatten(-2) / 8  # log G, with beta = 8
 
 
-# ---- Decoder: queries look at each other, then at the image (paper, section 3.2) ---------------------------
+# ---- Decoder: queries look at each other, then at the image ------------------------------------------------
 class DecoderLayer(nn.Module):
     """Queries look at each other, then at the image: tgt [B, Q, D], memory [B, T, D] -> [B, Q, D]."""
 
@@ -360,17 +338,17 @@ class Decoder(nn.Module):
             DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, scale_type)
             for _ in range(num_layers))
         self.norm = nn.LayerNorm(hidden_dim)
-        self.reference = MLP(hidden_dim, hidden_dim, 2, depth=3)
+        self.reference_head = MLP(hidden_dim, hidden_dim, 2, depth=3)
 
     def forward(self, query_pos, memory, shape, size, pos, mask):
         # One centre for all layers, predicted from what layer 1 starts with; never detached
-        s = self.reference(self.layers[0].gaussian.norm(query_pos))  # [B, Q, 2], before the sigmoid
+        s = self.reference_head(self.layers[0].gaussian.norm(query_pos))  # [B, Q, 2], before the sigmoid
         centre = s.sigmoid() * size[:, None]  # [B, Q, 2], in cells
-        tgt = torch.zeros_like(query_pos)  # "object queries" are positions; what they hold starts empty
+        tgt = torch.zeros_like(query_pos)  # "object queries" are positions; their content starts at zero
         outputs = []
         for layer in self.layers:
             tgt = layer(tgt, query_pos, centre, memory, shape, pos, mask)
-            outputs.append(self.norm(tgt))  # one norm for all layers, in front of the shared heads
+            outputs.append(self.norm(tgt))  # one norm for all layers, before the shared heads
         return torch.stack(outputs), s  # [S, B, Q, D], [B, Q, 2]
 
 
@@ -399,7 +377,8 @@ class SMCADETR(nn.Module):
         scale_type="xy",
     ):
         super().__init__()
-        check_options(SMCADETR, locals())
+        if hidden_dim % nheads or hidden_dim % 4:  # equal heads; sin and cos of x and y
+            raise ValueError(f"hidden_dim {hidden_dim} must be a multiple of nheads ({nheads}) and of 4")
         self.backbone = Backbone(backbone, pretrained_backbone, backbone_norm, dilation, last_stage)
         self.stride = [8, 16, 16 if dilation else 32][last_stage - 2]
         self.input_proj = nn.Conv2d(self.backbone.channels[-1], hidden_dim, kernel_size=1)
@@ -445,7 +424,7 @@ OFFICIAL_NAMES = (
     (r"self_attn\.in_proj_", "sa_proj.in_proj."),
     (r"multihead_attn\.in_proj_", "ca_proj.in_proj."),
     (r"multihead_attn\.", "cross_attn."),
-    (r"layers\.0\.point1\.", "reference."),
+    (r"layers\.0\.point1\.", "reference_head."),
     (r"\.point2\.", ".gaussian.offset."),
     (r"\.point3\.", ".gaussian.scale."),
     (r"\.norm4\.", ".gaussian.norm."),
@@ -479,4 +458,4 @@ if __name__ == "__main__":
         print(f"{name:12} {sum(p.numel() for p in part.parameters()):12,} parameters")
     with torch.no_grad():
         out = model(torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool))
-    print({name: list(tensor.shape) for name, tensor in out.items()})
+    print({name: list(out[name].shape) for name in ("logits", "boxes")})

@@ -1,19 +1,18 @@
-"""A picture for each method: what its paper shows.
+"""A picture for each method: the figure of its paper.
 
-draw_look(model, scene) takes the first entry of PICTURES that fits. What decides is what look() found in the
-model and what the model returns in training, never a name: the file of another method needs no entry here.
+draw_look(model, scene) chooses it by the arrays that look() finds in the model, and by the outputs of the
+model in training. The model's name does not matter, so that the file of another method needs no entry here.
 """
 import math
-import textwrap
+from functools import partial
 
 import torch
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from torchvision.ops import box_convert, box_iou
+from torchvision.ops import box_iou
 
-from support.evaluation import is_softmax
-from support.look import CannotDraw, best_class, quiet_training
-from support.pictures import PREDICTED, REFERENCE, TRUE, draw_box, drawable, show, to_pixels_xyxy
+from support.evaluation import boxes_to_pixels
+from support.look import CannotDraw, best_class, look
+from support.pictures import PREDICTED, REFERENCE, TRUE, Figure, draw_box, drawable, show
+from support.predict import is_softmax
 
 MOST_GROUPS = 6  # panels side by side
 
@@ -41,26 +40,23 @@ def show_points(axes, points, colour, size=40):
 
 def zoom(axes, scene, box, factor):
     """Show only a square around a box [4], its side `factor` times the longer one, inside of the photo."""
-    side = factor * (box[2:] - box[:2]).max().clamp(min=2).item()
-    for middle, length, limits in zip(box.view(2, 2).mean(0).tolist(), scene.size[::-1], ("xlim", "ylim")):
-        low = max(min(middle - side / 2, length - side), 0)
-        ends = low, min(low + side, length)
-        axes.set(**{limits: ends if limits == "xlim" else ends[::-1]})
+    half = factor / 2 * (box[2:] - box[:2]).max().clamp(min=2).item()
+    middle, end = box.view(2, 2).mean(0), torch.tensor(scene.size[::-1])
+    low = torch.minimum(middle - half, end - 2 * half).clamp(min=0)
+    (left, top), (right, bottom) = low.tolist(), torch.minimum(low + 2 * half, end).tolist()
     axes.axis("on")
-    axes.set(xticks=[], yticks=[], facecolor="0.85")
+    axes.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[])
 
 
-def panel_figure(width, height, title):
-    """A figure of so many inches, and more height for a title that may need several lines."""
-    lines = [part for line in title.split("\n") for part in textwrap.wrap(line, int(11 * width))]
-    figure = Figure((width, height + 0.2 * len(lines) + 0.2), layout="constrained")
-    figure.suptitle("\n".join(lines), fontsize=11)
+def panel_figure(width, height, title, layout="constrained"):
+    figure = Figure((width, height + 0.4), layout=layout)
+    figure.suptitle(title, fontsize=11, wrap=True)
     return figure
 
 
-def square_panels(rows, columns, title, side=3.0, right=0.0):
-    """A figure with rows * columns square panels, `right` inches beside them, and these: an array of axes."""
-    figure = panel_figure(columns * side + right, rows * (side + 0.3), title)
+def square_panels(rows, columns, title, side=3.0):
+    """A figure with rows * columns square panels, and these: an array of axes."""
+    figure = panel_figure(columns * side, rows * (side + 0.3), title, "compressed")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -75,7 +71,7 @@ def panel_grid(scene, title, rows, large, lines, columns):
                     for row in halves]
 
 
-# ---- What the decoder looks at -----------------------------------------------------------------------------
+# ---- Where the decoder looks -------------------------------------------------------------------------------
 def draw_attention(scene):
     """DETR: encoder attention from a box's centre; decoder attention of the query that predicts this box."""
     encoder, decoder = (scene.last_with(part, "weights")["weights"][0] for part in ("encoder", "decoder"))
@@ -93,28 +89,24 @@ def draw_attention(scene):
     return figure
 
 
-def draw_spatial(scene):
-    """Conditional DETR and DAB-DETR: what position alone attends to in each head, content alone, and both."""
-    return draw_factors(scene, "spatial", "attention by the spatial and the content product, by their sum")
+FACTORS = {
+    "spatial": "attention by the spatial and the content product, by their sum",  # Conditional DETR, DAB-DETR
+    "prior": "the Gaussian, attention by content without it, both together",  # SMCA-DETR
+}
 
 
-def draw_prior(scene):
-    """SMCA: the Gaussian of each head, attention without it, and both together."""
-    return draw_factors(scene, "prior", "the Gaussian, attention by content without it, both together")
-
-
-def draw_factors(scene, first, title):
+def draw_factors(scene, first):
     """Three rows of maps, a column for each head: `first`, content and weights of the last decoder layer."""
     seen, best = scene.last_with("decoder", first), scene.detected_queries(2)
     heads = seen["weights"].shape[1]
-    figure, rows = panel_grid(scene, f"Last decoder layer, by head: {title}", len(best), 1, 3, heads)
+    figure, rows = panel_grid(scene, f"Last decoder layer, by head: {FACTORS[first]}", len(best), 1, 3, heads)
     for (query, box, name), (large, small) in zip(best, rows):
         boxes, points = [(box, PREDICTED, "-")], torch.zeros(0, 2)
         if references := scene.arrays_with("", "reference"):
             reference = references[-1]["reference"][0, query]  # [2] or [4]
             points, name = scene.to_pixels(reference[None, :2]), f"{name}, and its reference"
             if len(reference) == 4:
-                boxes.append((to_pixels_xyxy(reference, scene.size), REFERENCE, "--"))
+                boxes.append((boxes_to_pixels(reference, scene.size), REFERENCE, "--"))
         show_scene(large[0], scene, name, boxes)
         show_points(large[0], points, REFERENCE)
         maps = [(kind, m) for kind in (first, "content", "weights") for m in range(heads)]
@@ -128,7 +120,7 @@ def draw_sampling(scene):
     """Deformable DETR: the sampling points of all heads and levels, of a pixel and of a query."""
     best, markers = scene.detected_queries(3), "os^Dv"
     title = "Where the last layers of encoder (above) and decoder (below) look"
-    figure, panels = square_panels(2, len(best), title, side=4.0, right=1.2)
+    figure, panels = square_panels(2, len(best), title, side=4.0)
     for part, row in zip(("encoder", "decoder"), panels):
         seen = scene.last_with(part, "locations")
         shapes = [tuple(shape) for shape in seen["shapes"].tolist()]
@@ -146,9 +138,9 @@ def draw_sampling(scene):
             show_points(axes, scene.to_pixels(seen["reference"][0, query, 0, :2]), REFERENCE)
             zoom(axes, scene, box, 2.5)
     figure.colorbar(dots, ax=panels, shrink=0.6, label="weight; those of a head sum to 1")
-    keys = [Line2D([], [], ls="", c="grey", marker=markers[i % 5], label=f"level {i + 1}: {h} x {w} cells")
+    keys = [axes.scatter([], [], c="grey", marker=markers[i % 5], label=f"level {i + 1}: {h} x {w} cells")
             for i, (h, w) in enumerate(shapes)]
-    keys.append(Line2D([], [], ls="", c=REFERENCE, marker="o", label="reference point"))
+    keys.append(axes.scatter([], [], c=REFERENCE, ec="black", label="reference point"))
     figure.legend(handles=keys, loc="outside lower center", ncols=2 * len(best), fontsize=9)
     return figure
 
@@ -157,7 +149,7 @@ def draw_samples(scene):
     """AdaMixer: the sampling points of all groups in x, y (position) and scale (colour)."""
     samples, best = scene.last_with("decoder", "samples")["samples"][0], scene.detected_queries(3)
     title = "Last decoder layer: where, and at which scale, a query samples the feature maps"
-    figure, panels = square_panels(1, len(best), title, side=4.0, right=1.2)
+    figure, panels = square_panels(1, len(best), title, side=4.0)
     chosen = samples[[query for query, _, _ in best]][..., 2]
     least, most = chosen.min().item(), chosen.max().item()
     for axes, (query, box, name) in zip(panels[0], best):
@@ -179,8 +171,7 @@ def draw_salient_points(scene):
     title = "Last decoder layer: reference box (dashed), a salient point for each head, and their attention"
     figure, rows = panel_grid(scene, title, len(best), large=1, lines=2, columns=math.ceil(heads / 2))
     for (query, box, name), (large, small) in zip(best, rows):
-        reference = box_convert(seen["reference"][0, query], "cxcywh", "xyxy")
-        reference = (scene.to_pixels(reference.view(2, 2)).flatten(), REFERENCE, "--")
+        reference = (boxes_to_pixels(seen["reference"][0, query], scene.size), REFERENCE, "--")
         show_scene(large[0], scene, name, [(box, PREDICTED, "-"), reference])
         for m, axes in zip(range(heads), small):
             show_map(axes, scene, attention[m, query], f"head {m + 1}", [reference])
@@ -189,7 +180,7 @@ def draw_salient_points(scene):
     return figure
 
 
-# ---- What training adds ------------------------------------------------------------------------------------
+# ---- Additional stages and queries of training -------------------------------------------------------------
 def draw_stages(scene):
     """SQR: the same query at every stage, marked where one was better than the last (fading positives)."""
     S, best = len(scene.scores), scene.detected_queries(20)
@@ -228,11 +219,37 @@ def draw_parts(scene, parts):
     return figure
 
 
+def draw_denoising(scene, out):
+    """DN-DETR and DINO: boxes with noise, and what the first and the last layer make of them.
+
+    out: the part "denoising" of what training returns for the objects of the scene, with "noisy" [1, N, 4].
+    """
+    objects, target = scene.objects(), out["target"][0]
+    n, S, N = len(objects["labels"]), len(out["boxes"]), len(target)
+    boxes = boxes_to_pixels(torch.cat([out["noisy"], out["boxes"][:, 0]]), scene.size)  # [1 + S, N, 4]
+    blue = ', blue must say "no object"' if (target == -1).any() else ""
+    title = "Boxes with noise, and what layers make of them; the paler, the lower the score of the class"
+    title += f"\ntruth green; red queries must give it back{blue}"
+    figure, panels = square_panels(min(n, 3), 3, title)
+    for k, (row, label, true) in enumerate(zip(panels, objects["labels"], objects["boxes"])):
+        true, name = boxes_to_pixels(true, scene.size), scene.class_names[label]
+        own = torch.arange(N) % n == k  # copy c of object k has place c * n + k
+        scores = torch.cat([torch.ones(1, N), out["logits"][:, 0, :, label].sigmoid()])  # [1 + S, N]
+        for axes, stage, step in zip(row, (0, 1, S), ("with noise", "after layer 1", f"after layer {S}")):
+            iou = box_iou(boxes[stage, target == k], true[None]).mean()
+            show_scene(axes, scene, f"{name} {step}: mean IoU {iou:.2f}", [(true, TRUE, "--")])
+            for query in own.nonzero()[:2 * MOST_GROUPS, 0].tolist():
+                colour = PREDICTED if target[query] == k else REFERENCE
+                draw_box(axes, boxes[stage, query], colour, alpha=0.2 + 0.8 * scores[stage, query].item())
+            zoom(axes, scene, true, 2.5)
+    return figure
+
+
 def training_parts(trained, scene, softmax):
-    """What training has more of than inference, for draw_parts; [] if nothing. trained: what it returns."""
+    """The parts of the queries in training, for draw_parts; [] if there is one. trained: the outputs."""
     def part(name, logits, boxes):
         scores, labels = best_class(logits[0], softmax, len(scene.class_names))
-        return name, scores, labels, to_pixels_xyxy(boxes[0], scene.size)
+        return name, scores, labels, boxes_to_pixels(boxes[0], scene.size)
 
     if "one2many" in trained:
         many = trained["one2many"]
@@ -245,35 +262,50 @@ def training_parts(trained, scene, softmax):
     return []
 
 
-# ---- Which picture -----------------------------------------------------------------------------------------
-# The first whose array a module of the decoder shows
-PICTURES = {
+def outputs_of_training(model, scene):
+    """The model's outputs in training mode, but without dropout and with the batch norm of inference."""
+    for module in model.modules():
+        rate = getattr(module, "dropout", None)  # of our Attention; in a layer it is a module of its own
+        noisy = isinstance(module, torch.nn.Dropout) or isinstance(rate, float)
+        module.training = not noisy and not hasattr(module, "running_mean")
+    inputs = [scene.image[None], torch.zeros_like(scene.image[:1], dtype=torch.bool)]
+    if model.recipe.get("denoising"):
+        inputs.append([scene.objects()])
+        torch.manual_seed(0)  # the same noise for every run with the same image
+    try:
+        out, seen = look(model, *inputs)
+    finally:
+        model.eval()
+    for arrays in seen.values():
+        if "noisy" in arrays and arrays["noisy"].numel():
+            out["denoising"]["noisy"] = arrays["noisy"]
+    return out
+
+
+# ---- The choice --------------------------------------------------------------------------------------------
+PICTURES = {  # the first is drawn whose array a module of the decoder has
     "samples": draw_samples,
     "points": draw_salient_points,
-    "prior": draw_prior,
-    "spatial": draw_spatial,
+    "prior": partial(draw_factors, first="prior"),
+    "spatial": partial(draw_factors, first="spatial"),
     "locations": draw_sampling,
     "weights": draw_attention,
 }
 
 
-def choose(model, scene):
-    """A function scene -> figure. Raises CannotDraw."""
-    with torch.no_grad(), quiet_training(model):
-        trained = model(scene.image[None], torch.zeros_like(scene.image[:1], dtype=torch.bool))
+def draw_look(model, scene):
+    """The picture that fits the model. Raises CannotDraw."""
+    trained = outputs_of_training(model, scene)
     if parts := training_parts(trained, scene, is_softmax(model)):
-        return lambda scene: draw_parts(scene, parts)
+        return draw_parts(scene, parts)
+    if "noisy" in trained.get("denoising", {}):
+        return draw_denoising(scene, trained["denoising"])
     if len(trained["logits"]) > len(scene.scores):
-        return draw_stages
+        return draw_stages(scene)
     for array, draw in PICTURES.items():
         found = scene.arrays_with("decoder", array)
         # A bias of self-attention, which has as many keys as queries, is no map of the image
         if found and not (array == "prior" and found[-1]["prior"].shape[-1] == found[-1]["prior"].shape[-2]):
-            return draw
+            return draw(scene)
     known = ", ".join(PICTURES)
     raise CannotDraw(f"{type(model).__name__} has no decoder that shows any of {known}; see look()")
-
-
-def draw_look(model, scene):
-    """The picture that fits the model. Raises CannotDraw."""
-    return choose(model, scene)(scene)

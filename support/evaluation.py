@@ -1,9 +1,10 @@
-"""From what a model says to the 12 COCO numbers: scored boxes in pixels, then pycocotools.
+"""From the outputs of a model to scored boxes in pixels, and from those to the 12 COCO numbers.
 
 Legend: B images, Q queries, C classes, k scored boxes in one image. Boxes are (cx, cy, w, h) in [0, 1] of the
 unpadded image; `boxes_xyxy` are two corners in pixels.
 """
 import contextlib
+import functools
 import io
 
 import torch
@@ -14,34 +15,34 @@ from torchvision.ops import box_convert
 from support.images import AnnotatedImage
 
 
-def is_softmax(model):
-    """Whether class scores are a softmax, no-object being the last, or otherwise independent sigmoids."""
-    return model.recipe["class_loss"] == "softmax"
+def boxes_to_pixels(boxes, size):
+    """Boxes [..., 4], (cx, cy, w, h) in [0, 1] -> xyxy in pixels of an image of `size`, (height, width)."""
+    height, width = size
+    scale = torch.tensor([width, height, width, height], dtype=torch.float32, device=boxes.device)
+    return box_convert(boxes.float(), "cxcywh", "xyxy") * scale
 
 
 @torch.no_grad()
-def postprocess(logits, boxes, sizes, softmax, num_classes=None):
+def postprocess(logits, boxes, sizes, softmax, num_classes=None, most=100):
     """Outputs of one stage -> scored boxes. Low scores stay: AP is about the ranking, without a threshold.
 
     logits [B, Q, C] (with softmax C + 1, the last is no-object) and boxes [B, Q, 4] as the model gives them;
     sizes: B pairs (height, width) of the original images. Returns B dicts: scores [k], labels [k], boxes [k,
-    4] xyxy in original pixels. softmax: the best class of each query, k = Q. Otherwise the best 100 of all Q
-    * C pairs, so that a query may give two answers. num_classes: answers beyond are left out; SMCA's one more
-    sigmoid stands for nothing.
+    4] xyxy in original pixels. softmax: the best class of each query, k = Q. Otherwise the best `most` of all
+    Q * C pairs, so that a query may give two answers; 100 are as many as COCO's AP counts in an image.
+    num_classes: answers beyond are left out; SMCA's additional sigmoid stands for nothing.
     """
-    logits, boxes = logits.float(), boxes.float()
+    logits = logits.float()
     if softmax:
         scores, labels = logits.softmax(-1)[..., :-1].max(-1)  # [B, Q]
     else:
         B, Q, C = logits.shape
-        scores, pairs = logits.sigmoid().flatten(1).topk(min(100, Q * C))  # [B, k]
+        scores, pairs = logits.sigmoid().flatten(1).topk(min(most, Q * C))  # [B, k]
         labels = pairs % C
         boxes = boxes.take_along_dim((pairs // C)[:, :, None], 1)  # [B, k, 4]
-    scale = torch.tensor([(w, h, w, h) for h, w in sizes], dtype=torch.float32, device=boxes.device)  # [B, 4]
-    boxes_xyxy = box_convert(boxes, "cxcywh", "xyxy") * scale[:, None]
     named = labels < (num_classes or logits.shape[-1])  # [B, k]
-    return [{"scores": s[n], "labels": l[n], "boxes": b[n]}
-            for s, l, b, n in zip(scores, labels, boxes_xyxy, named)]
+    return [{"scores": s[n], "labels": l[n], "boxes": boxes_to_pixels(b[n], size)}
+            for s, l, b, n, size in zip(scores, labels, boxes, named, sizes)]
 
 
 def to_coco(dataset, annotated_images, scores=None):
@@ -84,11 +85,19 @@ METRICS = {
 }
 
 
-def coco_eval(dataset, predictions, image_ids=None):
-    """METRICS as {name: number} for {image id: dict from `postprocess`}, over `image_ids` (default: all).
+@functools.cache  # so that a run prints it once
+def warn_of_crowded_images(name, most):
+    print(f"WARNING  {name}: an image has {most} objects, but COCO's AP counts at most 100 answers in an "
+          "image. Expect a lower AP; support.predict returns all answers.")
+
+
+def coco_eval(dataset, predictions):
+    """METRICS as {name: number} for {image id: dict from `postprocess`}, over all images of the data set.
 
     An image without an entry counts as one in which nothing was found.
     """
+    if dataset.max_boxes > 100:
+        warn_of_crowded_images(dataset.name, dataset.max_boxes)
     truth, found = dataset.coco, []
     for image_id, one in predictions.items():
         boxes_xyxy, size = one["boxes"].cpu(), truth.imgs[image_id]
@@ -97,7 +106,6 @@ def coco_eval(dataset, predictions, image_ids=None):
                                     areas, crowd=torch.zeros_like(areas)))
     scores = [one["scores"].tolist() for one in predictions.values()]
     judge = COCOeval(truth, to_coco(dataset, found, scores), "bbox")
-    judge.params.imgIds = sorted(truth.imgs if image_ids is None else image_ids)
     with contextlib.redirect_stdout(io.StringIO()):
         judge.evaluate()
         judge.accumulate()
@@ -106,7 +114,7 @@ def coco_eval(dataset, predictions, image_ids=None):
 
 
 def signs_of_collapse(all_boxes, predictions):
-    """Whether a model says the same everywhere, as numbers for the log.
+    """Numbers for the log that show whether a model predicts the same boxes everywhere.
 
     all_boxes: [Q, 4] of every image, in the same units; predictions: as for coco_eval.
     """

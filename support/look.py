@@ -1,29 +1,29 @@
-"""What a model looked at, as arrays; and a Scene, which is one image with all that the model says of it.
+"""Where a model looks, as arrays; and a Scene, which is one image with all predictions of the model.
 
     out, seen = look(model.eval(), images, mask)
     seen["decoder.layers.5.cross_attn"]["weights"]  # [B, M, Q, T]
 
 Legend as in the model files: B images, Q queries, M heads, L levels, K points, T tokens, S stages.
 """
+import contextlib
 import inspect
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torchvision.ops import box_iou, nms
+from torchvision.ops import box_convert, box_iou, nms
 
 from support import data
-from support.evaluation import is_softmax
-from support.pictures import shorten, small_photo, to_pixels_xyxy
-from support.predict import answers, keep
+from support.evaluation import boxes_to_pixels
+from support.pictures import photo_and_truth, true_objects
+from support.predict import answers, is_softmax, keep
 
 
-# ---- Readers -----------------------------------------------------------------------------------------------
-# A reader gets a module, its output and the arguments of its forward; it returns named tensors, see look().
-def read_attention(module, output, q, k, v, mask=None, bias=None):
-    # [B, T, E] -> [B, T, M, E/M] -> [B, M, T, E/M]
-    q, k = (x.unflatten(-1, (module.nheads, -1)).transpose(1, 2) for x in (q, k))
+# ---- Arrays ------------------------------------------------------------------------------------------------
+def read_attention(nheads, q, k, v, mask=None, bias=None, **_):
+    # [B, T, E] -> [B, T, M, E/M] -> [B, M, T, E/M]; a key that all heads share, E/M wide, -> [B, 1, T, E/M]
+    width = q.shape[-1] // nheads
+    q, k = (x.unflatten(-1, (-1, width)).transpose(1, 2) for x in (q, k))
     scale = q.shape[-1] ** -0.5  # for halves as well, so that content * spatial is proportional to weights
 
     def softmax(q, k, bias=None):
@@ -33,7 +33,7 @@ def read_attention(module, output, q, k, v, mask=None, bias=None):
         return scores.softmax(-1)
 
     found = {"weights": softmax(q, k, bias)}
-    if q.shape[-1] * module.nheads == 2 * v.shape[-1]:  # [content | position] inside every head
+    if q.shape[-1] * nheads == 2 * v.shape[-1]:  # [content | position] inside every head
         (c_q, p_q), (c_k, p_k) = q.chunk(2, dim=-1), k.chunk(2, dim=-1)  # [B, M, ., D/M]
         found.update(content=softmax(c_q, c_k), spatial=softmax(p_q, p_k))
     elif bias is not None:
@@ -41,92 +41,70 @@ def read_attention(module, output, q, k, v, mask=None, bias=None):
     return found
 
 
-def read_sampling(module, output, query, reference, value, spatial_shapes, mask):
-    locations, weights = module.locations_and_weights(query, reference, spatial_shapes)
-    shapes = torch.tensor([tuple(shape) for shape in spatial_shapes])
-    return {"locations": locations, "weights": weights, "reference": reference, "shapes": shapes}
-
-
-def read_aligner(module, output, tgt, reference, memory, mask):
-    _, _, points, scale = output
-    return {"points": points, "reference": reference} | ({} if scale is None else {"scale": scale})
-
-
-def read_reference(module, output, *inputs):
-    return {"reference": output.sigmoid()}
-
-
-READERS = {"Attention": read_attention, "MSDeformAttn": read_sampling, "SemanticsAligner": read_aligner}
-
-
-def reader_of(name, module):
-    """Its own method `look`; or ours, where class and arguments of forward are named as here; or None."""
-    if inspect.ismethod(getattr(module, "look", None)):
-        return type(module).look
-    if name.split(".")[-1] == "reference":
-        return read_reference
-    read = READERS.get(type(module).__name__)
-    expected = list(inspect.signature(read).parameters)[2:] if read else None
-    return read if expected == list(inspect.signature(module.forward).parameters) else None
+def read(name, module, given, output):
+    """{name: tensor} of one module after its forward, see look(); given: the arguments by their names."""
+    kind = type(module).__name__
+    if name.endswith("reference_head"):
+        return {"reference": output.sigmoid()}
+    if kind in ("Attention", "SharedKeyAttention"):
+        return read_attention(module.nheads, **given)
+    if kind == "MSDeformAttn":
+        query, reference, spatial_shapes = (given[key] for key in ("query", "reference", "spatial_shapes"))
+        locations, weights = module.locations_and_weights(query, reference, spatial_shapes)
+        shapes = torch.tensor([tuple(shape) for shape in spatial_shapes])
+        return {"locations": locations, "weights": weights, "reference": reference, "shapes": shapes}
+    if kind == "SemanticsAligner":  # SAM-DETR
+        return {"points": output[2], "reference": given["reference"]}
+    if kind == "Sampler":  # AdaMixer
+        (h, w), stride = given["maps"][0].shape[-2:], given["strides"][0]
+        samples = module.samples(given["tgt"], given["xyzr"])
+        return {"samples": samples / samples.new_tensor([w * stride, h * stride, 1])}
+    if kind == "BoxPositions":  # DAB-DETR
+        return {"reference": given["box"]}
+    if kind == "Denoising":  # DN-DETR and DINO, in training
+        return {"noisy": output[1][:, :output[3]["target"].shape[1]]}
+    return {}
 
 
 @torch.no_grad()
-def look(model, images, mask):
-    """Run the model as it is and keep what its parts looked at: (out, seen), `out` being model(images, mask).
+def look(model, *inputs):
+    """Run the model as it is and keep where its parts look: (out, seen), `out` is model(*inputs).
 
     images [B, 3, H, W], mask [B, H, W] bool, True on padding. seen: {name of the module: {name of the array:
-    tensor on the CPU}}, in the order in which modules ran:
+    tensor on the CPU}}, in the order in which modules ran. By class of the module:
 
     Attention         weights [B, M, Q, T], rows sum to 1, padding gets 0. Where q and k are [content |
                       position] in every head, also content and spatial: what one half alone would give.
                       Where a bias is added, also content, which is without it, and prior = exp(bias).
     MSDeformAttn      locations [B, Q, M, L, K, 2] as (x, y) and reference [B, Q, L, 2 or 4], in [0, 1] of the
                       padded maps; weights [B, Q, M, L, K], summing to 1 over L and K; shapes [L, 2] as (h, w)
-    SemanticsAligner  points [B, Q, M, 2], reference [B, Q, 4] in [0, 1] of the image; scale [B, Q, M, 2]
-    named reference   reference [B, Q, 2] in [0, 1] of the image: the sigmoid of the module's output
-    others            what their method look(output, *arguments of forward) returns, a dict of tensors, if
-                      they have one: this is how the file of another method shows what is new in it. With
-                      these names there is a picture for it: those above, and samples [B, Q, M, K, 3], points
-                      as (x, y) in [0, 1] of the image and log2 of the stride they are read at.
+    SemanticsAligner  points [B, Q, M, 2] and reference [B, Q, 4] in [0, 1] of the image
+    Sampler           samples [B, Q, M, K, 3]: (x, y) in [0, 1] of the padded image, log2 of the stride
+    BoxPositions      reference [B, Q, 4] in [0, 1] of the image: the box of each query in this layer
+    Denoising         noisy [B, N, 4] in [0, 1] of the image: the boxes of objects with noise, in training
+    "reference_head"  reference [B, Q, 2] in [0, 1] of the image; it is this name that counts
 
-    In an encoder Q is T. If a module runs repeatedly (SQR's recurrent stage), the last run is kept. Other
-    modules are left out. Each layer of a global encoder needs 4 B M T^2 bytes.
+    Other modules are left out, and so are classes of the same name with other arguments. In an encoder Q is
+    T. If a module runs repeatedly (SQR's recurrent stage), the last run is kept.
     """
-    seen, hooks = {}, []
+    seen = {}
 
-    def keep(name, read):
-        def hook(module, inputs, kwargs, output):
-            arrays = read(module, output, *inputs, **kwargs)
-            seen[name] = {key: value.detach().cpu() for key, value in arrays.items()}
-        return hook
+    def keep(module, inputs, kwargs, output):
+        given = inspect.signature(module.forward).bind(*inputs, **kwargs).arguments
+        with contextlib.suppress(KeyError, AttributeError, TypeError):  # of somebody else, with this name
+            if arrays := read(names[module], module, given, output):
+                seen[names[module]] = {key: value.detach().cpu() for key, value in arrays.items()}
 
-    for name, module in model.named_modules():
-        if read := reader_of(name, module):
-            hooks.append(module.register_forward_hook(keep(name, read), with_kwargs=True))
+    names = {module: name for name, module in model.named_modules()}
+    hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in names]
     try:
-        return model(images, mask), seen
+        return model(*inputs), seen
     finally:
         for hook in hooks:
             hook.remove()
 
 
-# ---- What a method adds in training ------------------------------------------------------------------------
-@contextmanager
-def quiet_training(model):
-    """The model in training mode, without dropout and with the batch norm of inference; then as before."""
-    before = {module: module.training for module in model.modules()}
-    for module in model.modules():
-        rate = getattr(module, "dropout", None)  # of our Attention; in a layer it is a module of its own
-        noisy = isinstance(module, torch.nn.Dropout) or isinstance(rate, float)
-        module.training = not noisy and not hasattr(module, "running_mean")
-    try:
-        yield model
-    finally:
-        for module, training in before.items():
-            module.training = training
-
-
-# ---- One image and what the model says of it ---------------------------------------------------------------
+# ---- One image and all predictions of the model ------------------------------------------------------------
 class CannotDraw(Exception):
     """The model lacks a part that the picture of its attention needs."""
 
@@ -138,7 +116,7 @@ class Scene:
     size: tuple  # (height, width) of the original
     image: torch.Tensor  # [3, H, W], as the network gets it
     class_names: list  # the model's
-    truth: list  # [(class name, box [4])]; empty if nobody knows
+    truth: list  # [(class name, box [4])]; empty if it is not known
     scores: torch.Tensor  # [S, Q], of the best class
     labels: torch.Tensor  # [S, Q]
     boxes: torch.Tensor  # [S, Q, 4]
@@ -163,7 +141,7 @@ class Scene:
         raise CannotDraw(f"{tokens} tokens are no feature map of {list(self.image.shape[1:])} pixels")
 
     def arrays_with(self, part, array):
-        """What the modules that have `array` saw, of those with `part` in their names: [{name: tensor}]."""
+        """Arrays of the modules with `part` in their names, of those that have `array`: [{name: tensor}]."""
         return [arrays for name, arrays in self.seen.items() if part in name and array in arrays]
 
     def last_with(self, part, array):
@@ -173,32 +151,37 @@ class Scene:
         return found[-1]
 
     def detected_queries(self, count):
-        """Detected queries, at least one, of different objects as far as boxes tell, by falling score.
+        """[(query, its last box [4], its class and score in words)], at least one, the highest score first.
 
-        Each is (query, its last box [4], what it says in words).
+        Of queries whose boxes overlap much, which mean the same object, only the best is there.
         """
         queries = nms(self.boxes[-1], self.scores[-1], 0.5)
         detected = (self.scores[-1, queries] > self.threshold).sum().item()
         queries = queries[:max(1, min(count, detected))].tolist()
         return [(query, self.boxes[-1, query], self.in_words(-1, query)) for query in queries]
 
-    def name_of(self, label):
-        return self.class_names[label]
-
     def in_words(self, stage, query):
-        """What a query says at a stage."""
-        return f"{shorten(self.name_of(self.labels[stage, query]))} {self.scores[stage, query]:.2f}"
+        """The class and the score of a query at a stage."""
+        return f"{self.class_names[self.labels[stage, query]]} {self.scores[stage, query]:.2f}"
+
+    def objects(self):
+        """The true objects as a target, labels [n] and boxes [n, 4]; the detected ones where nobody knows."""
+        known = [(self.class_names.index(name), box) for name, box in self.truth if name in self.class_names]
+        known = known or [(self.labels[-1, query], box) for query, box, _ in self.detected_queries(20)]
+        labels, boxes = zip(*known)
+        boxes = box_convert(torch.stack(boxes).float(), "xyxy", "cxcywh")
+        return {"labels": torch.tensor(labels), "boxes": boxes / self.to_pixels(torch.ones(2)).repeat(2)}
 
     def fading_positives(self, query):
-        """What the last stage finds, and who was better: (true box [4] or None, IoU [S], better [S] bool).
+        """(true box [4] that the last stage finds or None, IoU [S], whether a stage was better [S]).
 
-        Found: an object of its class with IoU 0.5 or more. A stage was better with the same class, a higher
-        IoU and a higher score: the true positive fades (SQR, section 3).
+        An object of the same class with IoU 0.5 or more is found. A stage with the same class, a higher IoU
+        and a higher score was better: the true positive fades (SQR, section 3).
         """
         label, score = self.labels[:, query], self.scores[:, query]
         for name, box in self.truth:
             iou = box_iou(self.boxes[:, query], box[None])[:, 0]  # [S]
-            if name == self.name_of(label[-1]) and iou[-1] >= 0.5:
+            if name == self.class_names[label[-1]] and iou[-1] >= 0.5:
                 return box, iou, (label == label[-1]) & (iou > iou[-1]) & (score > score[-1])
         return None, torch.zeros_like(score), torch.zeros_like(label, dtype=torch.bool)
 
@@ -211,13 +194,13 @@ def best_class(logits, softmax, num_classes):
 
 def make_scene(dataset, index, class_names, model, threshold):
     """(Scene of one image of a data set, its boxes with a score over the threshold). Raises UserError."""
-    images, mask, (target,) = data.collate([dataset[index]])
+    images, mask, _ = data.collate([dataset[index]])
     out, seen = look(model, images, mask)
-    size = target["size"]
-    found, = answers(model, out, [dataset.path_of(index)], [size], len(class_names))
+    photo, annotated = photo_and_truth(dataset, index)
+    size = annotated.height, annotated.width
+    found, = answers(model, out, [dataset.path_of(index)], size, len(class_names))
     scores, labels = best_class(out["logits"][:, 0], is_softmax(model), len(class_names))  # [S, Q]
-    true_names = [dataset.class_names[i] for i in target["labels"]]
-    truth = list(zip(true_names, to_pixels_xyxy(target["boxes"], size)))
-    scene = Scene(small_photo(dataset, index), size, images[0], class_names, truth, scores, labels,
-                  to_pixels_xyxy(out["boxes"][:, 0], size), seen, threshold)
+    truth = [(dataset.class_names[label], box) for label, box in true_objects(annotated)]
+    boxes = boxes_to_pixels(out["boxes"][:, 0], size)  # [S, Q, 4]
+    scene = Scene(photo, size, images[0], class_names, truth, scores, labels, boxes, seen, threshold)
     return scene, keep(found, threshold)

@@ -41,7 +41,9 @@ def pytest_configure(config):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """With --file the grading tests run and nothing else, without it all others."""
+    """With --file the marks of that file are tested, and nothing else. tests/grading runs only when named."""
+    if collection_path.name == "grading":
+        return not (config.getoption("--file") or any("grading" in arg for arg in config.args)) or None
     if collection_path.name.startswith("test_"):
         return (collection_path.name == "test_grade.py") != bool(config.getoption("--file")) or None
 

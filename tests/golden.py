@@ -22,9 +22,8 @@ CASES = {
     "sam_detr_unpadded": ("sam_detr", {"input_norm": True}),
     "sam_detr_smca_unpadded": ("sam_detr", {"input_norm": True}),
     "sam_detr_multiscale": ("sam_detr_multiscale", {}),
-}
-# The same for relatives/, which test_relatives_golden.py tests
-RELATIVES = {
+    "sqr": ("sqr", {"recollect": "selective"}),
+    "dqr": ("sqr", {"recollect": "dense"}),
     "group_detr": ("group_detr", {}),
     "dab_detr": ("dab_detr", {}),
     "dab_detr_patterns": ("dab_detr", {}),
@@ -34,11 +33,33 @@ RELATIVES = {
     "hdetr_plain": ("hdetr", {"two_stage": False, "box_refine": False, "mixed_selection": False,
                               "look_forward_twice": False}),
     "adamixer": ("adamixer", {}),
+    "dn_detr": ("dn_detr", {}),
+    "dn_detr_patterns": ("dn_detr", {}),
+    "dino": ("dino", {}),
+    "dino_pure": ("dino", {}),
 }
+# Parameter counts: our file, and defaults of the official parser where our defaults are those of its scripts
+SIZES = {
+    "params_detr": ("detr", {}),
+    "params_conditional_detr": ("conditional_detr", {}),
+    "params_deformable_detr": ("deformable_detr", {}),
+    "params_sam_detr": ("sam_detr", {}),
+    "params_group_detr": ("group_detr", {"num_groups": 1}),
+    "params_dab_detr": ("dab_detr", {}),
+    "params_smca_detr": ("smca_detr", {}),
+    "params_hdetr": ("hdetr", {"two_stage": False, "box_refine": False, "mixed_selection": False,
+                               "look_forward_twice": False, "num_one2many": 0}),
+    "params_adamixer": ("adamixer", {}),
+    "params_dn_detr": ("dn_detr", {}),
+    "params_dino": ("dino", {}),
+}
+# Parts on their own
+ALONE = ("matcher_softmax", "matcher_focal", "criterion_detr", "criterion_conditional",
+         "criterion_deformable", "criterion_sam", "ms_deform_attn")
 OUR_OPTION = {"with_box_refine": "box_refine", "enc_n_points": "enc_points", "dec_n_points": "dec_points",
               "group_detr": "num_groups", "dynamic_scale": "scale_type", "num_queries_one2one": "num_queries",
               "num_queries_one2many": "num_one2many", "num_stages": "dec_layers", "num_query": "num_queries",
-              "feedforward_channels": "dim_feedforward"}
+              "feedforward_channels": "dim_feedforward", "embed_init_tgt": "mixed_selection"}
 OUR_VALUE = {"type1": "none", "type2": "isotropic", "type3": "xy", "type4": "xy_product"}  # SMCA-DETR
 
 
@@ -67,6 +88,11 @@ class Case:
             batch[b, :, :h, :w] = torch.from_numpy(image)
             mask[b, :h, :w] = False
         return batch, mask
+
+    def noise(self):
+        """The recorded random numbers of denoising, in the form of draw_noise, README section 11."""
+        noise = {key[6:]: value for key, value in self.arrays.items() if key.startswith("noise_")}
+        return {key: value if key == "label" else value.float() for key, value in noise.items()}
 
     def state_dict(self):
         """The official state_dict, every entry drawn by README section 2."""
@@ -137,3 +163,28 @@ def assert_close(what, ours, stored, field):
     worst = (error - relative * stored.abs()).max().item() if error.numel() else 0
     allowed = f"allowed is {absolute} + {relative} * value"
     assert worst <= absolute, f"{what}: off by {error.max().item():.2e}, {allowed}"
+
+
+def agreement(name):
+    """The largest differences of a case: logits, boxes, loss (relative), gradient norms (relative)."""
+    import train
+    from tests.tiny_models import module_named
+    (file, extra), case = CASES[name], Case(name)
+    module, stored = module_named(file), case.json
+    model = module.build(stored["case"]["num_classes"], pretrained_backbone=False,
+                         **options_of(stored["case"]["args"], extra))
+    module.load_official(model, {"model": case.state_dict()})
+    with torch.no_grad():
+        out = model.eval()(*case.batch())
+    loss = train.SetCriterion(model)(model.train()(*case.batch()), case.targets())["total"]
+    loss.backward()
+    parameters = dict(model.named_parameters())
+    norms = [(parameters[our_name(module, key)].grad.double().norm().item(), norm)
+             for key, norm in stored["grad_l2"].items() if (norm or 0) > 1e-4 * stored["grad_l2_total"]]
+    largest = [(out[key] - case.arrays[key]).abs().max().item() for key in ("logits", "boxes")]
+    return [*largest, abs(loss.item() / stored["loss_total"] - 1), max(abs(a / b - 1) for a, b in norms)]
+
+
+if __name__ == "__main__":  # the table of docs/agreement.md
+    for name in CASES:
+        print(f"| {name} | {' | '.join(f'{x:.0e}' for x in agreement(name))} |", flush=True)

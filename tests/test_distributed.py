@@ -128,7 +128,7 @@ def test_a_process_shares_batch_and_order_with_the_others(monkeypatch):
     assert sum(together, []) == sum(alone, []), "two processes see other images than one"
 
 
-@pytest.mark.parametrize("name", ["detr", "deformable_detr"])  # the others: test_models.py, test_relatives.py
+@pytest.mark.parametrize("name", ["detr", "deformable_detr"])  # the others: test_contract.py
 def test_a_step_in_bfloat16_is_nearly_that_in_float32(name):
     steps = {}
     for amp in (False, True):

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from support import checkpoints
+import train
+from support import UserError, checkpoints
 from support.model_files import load_model_file
-from tests.command import QUICK, run
+from tests.command import QUICK
 from tests.folders import small_coco
 from tests.golden import CASES, Case, options_of
 from tests.tiny_models import TINY, tiny
@@ -52,26 +53,24 @@ def test_an_official_file_with_its_namespace_is_read(tmp_path):
 
 def test_weights_of_another_model_are_refused():
     module = load_model_file("detr")
-    with pytest.raises(SystemExit, match="does not fit"):
+    with pytest.raises(UserError, match="does not fit"):
         checkpoints.initialise(tiny("detr"), module, {"model": {"x": torch.zeros(2)}}, ["a"])
 
 
 @pytest.mark.parametrize("content", [7, {"model": 7}, {"model": [1]}, {"a": 1}])
 def test_what_holds_no_weights_is_refused(content, tmp_path):
     torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(SystemExit, match="x.pt|does not fit"):
+    with pytest.raises(UserError, match="x.pt|does not fit"):
         init = checkpoints.read_init(tmp_path / "x.pt")
         checkpoints.initialise(tiny("detr"), load_model_file("detr"), init, ["a"])
 
 
-def test_fine_tuning_from_a_run_by_the_command_line(tmp_path):
-    folder = small_coco(tmp_path / "set")
-    flags = ["--model", "conditional_detr", "--steps", 1, "--overfit", 2, *QUICK]
-    assert run(*flags, "--out", "first", cwd=tmp_path).returncode == 0
-    done = run("--data", folder, "--init", "first", "--steps", 2, "--workers", 0, "--size", 48,
-               "--batch-size", 2, "--out", "second", cwd=tmp_path)
-    assert done.returncode == 0 and "class_head.weight: for other classes" in done.stdout, done.stderr
+def test_fine_tuning_from_a_run_by_the_command_line(tmp_path, monkeypatch, capsys):
+    small_coco(tmp_path / "set")
+    monkeypatch.chdir(tmp_path)
+    train.main(["--model", "conditional_detr", "--steps", "1", "--overfit", "2", *QUICK, "--out", "first"])
+    train.main(["--data", "set", "--init", "first", "--steps", "2", "--workers", "0", "--size", "48",
+                "--batch-size", "2", "--out", "second"])
+    assert "class_head.weight: for other classes" in capsys.readouterr().out
     second = torch.load(tmp_path / "second/last.pt", weights_only=True)
     assert second["args"]["model"] == "conditional_detr" and second["model_options"]["enc_layers"] == 1
-    both = run("--init", "first", "--resume", "first", cwd=tmp_path)
-    assert both.returncode == 2 and "only one of them" in both.stderr

@@ -177,7 +177,7 @@ def test_the_first_bad_layer_is_named():
 def test_memory_and_compiler_are_tried_before_a_folder_is_made(here, monkeypatch):
     def no_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    with monkeypatch.context() as full, pytest.raises(UserError, match="4 images of up to 48 x 48.*--batch-s"):
+    with monkeypatch.context() as full, pytest.raises(UserError, match="4 images of up to 48 x 48.*--batch"):
         full.setattr(train.SetCriterion, "__call__", no_memory)
         train.main(["--steps", "1", *QUICK])
 

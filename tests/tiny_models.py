@@ -10,6 +10,9 @@ import torchvision
 ROOT = Path(__file__).parents[1]
 TINY = dict(backbone="resnet18", pretrained_backbone=False, hidden_dim=32, nheads=4, enc_layers=1,
             dec_layers=2, dim_feedforward=32, dropout=0.0, num_queries=5)
+OWN = {"hdetr": dict(num_one2many=6, k_one2many=2), "dn_detr": dict(dn_groups=3), "dino": dict(dn_number=6),
+       "adamixer": dict(enc_layers=0, in_points=4, out_points=6)}
+OWN["sqr_adamixer"] = OWN["adamixer"]
 TARGETS = [{"labels": torch.tensor([0, 2]),
             "boxes": torch.tensor([[0.3, 0.4, 0.2, 0.3], [0.6, 0.6, 0.5, 0.4]])},
            {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}]
@@ -21,13 +24,14 @@ def module_named(name):
     return importlib.import_module(name if (ROOT / f"{name}.py").exists() else f"relatives.{name}")
 
 
-def get_model_again(name, weights, norm_layer):
+def get_model_again(name, weights, norm_layer, replace_stride_with_dilation):
     """torchvision's get_model, which draws 11 million numbers for ResNet-18; a copy if it did so before."""
+    how = dict(norm_layer=norm_layer, replace_stride_with_dilation=replace_stride_with_dilation)
     if weights or torch.get_default_device().type != "cpu":
-        return get_model(name, weights=weights, norm_layer=norm_layer)
-    key = name, norm_layer, torch.get_rng_state().numpy().tobytes()
+        return get_model(name, weights=weights, **how)
+    key = name, norm_layer, tuple(replace_stride_with_dilation), torch.get_rng_state().numpy().tobytes()
     if key not in MADE:
-        MADE[key] = get_model(name, weights=None, norm_layer=norm_layer), torch.get_rng_state()
+        MADE[key] = get_model(name, weights=None, **how), torch.get_rng_state()
     model, state = MADE[key]
     torch.set_rng_state(state)
     return copy.deepcopy(model)
@@ -38,7 +42,7 @@ def tiny(name, **options):
     torch.manual_seed(0)
     module = module_named(name) if isinstance(name, str) else name
     with mock.patch.object(torchvision.models, "get_model", get_model_again):
-        return module.build(3, **{**TINY, **options})
+        return module.build(3, **{**TINY, **OWN.get(name, {}), **options})
 
 
 def batch():
@@ -52,13 +56,15 @@ def batch():
 
 
 class Patches(torch.nn.Module):
-    """A backbone without overlap: cells see their own pixels only, so nothing leaks over the image's edge."""
+    """Stands in for a backbone: cells see only their own pixels, and nothing leaks over the image's edge."""
 
-    def __init__(self, channels):
+    def __init__(self, backbone):
         super().__init__()
-        strides = [8, 16, 32][:len(channels)]
+        self.channels = backbone.channels
+        self.strides = getattr(backbone, "strides", [8, 16, 32])  # AdaMixer has stride 4, too
         self.convs = torch.nn.ModuleList(
-            torch.nn.Conv2d(3, c, s, s, bias=False) for c, s in zip(channels, strides))
+            torch.nn.Conv2d(3, c, s, s, bias=False) for c, s in zip(self.channels, self.strides))
+        self.requires_grad_(False)  # some models take the last map only
 
     def forward(self, images):
         return [conv(images) for conv in self.convs]
@@ -73,8 +79,13 @@ def shake(model):
     return model
 
 
+def quick(name, **options):
+    """A new model without a real backbone."""
+    model = tiny(name, **options)
+    model.backbone = Patches(model.backbone)
+    return model
+
+
 def shaken(name, **options):
     """A quick model whose predictions depend on the image, on the query and on the stage."""
-    model = tiny(name, **options)
-    model.backbone = Patches(model.backbone.channels)
-    return shake(model)
+    return shake(quick(name, **options))

@@ -351,7 +351,7 @@ def louder(factor):
         scaled(
             1 / factor,
             r"^encoder.*(sampling_offsets|attention_weights)\.weight",
-            r"^decoder.*(ca_k_content|ca_v|value_proj|point_conv\.0)\.weight",
+            r"^decoder.*(ca_k_content|ca_v|value_proj|point_conv)\.weight",
             r"enc_output\.weight",
         )(model)
         for weight, bias in packed(model, "encoder"):
