@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from support import UserError, visible
 from support.images import SizeUserError, as_user_error, images_in, load_image, nearly_black
-from support.readers import already_in, read_splits
 from support.report import one_line_errors
+from support.splits import already_in, read_splits
 
 
 def check_files(readings):

@@ -1,7 +1,7 @@
 """Data for all detectors: a folder or the embedded shapes in, padded batches out.
 
     load()                      the embedded data set `shapes`: nothing to download, drawn when asked for
-    load("my/folder")           your own images; readers.LAYOUTS has the layouts of a folder
+    load("my/folder")           your own images; layouts.LAYOUTS has the layouts of a folder
     dataset[index]              one image and its target; dataset[epoch, index] also chooses the augmentation
     collate(batch)              images of different sizes -> one padded tensor and its mask
 
@@ -35,8 +35,8 @@ from support.images import (
     size_shown,
     to_input_and_target,
 )
-from support.readers import read_splits
 from support.shapes import Shapes
+from support.splits import read_splits
 
 LAPTOP_SIZE = {"shapes": 96, "folder": 256}  # longest side in pixels
 PAPER_SIZE, PAPER_LONGEST = 800, 1333  # DETR's: the short side, and the most for the long one
