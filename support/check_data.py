@@ -81,8 +81,8 @@ def format_table(categories, readings):
     for one in columns.values():
         names.update({f"  {name}": one[f"  {name}"] for name in {*categories.values()}})
     common = [name for name, count in names.most_common(15) if count]
-    rows = [("", *columns)] + [(key, *(one[key] for one in columns.values()))
-                               for key in next(iter(columns.values()), ()) if key not in names or key in common]
+    keys = [key for key in next(iter(columns.values()), ()) if key not in names or key in common]
+    rows = [("", *columns)] + [(key, *(one[key] for one in columns.values())) for key in keys]
     lines = [f"{key[:40]:<40}" + "".join(f"{cell:>22}" for cell in cells) for key, *cells in rows]
     rest = sum(map(bool, names.values())) - len(common)
     return "\n".join(lines + [f"  and {rest} more classes"] * (rest > 0))

@@ -27,6 +27,7 @@ from support.evaluation import to_coco
 from support.images import (
     IMAGE_SUFFIXES,
     AnnotatedImage,
+    as_user_error,
     file_size,
     images_in,
     load_image,
@@ -278,9 +279,10 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
     for part in splits:
         reading = readings[part]
         name = visible(f"{Path(reading.path).stem if folder is None else Path(folder).resolve().name} {part}")
-        with contextlib.suppress(Exception), open_image(reading.images[0]) as raw:  # damage is said later
+        first = reading.images[0]
+        with contextlib.suppress(UserError), as_user_error(first.path, first.id), open_image(first) as raw:
             if dark := nearly_black(raw):
-                reading.notes.add(dark, reading.images[0].path)
+                reading.note(dark, first.path)
         notes = [visible(f"{reading.path}: {line}") for line in reading.notes.lines()]
         datasets[part] = CocoFolder(name, reading.images, categories, notes, part == "train", augment, size,
                                     seed, flip, reading.held_out)

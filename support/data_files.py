@@ -1,4 +1,4 @@
-"""What the readers of all formats share: files that are found in any spelling, problems, and boxes as they are written."""
+"""What all readers share: files that are found in any spelling, problems, and boxes as they are written."""
 import functools
 import json
 import math
@@ -187,7 +187,7 @@ def number(value):
 
 
 def image_row(i, path, height, width, reading):
-    """An entry of Table.images; None and an error for a bad one. A size that is not annotated is the file's."""
+    """An entry of Table.images; None, and an error, if it is bad. Without a size that of the file is taken."""
     sides = [number(side or 0) for side in (height, width)]
     if path.lower().endswith(OTHER_SUFFIXES):
         return reading.error("image files that Pillow does not read: save them as .jpg or .png", path)

@@ -1,4 +1,4 @@
-"""Where the annotations and images of a split are: the layouts of folders that tools write, and what to do without one."""
+"""Where the annotations and images of a split are, in the layouts of folders that tools write."""
 import contextlib
 import mmap
 import os
@@ -106,11 +106,13 @@ def search(tree, split, unsplit=False):
         else:
             if config is None:
                 classes = class_file(tree, NAMES[split])
-                config = read_config(classes) if classes else {}
-                key = next((key for key in NAMES[split] if config.get(key)), None)
-                if key:
-                    values = config[key] if isinstance(config[key], list) else [config[key]]
-                    return Source(form, classes, [locate(key, value, config, classes) for value in values])
+                try:
+                    config = read_config(classes) if classes else {}
+                    if key := next((key for key in NAMES[split] if config.get(key)), None):
+                        values = config[key] if isinstance(config[key], list) else [config[key]]
+                        return Source(form, classes, [locate(key, value, config, classes) for value in values])
+                except UserError as error:
+                    raise UserError(f"{classes}: {error}") from None
             if classes and found and (os.path.isfile(found[0]) or tree.inside(found[0], *IMAGE_SUFFIXES)):
                 return Source(form, classes, found)
     return None
@@ -131,12 +133,16 @@ def find_source(tree, split, unsplit):
 
 def find_hint(tree, split, unsplit, counts):
     """What to do about a folder in which a split was not found."""
-    if split == "val" and (train := search(tree, "train")):
+    def source(*where):
+        with contextlib.suppress(UserError):
+            return search(*where)
+
+    if split == "val" and (train := source(tree, "train")):
         return f"{train.path} has no val: add --split 0.2 to hold some images out"
     for folder in list(tree.folders.values())[1:50]:
-        if folder[len(tree.top):].count(os.sep) < 3 and search(Tree(folder), split):
+        if folder[len(tree.top):].count(os.sep) < 3 and source(Tree(folder), split):
             return f"Did you mean {folder}?"
-    together = None if unsplit else search(tree, split, unsplit=True)
+    together = None if unsplit else source(tree, split, True)
     jsons, xmls, wrong = tree.inside(tree.top, ".json")[:1], tree.inside(tree.top, ".xml")[:1], Reading()
     likely = {"COCO": [together.path], "VOC": xmls, "YOLO": []}[together.form] if together else jsons + xmls
     for path in likely:

@@ -1,7 +1,7 @@
 """The three readers. Each turns the annotations of one split into a Table with boxes in pixels.
 
-A repair is a note and whatever needs a person is an error, both of the Reading. `known` are the classes that the other
-split has, {id: name}. Without `wanted` only the classes are read.
+A repair is a note and whatever needs a person is an error, both of the Reading. `known` are the classes of
+train, {id: name}. Without `wanted` only the classes are read.
 """
 import contextlib
 import json
@@ -187,7 +187,7 @@ def read_xml(path, reading):
 
 
 def voc_files(source, tree):
-    """{path below their folder, without ending: XML file} of a folder, or of a list with a name in each line."""
+    """{path below their folder, without ending: XML file} of a folder, or of a list with a name a line."""
     folder, listed = source.path, not os.path.isdir(source.path)
     if listed:
         above = [source.path.rsplit(os.sep, k)[0] for k in (1, 2, 3)]

@@ -1,4 +1,4 @@
-"""Reads train and val: joins their classes, cleans the boxes, holds images out for --split, and compares both."""
+"""Reads train and val: joins their classes, cleans the boxes, holds images out for --split, compares both."""
 import contextlib
 import functools
 import gc
@@ -83,7 +83,7 @@ def read_splits(folder, given, splits, class_names=(), share=None, seed=0):
             readings[split].notes.add(kind)
             table.from_one = False
         if split in splits:
-            labels = np.array([list(names).index(i) for i in ids.values()])
+            labels = np.array([list(names).index(i) for i in ids.values()], np.int64)
             readings[split].images = clean(table, labels, readings[split])
     if share is not None and not readings["train"].errors:
         readings["val"] = hold_out(readings["train"], share, seed)

@@ -127,8 +127,9 @@ def assert_one_line(error, *words):
 
 # ---- As large as COCO ------------------------------------------------------------------------------------
 def write_large(folder, form):
-    """COCO: as many images and boxes as train2017 has, with outlines. YOLO: 50,000 images with 7 boxes each."""
-    images, boxes, place = {"COCO": (118_000, 860_000, "{}2017"), "YOLO": (50_000, 350_000, "images/{}")}[form]
+    """COCO: as many images, boxes and outlines as train2017 has. YOLO: 50,000 images with 7 boxes each."""
+    sizes = {"COCO": (118_000, 860_000, "{}2017"), "YOLO": (50_000, 350_000, "images/{}")}
+    images, boxes, place = sizes[form]
     write_image(folder / "x.jpg")
     photo, draw = (folder / "x.jpg").read_bytes(), np.random.default_rng(0)
     corners = draw.uniform(0, 20, (boxes, 4)).round(2).tolist()
