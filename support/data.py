@@ -11,6 +11,7 @@ Whatever is wrong with somebody's data ends in a UserError, a single line for th
 """
 import contextlib
 import copy
+import itertools
 import os
 import shlex
 from pathlib import Path
@@ -44,7 +45,7 @@ PAPER_SIZE, PAPER_LONGEST = 800, 1333  # DETR's: the short side, and the most fo
 
 
 class CocoFolder(Dataset):
-    """Images of one split, with the boxes that a reader found.
+    """The images of one split of a folder, in any of the three formats.
 
     class_names, category_ids   lists by class index 0..C-1: the name, and the id in the annotation file
     name, notes                 for messages; `notes` says what was repaired or left out, a line each
@@ -183,13 +184,8 @@ def collate(batch):
 
 def first_with_boxes(dataset, n, augment=False):
     """The first n images that have boxes, as a data set of their own; not augmented unless asked for."""
-    indices = []
-    for index in range(len(dataset)):
-        if len(indices) == n:
-            break
-        if dataset.count_boxes(index):
-            indices.append(index)
-    small = dataset.subset(indices)
+    with_boxes = (index for index in range(len(dataset)) if dataset.count_boxes(index))
+    small = dataset.subset(list(itertools.islice(with_boxes, n)))
     if not augment and isinstance(dataset, CocoFolder):  # shapes never are
         small.transform = make_transform(False, dataset.augment, dataset.size)
     return small
@@ -265,16 +261,15 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
         return {part: shapes[part] for part in splits}
 
     categories, readings = read_splits(folder, given, splits, class_names, split, seed)
-    for reading in readings.values():
-        if reading.errors:
-            message, *others = reading.errors.lines()
-            if reading.path is None:
-                raise UserError(message)
-            more = f" (and {len(others)} more kinds of errors)" if others else ""
-            same = shlex.quote(str(folder)) if folder else "with the same paths"
-            same += f" --split {split}" if split else ""
-            raise UserError(f"{reading.path}: {message}{more}; to see everything: "
-                            f"python -m support.check_data {same}")
+    for reading in (reading for reading in readings.values() if reading.errors):
+        message, *others = reading.errors.lines()
+        if reading.path is None:
+            raise UserError(message)
+        more = f" (and {len(others)} more kinds of errors)" if others else ""
+        same = shlex.quote(str(folder)) if folder else "with the same paths"
+        same += f" --split {split}" if split else ""
+        raise UserError(f"{reading.path}: {message}{more}; to see everything: "
+                        f"python -m support.check_data {same}")
     datasets = {}
     for part in splits:
         reading = readings[part]

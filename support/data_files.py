@@ -187,7 +187,7 @@ def number(value):
 
 
 def image_row(i, path, height, width, reading):
-    """An entry of Table.images; None, and an error, if it is bad. Without a size that of the file is taken."""
+    """An entry of Table.images; None, and an error, if it is bad. Without a size the file's is taken."""
     sides = [number(side or 0) for side in (height, width)]
     if path.lower().endswith(OTHER_SUFFIXES):
         return reading.error("image files that Pillow does not read: save them as .jpg or .png", path)

@@ -110,7 +110,8 @@ def search(tree, split, unsplit=False):
                     config = read_config(classes) if classes else {}
                     if key := next((key for key in NAMES[split] if config.get(key)), None):
                         values = config[key] if isinstance(config[key], list) else [config[key]]
-                        return Source(form, classes, [locate(key, value, config, classes) for value in values])
+                        places = [locate(key, value, config, classes) for value in values]
+                        return Source(form, classes, places)
                 except UserError as error:
                     raise UserError(f"{classes}: {error}") from None
             if classes and found and (os.path.isfile(found[0]) or tree.inside(found[0], *IMAGE_SUFFIXES)):

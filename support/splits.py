@@ -11,7 +11,7 @@ import numpy as np
 from support import UserError
 from support.data_files import Reading, Tree, key_of
 from support.images import AnnotatedImage
-from support.layouts import find_source, given_source, search
+from support.layouts import NAMES, find_source, given_source, search
 from support.readers import read_coco, read_voc, read_yolo
 
 READERS = {"COCO": read_coco, "VOC": read_voc, "YOLO": read_yolo}
@@ -52,8 +52,8 @@ def read_splits(folder, given, splits, class_names=(), share=None, seed=0):
             raise UserError("--split takes val from train: leave out --val-json and --val-images")
         train = val = None
         with contextlib.suppress(UserError):  # that a val of data.yaml does not exist does not matter here
-            train, val = search(tree, "train", True), search(tree, "val") if tree else (None, None)
-        if val and (train.path, train.places) != (val.path, val.places):
+            train, val = (search(tree, name) if tree else None for name in NAMES)
+        if train and val and (train.path, train.places) != (val.path, val.places):
             raise UserError(f"{folder} has a val of its own, {val.path}: leave out --split")
         splits = ("train",)
     names, readings, tables = {}, {}, {}

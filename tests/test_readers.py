@@ -725,3 +725,68 @@ def test_files_of_systems_and_notebooks_are_skipped_and_said(tmp_path):
     sets = read(tmp_path)
     assert_truth(sets)
     assert "files that systems or notebooks make, not used: 2" in said(sets["train"])
+
+
+# ---- --split -----------------------------------------------------------------------------------------------
+TOGETHER = {  # all images in one folder, as tools export them: annotations, images
+    "beside": lambda f, boxes: (coco(f / "all.json", boxes=boxes), "."),
+    "Label Studio": lambda f, boxes: (coco(f / "result.json", name="images\\{}.png", boxes=boxes), "images"),
+    "CVAT": lambda f, boxes: (coco(f / "annotations/instances_default.json", boxes=boxes), "images/default"),
+    "FiftyOne": lambda f, boxes: (coco(f / "labels.json", boxes=boxes), "data"),
+    "TACO": lambda f, boxes: (coco(f / "annotations.json", name="batch_1/{}.png", boxes=boxes), "batch_1"),
+    "Roboflow": lambda f, boxes: (coco(f / "train/_annotations.coco.json", boxes=boxes), "train"),
+    "labelImg": lambda f, boxes: (voc(f, boxes=boxes), "."),
+    "VOC": lambda f, boxes: (voc(f / "annotations", boxes=boxes), "images"),
+    "YOLO": lambda f, boxes: (yolo(f / "labels", boxes=boxes), "images"),
+    "YOLO, labels beside": lambda f, boxes: (yolo(f, boxes=boxes), "."),
+}
+
+
+@pytest.mark.parametrize("layout", TOGETHER)
+def test_the_same_images_are_held_out_whatever_the_format(layout, tmp_path):
+    boxes = TRUTH["train"] | TRUTH["val"]
+    for name in ("beside", layout):
+        _, place = TOGETHER[name](tmp_path / name, boxes)
+        for split in TRUTH:
+            images(tmp_path / name / place, split)
+        if "YOLO" in name:
+            (tmp_path / name / "classes.txt").write_text("cat\ndog\n")
+    if layout != "Roboflow":
+        with pytest.raises(UserError, match="add --split 0.2"):
+            read(tmp_path / layout)
+    wanted, found = (read(tmp_path / name, split=0.4) for name in ("beside", layout))
+    for split, count in (("train", 3), ("val", 2)):
+        assert boxes_in(found[split]) == boxes_in(wanted[split]) and len(found[split]) == count
+    assert found["val"].held_out == wanted["val"].held_out and found["train"].held_out is None
+    assert "2 of 5 images, held out of the training set by --split 0.4, seed 0" in said(found["val"])
+
+
+def test_a_split_is_a_function_of_names_and_seed_with_every_class_in_both_parts(tmp_path):
+    rare = {"5", "17", "29", "41", "53"}  # five images with a dog, ten with nothing, the others with a cat
+    boxes = {str(k): [("dog" if str(k) in rare else "cat", 4, 4, 24, 24)] * (str(k) in rare or k % 6 > 0)
+             for k in range(60)}
+    coco(tmp_path / "a/all.json", boxes=boxes)
+    for name in boxes:
+        write_image(tmp_path / f"a/{name}.png")
+    val = read(tmp_path / "a", split=0.2)["val"]
+    classes = [label for image in val.images for label in image.labels.tolist()]
+    assert [len(val), classes.count(0), classes.count(1)] == [12, 9, 1], "a fifth of 60, 45 and 5"
+    again = read(shutil.move(tmp_path / "a", tmp_path / "b"), split=0.2, splits=("val",))["val"]
+    assert boxes_in(again) == boxes_in(val) and again.held_out == val.held_out, "the place changes nothing"
+    assert read(tmp_path / "b", split=0.2, seed=1)["val"].held_out != val.held_out
+
+
+def test_what_cannot_be_split_gets_one_line(folder):
+    for share, words in ((0.2, "has a val of its own, .*instances_val.json: leave out --split"),
+                         (1.0, "a share between 0 and 1")):
+        with pytest.raises(UserError, match=words):
+            read(folder, split=share)
+    with pytest.raises(UserError, match="have a val of their own"):
+        read(None, split=0.2)
+    (folder / "annotations/instances_val.json").unlink()
+    with pytest.raises(UserError, match="of 3 images leaves none"):
+        read(folder, split=0.1)
+    paths = dict(train_json=folder / "annotations/instances_train.json", train_images=folder / "train")
+    assert len(read(None, **paths, split=0.4)["val"]) == 1
+    with pytest.raises(UserError, match="leave out --val-json"):
+        read(None, **paths, val_json="a.json", val_images="b", split=0.2)
