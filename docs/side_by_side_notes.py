@@ -132,6 +132,7 @@ NOTES = {
     ("conditional_detr", "sam_detr"): [
         ("DecoderLayer.__init__", "self.aligner",
          "The aligner stands between self-attention and cross-attention."),
+        ("DecoderLayer.__init__", "self.cross_attn", "All heads have the same key."),
         ("DecoderLayer.__init__", "ca_q_sine", "Positions go through a 2-layer MLP; no special first layer."),
         ("DecoderLayer.__init__", "ca_k_pos", "Positions of keys also go through a 2-layer MLP."),
         ("DecoderLayer.__init__", "smca", "Passed on to the aligner."),
