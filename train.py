@@ -49,6 +49,7 @@ class SetCriterion:
         self.weights = {name: recipe[f"w_{name}"] for name in ("class", "l1", "giou")}
         self.cost_weights = {**self.weights, "class": recipe.get("cost_class", recipe["w_class"])}
         self.corner_l1 = recipe.get("corner_l1", False)  # AdaMixer: L1 between corners
+        self.denoising = recipe.get("denoising", False)  # the model is given the targets in training
 
     def cost(self, logits, boxes, target):
         """Matching cost of one image: logits [S, Q, C], boxes [S, Q, 4], target with G boxes -> [S, Q, G]."""
@@ -71,11 +72,14 @@ class SetCriterion:
 
     @torch.no_grad()
     def match(self, logits, boxes, targets):
-        """One-to-one assignment of least cost: for every stage, per image (query index, target index), int64.
+        """One-to-one assignment of least cost: for every image (query index, target index), int64.
 
-        logits [S, B, Q, C], boxes [S, B, Q, 4]. Every stage is matched independently. With more targets than
-        queries the most expensive ones stay unmatched. Raises Diverged when a prediction is not finite.
+        logits [B, Q, C], boxes [B, Q, 4] of one stage; of [S, B, Q, .] every stage is matched independently,
+        and the result is a list of S such lists. With more targets than queries the most expensive ones stay
+        unmatched. Raises Diverged when a prediction is not finite.
         """
+        if logits.ndim == 3:
+            return self.match(logits[None], boxes[None], targets)[0]
         logits, boxes = logits.float(), boxes.float()
         if not (logits.isfinite().all() and boxes.isfinite().all()):
             raise Diverged("predictions are not finite")
@@ -83,10 +87,15 @@ class SetCriterion:
         return [[tuple(map(torch.from_numpy, linear_sum_assignment(cost[s]))) for cost in costs]
                 for s in range(len(logits))]
 
-    def stage_losses(self, logits, boxes, targets, box_counts):
+    def stage_losses(self, logits, boxes, targets, box_counts, known=None):
         """Un-weighted losses {"class": [S], "l1": [S], "giou": [S]} of predictions [S, B, Q, .]."""
         logits, boxes = logits.float(), boxes.float()
-        rows = [(s, b, q, g) for s, matches in enumerate(self.match(logits, boxes, targets))
+        if known is None:
+            stages = self.match(logits, boxes, targets)
+        else:  # known [B, Q] is the target of every query: -1 is "no object", -2 counts in no loss
+            stages = [[((row >= 0).nonzero()[:, 0], row[row >= 0]) for row in known]] * len(logits)
+            logits = logits.masked_fill(known[..., None] == -2, -100)  # focal loss 0, and no gradient
+        rows = [(s, b, q, g) for s, matches in enumerate(stages)
                 for b, match in enumerate(matches) for q, g in zip(*(index.tolist() for index in match))]
         rows = torch.tensor(rows, dtype=torch.int64, device=logits.device).view(-1, 4)  # [P, 4], P matches
         stage, image, query, target = rows.unbind(1)  # each [P]
@@ -94,9 +103,7 @@ class SetCriterion:
         row = counts.cumsum(0)[image] + target  # [P], among the objects of all images together
         labels = torch.cat([t["labels"] for t in targets])[row]  # [P]
         target_boxes = torch.cat([t["boxes"] for t in targets])[row]  # [P, 4]
-        num_boxes = max(sum(box_counts), 1)
-
-        matched = stage, image, query
+        matched, num_boxes = (stage, image, query), max(sum(box_counts), 1)
         matched_boxes = boxes[matched]  # [P, 4]
         xyxy, target_xyxy = (box_convert(b, "cxcywh", "xyxy") for b in (matched_boxes, target_boxes))
         giou = generalized_box_iou_loss(xyxy, target_xyxy, eps=0)  # [P], 1 - GIoU; targets are never empty
@@ -142,8 +149,9 @@ class SetCriterion:
         losses = {name: loss.view(-1, out.get("groups", 1)).mean(1) for name, loss in losses.items()}
         total = self.weighted(losses)
         if "proposals" in out:
-            # Proposals only say "some object", so every label is class 0 (Deformable DETR, appendix A.4).
+            # Proposals only say "some object", so every label is class 0 (Deformable DETR, A.4); not in DINO.
             objects = [{"labels": torch.zeros_like(t["labels"]), "boxes": t["boxes"]} for t in targets]
+            objects = targets if out["proposals"].get("class_aware") else objects
             logits, boxes = out["proposals"]["logits"][None], out["proposals"]["boxes"][None]  # one stage
             proposal = self.stage_losses(logits, boxes, objects, box_counts)
             total = total + self.weighted(proposal)
@@ -156,6 +164,13 @@ class SetCriterion:
             many = self.stage_losses(extra["logits"], extra["boxes"], copies, [n * K for n in box_counts])
             total = total + extra["weight"] * self.weighted(many)
             losses.update({f"one2many_{name}": loss for name, loss in many.items()})
+        if "denoising" in out:
+            # DN-DETR and DINO: G groups of objects with noise; nothing is matched, as their targets are known
+            noisy = out["denoising"]
+            counts = [n * noisy["groups"] for n in box_counts]
+            known = self.stage_losses(noisy["logits"], noisy["boxes"], targets, counts, noisy["target"])
+            total = total + self.weighted(known)
+            losses.update({f"denoising_{name}": loss for name, loss in known.items()})
         return {"total": total, **losses}
 
     def weighted(self, losses):
@@ -168,10 +183,8 @@ def make_optimizer(model, lr, lr_backbone, weight_decay):
     slow = model.recipe.get("slow_parameters") or ()
     parts = {"rest": [], "backbone": [], "slow": []}
     for name, parameter in model.named_parameters():
-        if name.startswith("backbone."):
-            part = "backbone"
-        else:
-            part = "slow" if any(word in name for word in slow) else "rest"
+        part = "slow" if any(word in name for word in slow) else "rest"
+        part = "backbone" if name.startswith("backbone.") else part
         if parameter.requires_grad:
             parts[part].append(parameter)
     rate = {"rest": lr, "backbone": lr_backbone, "slow": lr * 0.1}
@@ -260,8 +273,9 @@ def train_step(forward, criterion, optimizer, parts, args, scaler=torch.amp.Grad
         more = (0, width - images.shape[3], 0, height - images.shape[2])  # on the right, and below
         images, mask = F.pad(images, more), F.pad(mask, more, value=True)
         targets = [{k: t[k].to(args.device) for k in ("labels", "boxes")} for t in targets]
+        inputs = images.to(args.device), mask.to(args.device)
         with machine.autocast(args):
-            out = forward(images.to(args.device), mask.to(args.device))
+            out = forward(*inputs, targets) if criterion.denoising else forward(*inputs)
         losses = criterion(out, targets, box_counts)  # outside of autocast: in float32
         scaler.scale(losses["total"] * machine.WORLD).backward()  # DDP takes the mean: make it a sum
         for name, loss in losses.items():

@@ -1,7 +1,7 @@
-"""A picture for each method: what its paper shows.
+"""A picture for each method: the figure of its paper.
 
-draw_look(model, scene) takes the first entry of PICTURES that fits. What decides is what look() found in the
-model and what the model returns in training, never a name: the file of another method needs no entry here.
+draw_look(model, scene) chooses it by the arrays that look() finds in the model, and by the outputs of the
+model in training. The model's name does not matter, so that the file of another method needs no entry here.
 """
 import math
 from functools import partial
@@ -10,7 +10,7 @@ import torch
 from torchvision.ops import box_iou
 
 from support.evaluation import boxes_to_pixels
-from support.look import CannotDraw, best_class
+from support.look import CannotDraw, best_class, look
 from support.pictures import PREDICTED, REFERENCE, TRUE, Figure, draw_box, drawable, show
 from support.predict import is_softmax
 
@@ -71,7 +71,7 @@ def panel_grid(scene, title, rows, large, lines, columns):
                     for row in halves]
 
 
-# ---- What the decoder looks at -----------------------------------------------------------------------------
+# ---- Where the decoder looks -------------------------------------------------------------------------------
 def draw_attention(scene):
     """DETR: encoder attention from a box's centre; decoder attention of the query that predicts this box."""
     encoder, decoder = (scene.last_with(part, "weights")["weights"][0] for part in ("encoder", "decoder"))
@@ -180,7 +180,7 @@ def draw_salient_points(scene):
     return figure
 
 
-# ---- What training adds ------------------------------------------------------------------------------------
+# ---- Additional stages and queries of training -------------------------------------------------------------
 def draw_stages(scene):
     """SQR: the same query at every stage, marked where one was better than the last (fading positives)."""
     S, best = len(scene.scores), scene.detected_queries(20)
@@ -219,8 +219,34 @@ def draw_parts(scene, parts):
     return figure
 
 
+def draw_denoising(scene, out):
+    """DN-DETR and DINO: boxes with noise, and what the first and the last layer make of them.
+
+    out: the part "denoising" of what training returns for the objects of the scene, with "noisy" [1, N, 4].
+    """
+    objects, target = scene.objects(), out["target"][0]
+    n, S, N = len(objects["labels"]), len(out["boxes"]), len(target)
+    boxes = boxes_to_pixels(torch.cat([out["noisy"], out["boxes"][:, 0]]), scene.size)  # [1 + S, N, 4]
+    blue = ', blue must say "no object"' if (target == -1).any() else ""
+    title = "Boxes with noise, and what layers make of them; the paler, the lower the score of the class"
+    title += f"\ntruth green; red queries must give it back{blue}"
+    figure, panels = square_panels(min(n, 3), 3, title)
+    for k, (row, label, true) in enumerate(zip(panels, objects["labels"], objects["boxes"])):
+        true, name = boxes_to_pixels(true, scene.size), scene.class_names[label]
+        own = torch.arange(N) % n == k  # copy c of object k has place c * n + k
+        scores = torch.cat([torch.ones(1, N), out["logits"][:, 0, :, label].sigmoid()])  # [1 + S, N]
+        for axes, stage, step in zip(row, (0, 1, S), ("with noise", "after layer 1", f"after layer {S}")):
+            iou = box_iou(boxes[stage, target == k], true[None]).mean()
+            show_scene(axes, scene, f"{name} {step}: mean IoU {iou:.2f}", [(true, TRUE, "--")])
+            for query in own.nonzero()[:2 * MOST_GROUPS, 0].tolist():
+                colour = PREDICTED if target[query] == k else REFERENCE
+                draw_box(axes, boxes[stage, query], colour, alpha=0.2 + 0.8 * scores[stage, query].item())
+            zoom(axes, scene, true, 2.5)
+    return figure
+
+
 def training_parts(trained, scene, softmax):
-    """What training has more of than inference, for draw_parts; [] if nothing. trained: what it returns."""
+    """The parts of the queries in training, for draw_parts; [] if there is one. trained: the outputs."""
     def part(name, logits, boxes):
         scores, labels = best_class(logits[0], softmax, len(scene.class_names))
         return name, scores, labels, boxes_to_pixels(boxes[0], scene.size)
@@ -237,21 +263,27 @@ def training_parts(trained, scene, softmax):
 
 
 def outputs_of_training(model, scene):
-    """What the model returns in training mode, but without dropout and with the batch norm of inference."""
+    """The model's outputs in training mode, but without dropout and with the batch norm of inference."""
     for module in model.modules():
         rate = getattr(module, "dropout", None)  # of our Attention; in a layer it is a module of its own
         noisy = isinstance(module, torch.nn.Dropout) or isinstance(rate, float)
         module.training = not noisy and not hasattr(module, "running_mean")
+    inputs = [scene.image[None], torch.zeros_like(scene.image[:1], dtype=torch.bool)]
+    if model.recipe.get("denoising"):
+        inputs.append([scene.objects()])
+        torch.manual_seed(0)  # the same noise for every run with the same image
     try:
-        with torch.no_grad():
-            return model(scene.image[None], torch.zeros_like(scene.image[:1], dtype=torch.bool))
+        out, seen = look(model, *inputs)
     finally:
         model.eval()
+    for arrays in seen.values():
+        if "noisy" in arrays and arrays["noisy"].numel():
+            out["denoising"]["noisy"] = arrays["noisy"]
+    return out
 
 
-# ---- Which picture -----------------------------------------------------------------------------------------
-# The first whose array a module of the decoder shows
-PICTURES = {
+# ---- The choice --------------------------------------------------------------------------------------------
+PICTURES = {  # the first is drawn whose array a module of the decoder has
     "samples": draw_samples,
     "points": draw_salient_points,
     "prior": partial(draw_factors, first="prior"),
@@ -266,6 +298,8 @@ def draw_look(model, scene):
     trained = outputs_of_training(model, scene)
     if parts := training_parts(trained, scene, is_softmax(model)):
         return draw_parts(scene, parts)
+    if "noisy" in trained.get("denoising", {}):
+        return draw_denoising(scene, trained["denoising"])
     if len(trained["logits"]) > len(scene.scores):
         return draw_stages(scene)
     for array, draw in PICTURES.items():

@@ -4,16 +4,15 @@ import hashlib
 import os
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from support import UserError, reason, visible
-from support.annotations import problem_lines
-from support.images import SizeUserError, as_user_error, images_in, load_image
-from support.splits import already_in, identity, read_splits
+from support import UserError, visible
+from support.images import SizeUserError, as_user_error, images_in, load_image, nearly_black
+from support.readers import already_in, read_splits
+from support.report import one_line_errors
 
 
 def check_files(readings):
@@ -23,77 +22,68 @@ def check_files(readings):
     for split, reading, image in tqdm(images, "images", dynamic_ncols=True, leave=False, disable=None):
         try:
             load_image(image)
-            check_header(image, reading.notes)
-            fingerprint = hashlib.sha256(Path(image.path).read_bytes()).digest()
+            with as_user_error(image.path, image.id), Image.open(image.path) as raw:
+                orientation = raw.getexif().get(ExifTags.Base.Orientation, 1)
+                several = getattr(raw, "n_frames", 1) > 1 and raw.format != "MPO"  # a photo with a small copy
+                dark = nearly_black(raw)
+            with open(image.path, "rb") as file:
+                fingerprint = hashlib.sha256(file.read()).digest()
         except (UserError, OSError) as error:
             fault = "are of another size" if isinstance(error, SizeUserError) else "cannot be used"
-            reading.errors[f"image files that {fault}"].append(str(error))
+            reading.errors.add(f"image files that {fault}", str(error))
             continue
+        notes = {"photos to be turned (EXIF), used as they were annotated": orientation in range(2, 9),
+                 "photos with an EXIF orientation that does not exist, used as they are":
+                     orientation not in range(1, 9),
+                 "images of several frames or pages, the first is used": several}
+        for kind in [kind for kind, found in notes.items() if found] + [dark] * bool(dark):
+            reading.notes.add(kind, image.path)
         original, home = originals.setdefault(fingerprint, (image.path, split))
-        if identity(original) != identity(image.path):  # one file has been noted when it was read
-            reading.notes[already_in(home, split)].append(f"{image.path} is {original}")
-
-
-def check_header(image, notes):
-    """What the header of an image file says and its pixels do not."""
-    with as_user_error(image.path, image.id), Image.open(image.path) as raw:
-        orientation = raw.getexif().get(ExifTags.Base.Orientation, 1)
-        if orientation in (2, 3, 4, 5, 6, 7, 8):
-            notes["photos to be turned (EXIF), used as they were annotated"].append(image.path)
-        elif orientation != 1:
-            kind = "photos with an EXIF orientation that does not exist, used as they are"
-            notes[kind].append(f"{image.path}: {orientation!r}")
-        if getattr(raw, "n_frames", 1) > 1 and raw.format != "MPO":  # MPO: a photo with a small copy
-            notes["images of several frames or pages, the first is used"].append(image.path)
+        if os.path.realpath(original) != os.path.realpath(image.path):  # one file: noted when it was read
+            reading.notes.add(already_in(home, split), f"{image.path} is {original}")
 
 
 def find_unlisted(readings):
     """Adds a note about image files that lie beside the annotated ones, but no annotations name them."""
-    listed = {identity(image.path) for reading in readings.values() for image in reading.images}
+    listed = {image.path for reading in readings.values() for image in reading.images}
     seen = set()
     for reading in readings.values():
         for folder in sorted({os.path.dirname(image.path) for image in reading.images} - seen):
             seen.add(folder)
-            for path in images_in(folder):
-                if identity(path) not in listed:
-                    reading.notes["image files that no annotations name, not used"].append(str(path))
-
-
-def summarise(images, classes):
-    """Rows (what, number or text) about the images of one split. Pixels as annotated; without crowds."""
-    def spread(values):
-        return f"{min(values):.0f} / {np.median(values):.0f} / {max(values):.0f}" if len(values) else "-"
-
-    counts = [int((~image.crowd).sum()) for image in images]
-    labels, boxes, areas = (np.concatenate([getattr(image, name)[~image.crowd] for image in images])
-                            for name in ("labels", "boxes_xyxy", "areas"))
-    shares = np.bincount(np.digitize(areas, (32 ** 2, 96 ** 2)), minlength=3) / max(1, len(areas))
-    return [
-        ("images", len(images)),
-        ("  without boxes", counts.count(0)),
-        ("  boxes in one: min / median / max", spread(counts)),
-        ("  width: min / median / max", spread([image.width for image in images])),
-        ("  height: min / median / max", spread([image.height for image in images])),
-        ("boxes", len(labels)),
-        ("  width: min / median / max", spread(boxes[:, 2] - boxes[:, 0])),
-        ("  height: min / median / max", spread(boxes[:, 3] - boxes[:, 1])),
-        ("  area to 32 x 32 / to 96 x 96 / above", " / ".join(f"{share:.0%}" for share in shares)),
-        *[(f"  {name}", (labels == label).sum()) for label, name in classes.items()],
-    ]
+            for path in sorted({*map(str, images_in(folder))} - listed):
+                reading.notes.add("image files that no annotations name, not used", path)
 
 
 def format_table(categories, readings):
     """The Readings in numbers, a column for each, as text. With many classes it shows the most common."""
-    counts = Counter(label for reading in readings.values() for image in reading.images
-                     for label in image.labels[~image.crowd].tolist())
-    classes = {label: list(categories.values())[label] for label, _ in counts.most_common(15)}
-    readings = {split: reading for split, reading in readings.items() if reading.images}
-    rows = [("", *readings)]
-    for cells in zip(*(summarise(reading.images, classes) for reading in readings.values())):
-        rows.append((cells[0][0], *(text for _, text in cells)))
-    if len(counts) > len(classes):
-        rows.append((f"  and {len(counts) - len(classes)} more classes",))
-    return "\n".join(f"{what[:40]:<40}" + "".join(f"{text:>22}" for text in texts) for what, *texts in rows)
+    def spread(values):
+        return f"{min(values):.0f} / {np.median(values):.0f} / {max(values):.0f}" if len(values) else "-"
+
+    def column(images):  # pixels as annotated, without crowds
+        counts = [int((~image.crowd).sum()) for image in images]
+        labels, boxes, areas = (np.concatenate([getattr(image, name)[~image.crowd] for image in images])
+                                for name in ("labels", "boxes_xyxy", "areas"))
+        shares = np.bincount(np.digitize(areas, (32 ** 2, 96 ** 2)), minlength=3) / max(1, len(areas))
+        return {
+            "images": len(images),
+            "  without boxes": counts.count(0),
+            "  boxes in one: min / median / max": spread(counts),
+            "  width: min / median / max": spread([image.width for image in images]),
+            "  height: min / median / max": spread([image.height for image in images]),
+            "boxes": len(labels),
+            "  their width: min / median / max": spread(boxes[:, 2] - boxes[:, 0]),
+            "  their height: min / median / max": spread(boxes[:, 3] - boxes[:, 1]),
+            "  area to 32 x 32 / to 96 x 96 / above": " / ".join(f"{share:.0%}" for share in shares),
+        } | {f"  {name}": (labels == label).sum() for label, name in enumerate(categories.values())}
+
+    columns = {split: column(reading.images) for split, reading in readings.items() if reading.images}
+    names = {f"  {name}": sum(column[f"  {name}"] for column in columns.values()) for name in categories.values()}
+    common = [name for name, count in Counter(names).most_common(15) if count]
+    rows = [("", *columns)] + [(key, *(column[key] for column in columns.values()))
+                               for key in next(iter(columns.values()), ()) if key not in names or key in common]
+    lines = [f"{key[:40]:<40}" + "".join(f"{cell:>22}" for cell in cells) for key, *cells in rows]
+    rest = sum(map(bool, names.values())) - len(common)
+    return "\n".join(lines + [f"  and {rest} more classes"] * (rest > 0))
 
 
 def main(argv=None):
@@ -105,6 +95,7 @@ def main(argv=None):
         p.add_argument(f"--{name}", metavar="PATH", help="instead of DIR: the four paths, or the two of val")
     p.add_argument("--split", type=float, metavar="SHARE", help="as in train.py: held out as val, e.g. 0.2")
     p.add_argument("--seed", type=int, default=0, help="of the split; default 0, as in train.py")
+    p.add_argument("--no-images", action="store_true", help="opens no image (of YOLO's the header, for its size)")
     args = p.parse_args(argv)
     given = {"train": (args.train_json, args.train_images), "val": (args.val_json, args.val_images)}
     if args.folder is None and not any(map(any, given.values())):
@@ -115,27 +106,21 @@ def main(argv=None):
     only_val = args.folder is None and not any(given["train"])
     splits = ("val",) if only_val else ("train", "val")
     categories, readings = read_splits(args.folder, given, splits, share=args.split, seed=args.seed)
-    check_files(readings)
+    if not args.no_images:
+        check_files(readings)
     find_unlisted(readings)
-    if hasattr(sys.stdout, "reconfigure"):  # a name may hold what the terminal cannot show
-        sys.stdout.reconfigure(errors="backslashreplace")
     print(format_table(categories, readings))
     for split, reading in readings.items():
-        lines = [f"  error: {line}" for line in problem_lines(reading.errors)]
-        lines += [f"  note: {line}" for line in problem_lines(reading.notes)]
-        where = visible(str(reading.path or "not found"))
-        print(f"\n{split}: {where}", *lines or ["  nothing wrong"], sep="\n")
+        lines = [f"  error: {line}" for line in reading.errors.lines()]
+        lines += [f"  note: {line}" for line in reading.notes.lines()]
+        print(f"\n{split}: {visible(reading.path or 'not found')}", *lines or ["  nothing wrong"], sep="\n")
     if any(reading.errors for reading in readings.values()):
-        print("\ntrain.py will not use this: mend the errors and check again.")
+        print("\ntrain.py will not use this: correct the errors and check again.")
         return 1
     print(f"\nThis can be {'evaluated' if only_val else 'trained'} on.")
     return 0
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         sys.exit(main())
-    except (UserError, OSError) as error:
-        sys.exit(f"data: {reason(error)}")
-    except KeyboardInterrupt:
-        sys.exit("\nInterrupted; nothing was changed.")

@@ -1,7 +1,7 @@
 """Data for all detectors: a folder or the embedded shapes in, padded batches out.
 
     load()                      the embedded data set `shapes`: nothing to download, drawn when asked for
-    load("my/folder")           your own images; splits.LAYOUTS says how a folder may look
+    load("my/folder")           your own images; readers.LAYOUTS has the layouts of a folder
     dataset[index]              one image and its target; dataset[epoch, index] also chooses the augmentation
     collate(batch)              images of different sizes -> one padded tensor and its mask
 
@@ -9,6 +9,7 @@ Legend: B images, C classes, n objects in one image, H x W pixels. Boxes are (cx
 unpadded image; `boxes_xyxy` are two corners in pixels.
 Whatever is wrong with somebody's data ends in a UserError, a single line for the person who runs the program.
 """
+import contextlib
 import copy
 import os
 import shlex
@@ -22,7 +23,6 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from support import UserError, visible
-from support.annotations import problem_lines
 from support.evaluation import to_coco
 from support.images import (
     IMAGE_SUFFIXES,
@@ -30,18 +30,20 @@ from support.images import (
     file_size,
     images_in,
     load_image,
+    nearly_black,
+    open_image,
     size_shown,
     to_input_and_target,
 )
+from support.readers import read_splits
 from support.shapes import Shapes
-from support.splits import read_splits
 
 LAPTOP_SIZE = {"shapes": 96, "folder": 256}  # longest side in pixels
 PAPER_SIZE, PAPER_LONGEST = 800, 1333  # DETR's: the short side, and the most for the long one
 
 
 class CocoFolder(Dataset):
-    """Images with COCO annotations, or with VOC's, which read_voc turns into COCO's.
+    """Images of one split, with the boxes that a reader found.
 
     class_names, category_ids   lists by class index 0..C-1: the name, and the id in the annotation file
     name, notes                 for messages; `notes` says what was repaired or left out, a line each
@@ -178,13 +180,6 @@ def collate(batch):
     return padded, mask, list(targets)
 
 
-def pad_batch(images, mask, height, width):
-    """Makes the canvas of a batch larger: zeros are added on the right and below, and True in the mask."""
-    more = (0, width - images.shape[3], 0, height - images.shape[2])
-    pad = torch.nn.functional.pad
-    return pad(images, more), pad(mask, more, value=True)  # [B, 3, height, width], [B, height, width]
-
-
 def first_with_boxes(dataset, n, augment=False):
     """The first n images that have boxes, as a data set of their own; not augmented unless asked for."""
     indices = []
@@ -271,7 +266,7 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
     categories, readings = read_splits(folder, given, splits, class_names, split, seed)
     for reading in readings.values():
         if reading.errors:
-            message, *others = problem_lines(reading.errors)
+            message, *others = reading.errors.lines()
             if reading.path is None:
                 raise UserError(message)
             more = f" (and {len(others)} more kinds of errors)" if others else ""
@@ -282,8 +277,11 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
     datasets = {}
     for part in splits:
         reading = readings[part]
-        name = visible(f"{reading.path.stem if folder is None else Path(folder).resolve().name} {part}")
-        notes = [visible(f"{reading.path}: {line}") for line in problem_lines(reading.notes)]
+        name = visible(f"{Path(reading.path).stem if folder is None else Path(folder).resolve().name} {part}")
+        with contextlib.suppress(Exception), open_image(reading.images[0]) as raw:  # damage is said later
+            if dark := nearly_black(raw):
+                reading.notes.add(dark, reading.images[0].path)
+        notes = [visible(f"{reading.path}: {line}") for line in reading.notes.lines()]
         datasets[part] = CocoFolder(name, reading.images, categories, notes, part == "train", augment, size,
                                     seed, flip, reading.held_out)
     return datasets

@@ -1,6 +1,7 @@
 """Image files: what annotations say about one, its pixels, and one line if it is damaged."""
 import contextlib
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,11 @@ from torchvision.transforms import v2
 
 from support import UserError, reason
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")  # of files looked for
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp",
+                  ".avif", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".mpo", ".tga", ".pcx")
+OTHER_SUFFIXES = (".heic", ".heif", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".svg", ".exr", ".dcm")  # not Pillow's
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # half of what is refused
 THINNEST = 30  # an image longer than this many times its short side may have no pixels left when made small
 
 
@@ -42,14 +46,31 @@ def as_user_error(path, image_id):
         yield
     except Exception as error:
         kind = SizeUserError if isinstance(error, SizeUserError) else UserError
-        what = "not an image, or damaged" if isinstance(error, UnidentifiedImageError) else reason(error)
-        raise kind(f"{path} (image id {image_id}): {what}; repair or remove it") from None
+        what = f"{reason(error)}; repair or remove it"
+        if isinstance(error, UnidentifiedImageError):
+            what = f"{what_is_it(path)}; repair or remove it"
+        elif isinstance(error, Image.DecompressionBombError):
+            what = f"more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; cut it into tiles"
+        raise kind(f"{path} (image id {image_id}): {what}") from None
+
+
+def what_is_it(path):
+    """What a file that PIL does not know seems to be, from its first bytes."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        start = file.read(64)
+        known = {b"version https://git-lfs": "a pointer of Git LFS, run git lfs pull", b"<": "a web page or XML",
+                 start[:4] + b"ftyphe": "HEIC whatever its name says, save it as JPEG",
+                 start[:4] + b"ftypmif": "HEIC whatever its name says, save it as JPEG"}
+        for mark, text in known.items():
+            if start.lstrip().startswith(mark):
+                return text
+    return "not an image, or damaged"
 
 
 def size_shown(raw):
     """(width, height) of an open PIL image as viewers show it, from its header alone."""
-    quarter_turn = raw.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # above 8: no viewer turns it
-    return raw.size[::-1] if quarter_turn else raw.size
+    turned = raw.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # above 8: no viewer turns it
+    return raw.size[::-1] if turned and raw.format != "TIFF" else raw.size  # PIL has turned a TIFF's size
 
 
 def images_in(folder):
@@ -87,6 +108,13 @@ def load_image(annotated):
         if max(size) > THINNEST * min(size):
             raise UserError(f"{annotated.width} x {annotated.height} pixels are too thin to be resized")
         return to_rgb(ImageOps.exif_transpose(raw) if size == shown else raw)
+
+
+def nearly_black(raw):
+    """A note on a PIL image of 16 bits that are hardly used, as of 12-bit sensors; None for others."""
+    if raw.mode.startswith("I") and np.asarray(raw).max() < 2 ** 14:
+        return "16-bit images with values below 16384: (nearly) black, scale all of them to 65535"
+    return None
 
 
 def to_rgb(image):

@@ -1,4 +1,4 @@
-"""What a model looked at, as arrays; and a Scene, which is one image with all that the model says of it.
+"""Where a model looks, as arrays; and a Scene, which is one image with all predictions of the model.
 
     out, seen = look(model.eval(), images, mask)
     seen["decoder.layers.5.cross_attn"]["weights"]  # [B, M, Q, T]
@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torchvision.ops import box_iou, nms
+from torchvision.ops import box_convert, box_iou, nms
 
 from support import data
 from support.evaluation import boxes_to_pixels
@@ -61,12 +61,14 @@ def read(name, module, given, output):
         return {"samples": samples / samples.new_tensor([w * stride, h * stride, 1])}
     if kind == "BoxPositions":  # DAB-DETR
         return {"reference": given["box"]}
+    if kind == "Denoising":  # DN-DETR and DINO, in training
+        return {"noisy": output[1][:, :output[3]["target"].shape[1]]}
     return {}
 
 
 @torch.no_grad()
-def look(model, images, mask):
-    """Run the model as it is and keep what its parts looked at: (out, seen), `out` being model(images, mask).
+def look(model, *inputs):
+    """Run the model as it is and keep where its parts look: (out, seen), `out` is model(*inputs).
 
     images [B, 3, H, W], mask [B, H, W] bool, True on padding. seen: {name of the module: {name of the array:
     tensor on the CPU}}, in the order in which modules ran. By class of the module:
@@ -79,6 +81,7 @@ def look(model, images, mask):
     SemanticsAligner  points [B, Q, M, 2] and reference [B, Q, 4] in [0, 1] of the image
     Sampler           samples [B, Q, M, K, 3]: (x, y) in [0, 1] of the padded image, log2 of the stride
     BoxPositions      reference [B, Q, 4] in [0, 1] of the image: the box of each query in this layer
+    Denoising         noisy [B, N, 4] in [0, 1] of the image: the boxes of objects with noise, in training
     "reference_head"  reference [B, Q, 2] in [0, 1] of the image; it is this name that counts
 
     Other modules are left out, and so are classes of the same name with other arguments. In an encoder Q is
@@ -95,13 +98,13 @@ def look(model, images, mask):
     names = {module: name for name, module in model.named_modules()}
     hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in names]
     try:
-        return model(images, mask), seen
+        return model(*inputs), seen
     finally:
         for hook in hooks:
             hook.remove()
 
 
-# ---- One image and what the model says of it ---------------------------------------------------------------
+# ---- One image and all predictions of the model ------------------------------------------------------------
 class CannotDraw(Exception):
     """The model lacks a part that the picture of its attention needs."""
 
@@ -113,7 +116,7 @@ class Scene:
     size: tuple  # (height, width) of the original
     image: torch.Tensor  # [3, H, W], as the network gets it
     class_names: list  # the model's
-    truth: list  # [(class name, box [4])]; empty if nobody knows
+    truth: list  # [(class name, box [4])]; empty if it is not known
     scores: torch.Tensor  # [S, Q], of the best class
     labels: torch.Tensor  # [S, Q]
     boxes: torch.Tensor  # [S, Q, 4]
@@ -138,7 +141,7 @@ class Scene:
         raise CannotDraw(f"{tokens} tokens are no feature map of {list(self.image.shape[1:])} pixels")
 
     def arrays_with(self, part, array):
-        """What the modules that have `array` saw, of those with `part` in their names: [{name: tensor}]."""
+        """Arrays of the modules with `part` in their names, of those that have `array`: [{name: tensor}]."""
         return [arrays for name, arrays in self.seen.items() if part in name and array in arrays]
 
     def last_with(self, part, array):
@@ -148,9 +151,9 @@ class Scene:
         return found[-1]
 
     def detected_queries(self, count):
-        """Detected queries, at least one, of different objects as far as boxes tell, by falling score.
+        """[(query, its last box [4], its class and score in words)], at least one, the highest score first.
 
-        Each is (query, its last box [4], what it says in words).
+        Of queries whose boxes overlap much, which mean the same object, only the best is there.
         """
         queries = nms(self.boxes[-1], self.scores[-1], 0.5)
         detected = (self.scores[-1, queries] > self.threshold).sum().item()
@@ -161,11 +164,19 @@ class Scene:
         """The class and the score of a query at a stage."""
         return f"{self.class_names[self.labels[stage, query]]} {self.scores[stage, query]:.2f}"
 
-    def fading_positives(self, query):
-        """What the last stage finds, and who was better: (true box [4] or None, IoU [S], better [S] bool).
+    def objects(self):
+        """The true objects as a target, labels [n] and boxes [n, 4]; the detected ones where nobody knows."""
+        known = [(self.class_names.index(name), box) for name, box in self.truth if name in self.class_names]
+        known = known or [(self.labels[-1, query], box) for query, box, _ in self.detected_queries(20)]
+        labels, boxes = zip(*known)
+        boxes = box_convert(torch.stack(boxes).float(), "xyxy", "cxcywh")
+        return {"labels": torch.tensor(labels), "boxes": boxes / self.to_pixels(torch.ones(2)).repeat(2)}
 
-        Found: an object of its class with IoU 0.5 or more. A stage was better with the same class, a higher
-        IoU and a higher score: the true positive fades (SQR, section 3).
+    def fading_positives(self, query):
+        """(true box [4] that the last stage finds or None, IoU [S], whether a stage was better [S]).
+
+        An object of the same class with IoU 0.5 or more is found. A stage with the same class, a higher IoU
+        and a higher score was better: the true positive fades (SQR, section 3).
         """
         label, score = self.labels[:, query], self.scores[:, query]
         for name, box in self.truth:
@@ -187,7 +198,7 @@ def make_scene(dataset, index, class_names, model, threshold):
     out, seen = look(model, images, mask)
     photo, annotated = photo_and_truth(dataset, index)
     size = annotated.height, annotated.width
-    found, = answers(model, out, [dataset.path_of(index)], [size], len(class_names))
+    found, = answers(model, out, [dataset.path_of(index)], size, len(class_names))
     scores, labels = best_class(out["logits"][:, 0], is_softmax(model), len(class_names))  # [S, Q]
     truth = [(dataset.class_names[label], box) for label, box in true_objects(annotated)]
     boxes = boxes_to_pixels(out["boxes"][:, 0], size)  # [S, Q, 4]

@@ -42,7 +42,7 @@ def load_model_file(name):
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:  # also an encoding that is not UTF-8
-        raise UserError(f"--model {name}: {path}, line {error.lineno}: {error.msg}")
+        raise UserError(f"--model {path}, line {error.lineno}: {error.msg}")
     except Exception as error:
         raise UserError(f"--model {name}: importing it fails; {describe(error, path)}")
     missing = [key for key in ("RECIPE", "build") if not hasattr(module, key)]

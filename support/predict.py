@@ -6,7 +6,7 @@
         print(name, score, box)
     detector = load("detr-r50-e632da11.pth", model="detr")    # weights of the official repository
 
-Everything that is wrong with what it is given ends in a UserError of one line.
+Wrong arguments end in a UserError of one line.
 """
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -26,7 +26,7 @@ from support.model_files import build_model, load_model_file, load_model_of, wit
 def load(source, model=None, device="cpu", **options):
     """A Detector from a run's folder (its last.pt), from a checkpoint, or from official weights.
 
-    model: a name or a .py file; official weights need it, a run knows its own. options: of the model, as in
+    model: a name or a .py file; official weights need it, a run has its own. options: of the model, as in
     train.py, e.g. two_stage=True for such official weights. Raises UserError.
     """
     if not all(isinstance(name, (str, Path)) for name in (source, model or "")):
@@ -45,7 +45,7 @@ def load(source, model=None, device="cpu", **options):
 # ---- Photos in, boxes out ----------------------------------------------------------------------------------
 @dataclass
 class Found:
-    """What a model finds on one photo, best first; iterating gives (name, score, box as a list)."""
+    """The objects that a model finds on a photo, best first; iterating gives (name, score, box as a list)."""
     file: str
     size: tuple  # (height, width) of the photo as viewers show it
     boxes: torch.Tensor  # [n, 4] xyxy in its pixels
@@ -92,41 +92,35 @@ class Detector:
             raise UserError(f"batch_size {batch_size!r}: it must be a whole number, at least 1")
         several = isinstance(what, (list, tuple)) or getattr(what, "ndim", 3) == 4
         photos = [to_photo(one, f"image {i}") for i, one in enumerate(what if several else [what])]
-        dataset, by_size, found = self.dataset(photos), {}, {}
+        dataset, same_size, found = self.dataset(photos), {}, {}
         for index, image in enumerate(dataset.images):
-            by_size.setdefault((image.height, image.width), []).append(index)
-        for size, indices in by_size.items():
+            same_size.setdefault((image.height, image.width), []).append(index)
+        for size, indices in same_size.items():
             for start in range(0, len(indices), batch_size):
                 chosen = indices[start:start + batch_size]
-                found.update(zip(chosen, self.predict_batch(dataset, chosen, size, threshold)))
+                images, mask, _ = data.collate([dataset[index] for index in chosen])
+                out = self.model(images.to(self.device), mask.to(self.device))
+                files = [dataset.path_of(index) for index in chosen]
+                for index, one in zip(chosen, answers(self.model, out, files, size, len(self.class_names))):
+                    one = {key: values.cpu() for key, values in keep(one, threshold).items()}
+                    names = [self.class_names[label] for label in one["labels"]]
+                    found[index] = Found(dataset.path_of(index), size, **one, names=names)
         is_folder = isinstance(what, (str, Path)) and Path(what).is_dir()
         return [found[i] for i in range(len(dataset))] if several or is_folder else found[0]
-
-    def predict_batch(self, dataset, indices, size, threshold):
-        """Found on each of these images, which are all of this (height, width)."""
-        images, mask, _ = data.collate([dataset[index] for index in indices])
-        files = [dataset.path_of(index) for index in indices]
-        out, batch = self.model(images.to(self.device), mask.to(self.device)), []
-        all_found = answers(self.model, out, files, [size] * len(files), len(self.class_names))
-        for file, one in zip(files, all_found):
-            one = {key: values.cpu() for key, values in keep(one, threshold).items()}
-            names = [self.class_names[label] for label in one["labels"]]
-            batch.append(Found(file, size, **one, names=names))
-        return batch
 
 
 def is_softmax(model):
     return model.recipe["class_loss"] == "softmax"
 
 
-def answers(model, out, files, sizes, num_classes):
-    """Scored boxes of each image in a batch, as postprocess returns them. Raises UserError for nan."""
+def answers(model, out, files, size, num_classes):
+    """Scored boxes of each image in a batch, all of one size, as postprocess returns them."""
     for b, file in enumerate(files):
         if not all(out[key][:, b].isfinite().all() for key in ("logits", "boxes")):
-            raise UserError(f"{file}: what the model predicts is not finite; it has diverged")
+            raise UserError(f"{file}: the model predicts numbers that are not finite; it has diverged")
     logits, boxes = out["logits"][-1], out["boxes"][-1]
     most = max(100, boxes.shape[1])  # an image may have as many objects as there are queries
-    return postprocess(logits, boxes, sizes, is_softmax(model), num_classes, most)
+    return postprocess(logits, boxes, [size] * len(files), is_softmax(model), num_classes, most)
 
 
 def keep(found, threshold):
@@ -168,30 +162,28 @@ def of_run(checkpoint, model=None, options=None):
 
 
 def of_official(checkpoint, source, model, options=None):
-    """A Detector of what read_init returns for a file of the official repository."""
+    """A Detector of weights of the official repository, which read_init returned. Raises UserError."""
     module = load_model_file(model)
     if not hasattr(module, "load_official"):
-        raise UserError(f"--init: {model} has no load_official() that could read official weights")
+        raise UserError(f"{model} has no load_official() that could read official weights")
     names = official_names(checkpoint, module.RECIPE)
-    network = build_model(module, len(names), {**(options or {}), "pretrained_backbone": False}).eval()
+    network = build_model(module, len(names), without_download(module, options or {})).eval()
     try:
         module.load_official(network, checkpoint)
-    except (RuntimeError, AttributeError, TypeError) as error:  # the latter two: entries that are no tensors
+    except RuntimeError as error:
         raise UserError(f"{source}: of another model, or needs an --option: {reason(error)}") from None
     return Detector(network, names, {"preset": "paper", "size": 800})
 
 
 def official_names(checkpoint, recipe):
-    """Class names for an official checkpoint, whose class head tells how many there are. Raises UserError.
+    """Class names for an official checkpoint: torchvision's for COCO's 91 category ids. Raises UserError.
 
-    It has a row for each, and with softmax (and in SMCA) one more for "no object". 91 are COCO's category
-    ids, as in all published weights; torchvision knows their names.
+    The class head has a row for each class, and with softmax (and in SMCA) one more for "no object".
     """
     state = checkpoint.get("model", checkpoint)
-    heads = ("class_embed.weight", "class_embed.0.weight") if isinstance(state, dict) else ()
-    rows = [len(state[name]) for name in heads if getattr(state.get(name), "ndim", 0)]
+    rows = [len(state[name]) for name in ("class_embed.weight", "class_embed.0.weight") if name in state]
     if not rows:
-        raise UserError("--init: not official weights (no class_embed.weight); for our own use --weights")
+        raise UserError("not official weights: there is no class_embed.weight in the file")
     count = rows[0] - (recipe["class_loss"] == "softmax" or recipe.get("extra_logit", False))
     coco = torchvision.models.get_weight("FasterRCNN_ResNet50_FPN_Weights.COCO_V1").meta["categories"]
     return coco if count == len(coco) else [f"class {i}" for i in range(count)]

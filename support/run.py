@@ -139,8 +139,8 @@ class Run:
     # ---- Files ----
     def write(self, **line):
         if machine.RANK == 0:
-            seconds = time.time() - self.started
-            self.log_file.write(json.dumps({"step": self.step, "seconds": seconds, **line}) + "\n")
+            line = {"step": self.step, "seconds": time.time() - self.started, **line}
+            self.log_file.write(json.dumps(line) + "\n")
 
     def save(self, name):
         if machine.RANK == 0:
@@ -163,8 +163,7 @@ class Run:
 def means(window):
     """{name: mean} of what steps logged; "skipped" is the share of them that --amp skipped in float16.
 
-    Not every step has all: a skipped one has no gradient norm, and a model file may have been changed, and
-    have other losses, since the run was stopped.
+    Not every step has all: a skipped one has no gradient norm, and the model file may have changed.
     """
     means = {}
     for name in window[-1]:

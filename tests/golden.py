@@ -33,6 +33,10 @@ CASES = {
     "hdetr_plain": ("hdetr", {"two_stage": False, "box_refine": False, "mixed_selection": False,
                               "look_forward_twice": False}),
     "adamixer": ("adamixer", {}),
+    "dn_detr": ("dn_detr", {}),
+    "dn_detr_patterns": ("dn_detr", {}),
+    "dino": ("dino", {}),
+    "dino_pure": ("dino", {}),
 }
 # Parameter counts: our file, and defaults of the official parser where our defaults are those of its scripts
 SIZES = {
@@ -46,6 +50,8 @@ SIZES = {
     "params_hdetr": ("hdetr", {"two_stage": False, "box_refine": False, "mixed_selection": False,
                                "look_forward_twice": False, "num_one2many": 0}),
     "params_adamixer": ("adamixer", {}),
+    "params_dn_detr": ("dn_detr", {}),
+    "params_dino": ("dino", {}),
 }
 # Parts on their own
 ALONE = ("matcher_softmax", "matcher_focal", "criterion_detr", "criterion_conditional",
@@ -53,7 +59,7 @@ ALONE = ("matcher_softmax", "matcher_focal", "criterion_detr", "criterion_condit
 OUR_OPTION = {"with_box_refine": "box_refine", "enc_n_points": "enc_points", "dec_n_points": "dec_points",
               "group_detr": "num_groups", "dynamic_scale": "scale_type", "num_queries_one2one": "num_queries",
               "num_queries_one2many": "num_one2many", "num_stages": "dec_layers", "num_query": "num_queries",
-              "feedforward_channels": "dim_feedforward"}
+              "feedforward_channels": "dim_feedforward", "embed_init_tgt": "mixed_selection"}
 OUR_VALUE = {"type1": "none", "type2": "isotropic", "type3": "xy", "type4": "xy_product"}  # SMCA-DETR
 
 
@@ -82,6 +88,11 @@ class Case:
             batch[b, :, :h, :w] = torch.from_numpy(image)
             mask[b, :h, :w] = False
         return batch, mask
+
+    def noise(self):
+        """The recorded random numbers of denoising, in the form of draw_noise, README section 11."""
+        noise = {key[6:]: value for key, value in self.arrays.items() if key.startswith("noise_")}
+        return {key: value if key == "label" else value.float() for key, value in noise.items()}
 
     def state_dict(self):
         """The official state_dict, every entry drawn by README section 2."""

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from support import UserError, check_data, data
-from support.annotations import SHARES
+from support.readers import SHARES
 from tests.folders import TRAIN, assert_one_line, change, coco_folder, edit, write_image, write_noise
 
 

@@ -129,7 +129,7 @@ def rows_of(page):
 
 @pytest.mark.parametrize("a, b", PAIRS)
 def test_a_page_shows_every_line_once_in_order_and_a_note_at_every_change(a, b):
-    left, right = ROOT / f"{a}.py", ROOT / f"{b}.py"
+    left, right = known_files()[a], known_files()[b]
     rows = rows_of(side_by_side.page(left, right))
     for side, path in ((0, left), (2, right)):
         shown = [(row[side], row[side + 1]) for row in rows if row[side]]

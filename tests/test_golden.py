@@ -32,7 +32,10 @@ def run(request):
     for hook in hooks:
         hook.remove()
     criterion = train.SetCriterion(model)
-    train_out = model.train()(images, mask)
+    inputs = (images, mask, case.targets()) if criterion.denoising else (images, mask)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "draw_noise", lambda *how: case.noise(), raising=False)
+        train_out = model.train()(*inputs)
     losses = criterion(train_out, case.targets())
     losses["total"].backward()
     return dict(case=case, file=file, module=module, model=model, mask=mask, out=out, inside=inside,
@@ -60,8 +63,9 @@ def test_logits_and_boxes_of_every_layer_in_evaluation_and_in_training(run):
 
 def test_masks_and_positions_of_every_feature_map(run):
     case, module, file = run["case"], run["module"], run["file"]
-    offset = 0 if case.json["case"]["repo"] in ("detr", "conditional", "group", "dab", "smca") else 0.5
-    temperature = 20 if file == "dab_detr" else 10000
+    origin = ("detr", "conditional", "group", "dab", "smca", "dn", "dino")
+    offset = 0 if case.json["case"]["repo"] in origin else 0.5
+    temperature = 20 if file in ("dab_detr", "dn_detr", "dino") else 10000
     for level in range(sum(name.startswith("mask_") for name in case.arrays)):
         stored = case.arrays[f"mask_{level}"].bool()
         mask = module.resize_mask(run["mask"], stored.shape[-2:])
@@ -111,7 +115,8 @@ def test_references_offsets_and_scales(run):
             ours = torch.stack(layers).unflatten(-1, (8, -1))  # [L, B, Q, M, .]
             assert_close(name, ours, arrays[f"head_{name}"], f"head_{name}")
     else:
-        assert file in ("detr", "dab_detr", "adamixer"), f"the references of {file} are not compared"
+        others = ("detr", "dab_detr", "dn_detr", "dino", "adamixer")
+        assert file in others, f"the references of {file} are not compared"
 
 
 def test_proposals_of_two_stages_and_the_second_part_of_hybrid_matching(run):
@@ -122,7 +127,7 @@ def test_proposals_of_two_stages_and_the_second_part_of_hybrid_matching(run):
     for part, prefix in (("one2many", "one2many"), ("proposals", "enc")):
         for key in ("logits", "boxes") if part in out else ():
             assert_close(f"{part} {key}", out[part][key].detach(), arrays[f"{prefix}_{key}"], key)
-    if "enc_topk" in arrays:
+    if "enc_topk" in arrays and run["file"] != "dino":  # which returns the chosen ones only
         best = run["out"]["proposals"]["logits"][..., 0].topk(arrays["enc_topk"].shape[1], dim=1).indices
         assert best.equal(arrays["enc_topk"].long()), "other tokens are chosen as queries"
 
@@ -132,7 +137,7 @@ def test_matching_of_every_stage(run):
     for stage, ours in enumerate(every_stage(run["criterion"], out["logits"], out["boxes"], targets)):
         assert ours == pairs(stored["matching"][str(stage)]), f"stage {stage} is matched differently"
     if "proposals" in out:
-        objects = [{"labels": t["labels"] * 0, "boxes": t["boxes"]} for t in targets]
+        objects = [{"labels": t["labels"] * (run["file"] == "dino"), "boxes": t["boxes"]} for t in targets]
         logits, boxes = out["proposals"]["logits"][None], out["proposals"]["boxes"][None]
         (ours,) = every_stage(run["criterion"], logits, boxes, objects)
         assert ours == pairs(stored["matching"]["enc"]), "proposals are matched differently"
@@ -157,10 +162,39 @@ def test_every_loss_term_and_the_total(run):
                 ours = out["one2many"]["weight"] * losses[f"one2many_{part}"][s].detach()
                 name = f"{official}{last}_one2many"
                 assert_close(f"{part} of stage {s}, one to many", ours, stored[name], "loss")
+            if "denoising" in out:
+                ours = losses[f"denoising_{part}"][s].detach()
+                name = f"{official}_dn{last}" if run["file"] == "dino" else f"tgt_{official}{last}"
+                assert_close(f"{part} of stage {s}, denoising", ours, stored[name], "loss")
         if "proposals" in out:
             proposal = losses[f"proposal_{part}"][0].detach()
-            assert_close(f"{part} of the proposals", proposal, stored[f"{official}_enc"], "loss")
+            name = f"{official}_interm" if run["file"] == "dino" else f"{official}_enc"
+            assert_close(f"{part} of the proposals", proposal, stored[name], "loss")
     assert_close("total", losses["total"].detach(), run["case"].json["loss_total"], "loss")
+
+
+def test_noisy_queries_their_mask_and_what_comes_back(run):
+    case, model, stored = run["case"], run["model"], run["case"].json.get("denoising")
+    assert ("denoising" in run["train_out"]) == (stored is not None)
+    if stored is None:
+        return
+    arrays, out, targets = case.arrays, run["train_out"]["denoising"], case.targets()
+    real = arrays["denoising_target"] > -2
+    assert out["groups"] == stored["groups"] and out["target"].equal(arrays["denoising_target"])
+    for key in ("logits", "boxes"):
+        ours, official = out[key].detach()[:, real], arrays[f"denoising_{key}"][:, real]
+        assert_close(f"{key} of the noisy queries", ours, official, key)
+    B, N, Q = *out["target"].shape, run["train_out"]["logits"].shape[2]
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(run["module"], "draw_noise", lambda *how: case.noise())
+        tgt, boxes, bias, _ = model.denoising(torch.zeros(B, Q, 256), torch.zeros(B, Q, 4), targets)
+    assert_close("noisy boxes", boxes[:, :N], arrays["denoising_reference"], "reference")
+    assert_close("noisy content", tgt[:, :N, -16:], arrays["denoising_content"], "reference")
+    assert bias[0, 0].isinf().equal(arrays["denoising_apart"].bool()), "another mask in self-attention"
+    with torch.no_grad():
+        empty = without_objects(targets)
+        nothing = run["criterion"](model(*case.batch(), empty), empty)["total"]
+    assert_close("total without objects", nothing, case.json["loss_total_without_objects"], "loss")
 
 
 def test_gradient_norm_of_every_parameter(run):
@@ -289,6 +323,7 @@ def test_deformable_sampling_alone():
 
 
 def test_every_golden_file_is_tested():
-    """initialisation.json is in test_initialisation.py, the postprocess files are in test_evaluation.py."""
-    stored = {p.stem for p in FOLDER.glob("*.json")} - {"tolerances", "initialisation"}
+    """test_initialisation.py has the initialisation files, test_evaluation.py the postprocess files."""
+    stored = {p.stem for p in FOLDER.glob("*.json")} - {
+        "tolerances", "initialisation", "initialisation_dn_dino"}
     assert stored == {*CASES, *SIZES, *ALONE, "postprocess_softmax", "postprocess_focal"}

@@ -9,9 +9,11 @@ import torch
 from golden import FOLDER
 from tiny_models import module_named
 
-CASES = json.loads((FOLDER / "initialisation.json").read_text())
+CASES = {label: case for file in ("initialisation", "initialisation_dn_dino")
+         for label, case in json.loads((FOLDER / f"{file}.json").read_text()).items()}
 FILES = {"detr": "detr", "conditional": "conditional_detr", "deformable": "deformable_detr",
-         "sam": "sam_detr", "group": "group_detr", "dab": "dab_detr", "smca": "smca_detr", "hdetr": "hdetr"}
+         "sam": "sam_detr", "group": "group_detr", "dab": "dab_detr", "smca": "smca_detr", "hdetr": "hdetr",
+         "dn": "dn_detr", "dino": "dino"}
 # SAM-DETR's points start at the centre of their box, a departure that the file states
 MEANT = re.compile(r"^transformer\.decoder\.layers\.\d+\.point2\.6\.(weight|bias)$")
 

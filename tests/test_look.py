@@ -237,6 +237,9 @@ def test_groups_and_one_to_many_queries_are_drawn_next_to_each_other():
     ("group_detr", {}, "Which queries claim an object"),
     ("hdetr", {}, "Which queries claim an object"),
     ("adamixer", {"enc_layers": 0}, "at which scale, a query samples"),
+    ("sqr_adamixer", {}, "The same query at every stage"),
+    ("dn_detr", {}, "Boxes with noise"),
+    ("dino", {}, "Boxes with noise"),
 ])
 def test_every_method_gets_the_picture_of_its_paper(name, options, title):
     model = tiny(name, **options)

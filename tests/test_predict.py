@@ -194,5 +194,5 @@ def test_a_source_that_cannot_be_loaded_is_refused_in_one_line(source, how, mess
 def test_a_model_that_has_diverged_says_so(photos):
     model = shaken("detr").eval()
     model.class_head.bias.data[0] = float("nan")
-    with pytest.raises(UserError, match="0.png: what the model predicts is not finite"):
+    with pytest.raises(UserError, match="0.png: the model predicts numbers that are not finite"):
         Detector(model, ["cat"], {"preset": "laptop", "size": 64}).predict(photos)

@@ -5,7 +5,6 @@ import random
 import shutil
 import signal
 import time
-from functools import partial
 
 import pytest
 import torch
@@ -42,21 +41,18 @@ def straight(tmp_path_factory):
     return weights_of(folder / "run")
 
 
-def stop_after_three_steps(process, log, group):
-    """Sends it SIGINT, as Ctrl-C does, or SIGTERM to its whole process group, as a scheduler does."""
-    while not (log.exists() and log.read_text().count("\n") >= 3) and process.is_alive():
-        time.sleep(0.02)
-    if group:
-        os.killpg(process.pid, signal.SIGTERM)
-    else:
-        os.kill(process.pid, signal.SIGINT)
+@pytest.mark.parametrize("kill, number", [(os.kill, signal.SIGINT), (os.killpg, signal.SIGTERM)])
+def test_a_stopped_run_saves_and_resume_gives_the_very_same_weights(kill, number, straight, tmp_path):
+    """To the last bit (CPU): Ctrl-C, and a scheduler's signal, which ends the loading processes as well."""
+    log = tmp_path / "stopped/log.jsonl"
 
+    def stop_after_three_steps(process):
+        while not (log.exists() and log.read_text().count("\n") >= 3) and process.is_alive():
+            time.sleep(0.02)
+        kill(process.pid, number)
 
-@pytest.mark.parametrize("group", [False, True])
-def test_a_stopped_run_saves_and_resume_gives_the_very_same_weights(group, straight, tmp_path):
-    """As if it had never been stopped, to the last bit (CPU), also if the loading processes ended."""
-    done = run(*FLAGS, "--out", "stopped", "--log-every", "1", cwd=tmp_path, meanwhile=partial(
-        stop_after_three_steps, log=tmp_path / "stopped/log.jsonl", group=group))
+    flags = [*FLAGS, "--out", "stopped", "--log-every", "1"]
+    done = run(*flags, cwd=tmp_path, meanwhile=stop_after_three_steps)
     assert done.returncode == 1 and "--resume stopped" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
     assert weights_of(tmp_path / "stopped")["step"] >= 3
@@ -151,7 +147,8 @@ def test_an_evaluation_that_a_scheduler_interrupts_comes_again(folder, monkeypat
     assert steps[-1] == 6 and steps.count(6) == 2, "a line of the training, and one of the evaluation"
 
 
-def test_rates_given_on_resume_take_effect(folder):
+def test_rates_given_on_resume_take_effect_and_losses_may_have_changed(folder):
+    torch.save({**weights_of(folder / "run"), "window": [{"total": 1.0}, {"new": 3}]}, "run/last.pt")
     resume("--steps", 5, "--lr", 1e-5, "--lr-backbone", 2e-6, "--weight-decay", 0.5, "--warmup", 0)
     last = weights_of(folder / "run")
     groups = {group["part"]: group for group in last["optimizer"]["param_groups"]}
@@ -229,12 +226,6 @@ def test_weights_and_optimisers_of_another_model_are_refused(folder):
     torch.save(content, "run/last.pt")
     with pytest.raises(UserError, match="its optimiser is for other groups of parameters"):
         resume("--steps", 9)
-
-
-def test_losses_may_change_between_two_logged_lines(folder):
-    """The model file was edited after the run was stopped."""
-    torch.save({**weights_of(folder / "run"), "window": [{"total": 1.0}, {"new": 3}]}, "run/last.pt")
-    resume("--steps", 5)
 
 
 def test_a_save_that_fails_leaves_the_old_file_and_no_half_one(folder, monkeypatch):

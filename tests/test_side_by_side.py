@@ -26,11 +26,13 @@ MAY_DIFFER = {
     "build": "it names the model's class",
     "RECIPE": "each paper trains in its own way",
     "LAPTOP": "the laptop preset is the file's own",
+    "draw_noise": "DINO also draws a sign for each number of a box",
+    "Denoising": "DINO has positives and negatives, DN-DETR a flag in the content",
     "OFFICIAL_NAMES": "each official repository names its parameters in its own way",
 }
 # Lines out and in of `git diff --no-index --shortstat` against the parent, and lines of the file, at most
 DIFF = {"conditional_detr": 125, "deformable_detr": 365, "sam_detr": 260, "sqr": 90, "group_detr": 70,
-        "dab_detr": 140, "smca_detr": 150, "hdetr": 140, "adamixer": 400}
+        "dab_detr": 140, "smca_detr": 150, "hdetr": 140, "adamixer": 400, "dn_detr": 190, "dino": 310}
 LINES = {"detr": 410, "conditional_detr": 460, "deformable_detr": 615, "sam_detr": 560, "sqr": 675}
 
 

@@ -10,7 +10,9 @@ import torchvision
 ROOT = Path(__file__).parents[1]
 TINY = dict(backbone="resnet18", pretrained_backbone=False, hidden_dim=32, nheads=4, enc_layers=1,
             dec_layers=2, dim_feedforward=32, dropout=0.0, num_queries=5)
-OWN = {"hdetr": dict(num_one2many=6, k_one2many=2), "adamixer": dict(enc_layers=0, in_points=4, out_points=6)}
+OWN = {"hdetr": dict(num_one2many=6, k_one2many=2), "dn_detr": dict(dn_groups=3), "dino": dict(dn_number=6),
+       "adamixer": dict(enc_layers=0, in_points=4, out_points=6)}
+OWN["sqr_adamixer"] = OWN["adamixer"]
 TARGETS = [{"labels": torch.tensor([0, 2]),
             "boxes": torch.tensor([[0.3, 0.4, 0.2, 0.3], [0.6, 0.6, 0.5, 0.4]])},
            {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}]

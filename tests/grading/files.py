@@ -1,5 +1,4 @@
 """Our files, by name: train.py and every model file, in the project's folder or in relatives/."""
-
 import importlib
 import re
 from functools import lru_cache
@@ -18,7 +17,7 @@ def model_files():
 
 
 def path_of(name):
-    """Raises ValueError that lists what there is."""
+    """Raises ValueError that lists the files there are."""
     found = {**model_files(), "train": ROOT / "train.py"}
     if name not in found:
         raise ValueError(f"{name}, it must be one of {', '.join(found)}")
@@ -32,7 +31,7 @@ def ours_named(name):
 
 
 def parent_of(name):
-    """The file that a file is to be compared with or imports, as its docstring says, or None."""
+    """The file that a file is to be compared with or imports, according to its docstring, or None."""
     text = path_of(name).read_text(encoding="utf-8")
     found = re.search(r"(?:Diff me against:?|imports its parents?,) (?:\w+/)*(\w+)\.py", text)
     return found[1] if found else None

@@ -1,461 +1,364 @@
-"""Mistakes that people make, as patches of our files: each turns one of them into a wrong one.
+"""Mistakes that students make, planted into our files: each mark loses its own, and no other (test_planted.py).
 
-tests/grading/test_planted.py shows that every mistake is found by the mark it belongs to;
-tests/grading/first_difference.py compares a student's numbers with those of our file with each mistake in
-it, and so can call many of them by name.
+A mistake replaces functions and methods by name, or where that is not possible a short piece of text. A row is
+(files, mark, what is wrong, {name: wrapper of what has this name} or {old text: new text}).
 """
+import copy
 import types
 from collections import namedtuple
 
+import torch
+import torch.nn.functional as F
+from torchvision.ops import box_convert
+
 from tests.grading.files import path_of
 
-# what: completes "the numbers are those of our file, but ..."; mark: the one that is lost, whatever else is
-Mistake = namedtuple("Mistake", "file mark what old new")
+Mistake = namedtuple("Mistake", "file mark what patches")
 
-SDPA = "out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)  # [B, M, Q, D/M]"
-SCORES = """scores = q @ k.mT / q.shape[-1] ** 0.5
+
+# ---- Wrappers ----------------------------------------------------------------------------------------------
+def arg(i, change):
+    """The i-th argument is changed; self counts as 0."""
+    return lambda f: lambda *args, **how: f(*[change(x) if k == i else x for k, x in enumerate(args)], **how)
+
+
+def out(change):
+    """The result is changed."""
+    return lambda f: lambda *args, **how: change(f(*args, **how))
+
+
+def then(action):
+    """Something is done to self after the call, which is that of __init__."""
+    def wrap(f):
+        def wrapped(self, *args, **how):
+            f(self, *args, **how)
+            with torch.no_grad():
+                action(self)
+
+        return wrapped
+
+    return wrap
+
+
+def option(**values):
+    return lambda f: lambda num_classes, **options: f(num_classes, **{**options, **values})
+
+
+def predictions(**changes):
+    """Entries of the output are changed."""
+    return out(lambda found: {key: changes.get(key, lambda x: x)(x) for key, x in found.items()})
+
+
+def attention(weights=lambda s, d: (s / d ** 0.5).softmax(-1), split_q=None):
+    """Another Attention.forward."""
+    def forward(self, q, k, v, mask=None, bias=None):
+        def split(x):
+            return x.unflatten(-1, (self.nheads, -1)).transpose(1, 2)
+
+        q, k, v = (split_q or split)(q, *([self.nheads] if split_q else [])), split(k), split(v)
+        scores = q @ k.mT
+        if mask is not None:
+            scores = scores.masked_fill(mask[:, None, None], -torch.inf)
         if bias is not None:
-            scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
-        out = """
+            scores = scores + bias
+        return self.out_proj((weights(scores, q.shape[-1]).nan_to_num() @ v).transpose(1, 2).flatten(2))
 
-ATTENTION = [
-    ("padding", "the mask is inverted: attention sees padding only",
-     "attend = ~mask[:, None, None]", "attend = mask[:, None, None]"),
-    ("padding", "attention does not use the padding mask", "if mask is not None:", "if False:"),
-    ("attention", "the softmax is taken over queries instead of keys",
-     SDPA, SCORES + "scores.softmax(2).nan_to_num() @ v"),
-    ("attention", "scores are not divided by the square root of the head's width",
-     "attn_mask=bias, dropout_p", "attn_mask=bias, scale=1.0, dropout_p"),
-    ("attention", "scores are divided by the square root of the whole width, not of a head's",
-     "attn_mask=bias, dropout_p", "attn_mask=bias, scale=(self.nheads * q.shape[-1]) ** -0.5, dropout_p"),
-    ("attention", "heads take every M-th channel instead of neighbouring ones",
-     "x.unflatten(-1, (self.nheads, -1)).transpose(1, 2)",
-     "x.unflatten(-1, (-1, self.nheads)).movedim(-1, 1)"),
-    ("training", "dropout of the attention weights stays on in eval mode",
-     "self.dropout if self.training else 0.0", "self.dropout"),
+    return lambda f: forward
+
+
+def cross_attention_first(f):
+    def forward(self, tgt, query_pos, memory, pos, mask):
+        q, k, v = self.ca_proj(tgt + query_pos, memory + pos, memory)
+        tgt = self.norm1(tgt + self.dropout(self.cross_attn(q, k, v, mask)))
+        q, k, v = self.sa_proj(tgt + query_pos, tgt + query_pos, tgt)
+        return self.ffn(self.norm2(tgt + self.dropout(self.self_attn(q, k, v))))
+
+    return forward
+
+
+def feed_forward(block):
+    return lambda f: lambda self, x: block(self, x, lambda x: self.linear2(self.dropout(self.linear1(x).relu())))
+
+
+def accepts_unknown(f):
+    def load(model, checkpoint):
+        try:
+            f(model, checkpoint)
+        except RuntimeError as error:
+            if "Missing" in str(error):
+                raise
+
+    return load
+
+
+def loses(part):
+    def wrap(f):
+        def load(model, checkpoint):
+            kept = copy.deepcopy(model.get_submodule(part).state_dict())
+            f(model, checkpoint)
+            model.get_submodule(part).load_state_dict(kept)
+
+        return load
+
+    return wrap
+
+
+def second_scale(f):
+    """T twice: each copy is loaded from the same entries."""
+    def load(model, checkpoint):
+        second = model.__dict__["_modules"].pop("second")
+        f(model, checkpoint)
+        second.load_state_dict(model.decoder.query_scale.state_dict())
+        model.second = second
+
+    return load
+
+
+def kept(f):
+    found = {}
+    return lambda mask, *args, **how: found.setdefault(mask.shape, f(mask, *args, **how))
+
+
+# ---- The mistakes ------------------------------------------------------------------------------------------
+DETR, COND, DEFORMABLE, SAM, SQR = "detr", "conditional_detr", "deformable_detr", "sam_detr", "sqr"
+TOKENS, POINTS = f"{DETR} {COND} {SAM}", f"{DEFORMABLE} {SQR}"
+AMONG = "sa_proj(tgt + query_pos, tgt + query_pos, tgt)"
+LOGIT = "reference.logit(eps=1e-5)"
+ROWS = [
+    # What every file has
+    (DETR, "shapes", "evaluation returns the last stage only", {
+        "DETR.forward": lambda f: lambda self, *a: {k: x if self.training else x[-1:] for k, x in f(self, *a).items()}}),
+    (COND, "shapes", "stages are a list, not a tensor", {"ConditionalDETR.forward": predictions(logits=list)}),
+    (SAM, "shapes", "there are always 100 queries", {"build": option(num_queries=100)}),
+    (DEFORMABLE, "shapes", "projections have no GroupNorm", {"nn.GroupNorm(32, hidden_dim)": "nn.Identity()"}),
+    (COND, "shapes", "T is not shared between layers", {
+        "ConditionalDETR.__init__": then(lambda self: setattr(self, "second", copy.deepcopy(self.decoder.query_scale))),
+        "load_official": second_scale}),
+    (f"{TOKENS} {POINTS}", "independence", "positions are kept by the size of the map", {"sine_positions": kept}),
+    (DETR, "independence", "the mask is inverted in place", {
+        "DETR.forward": arg(2, lambda mask: (mask.clone(), mask.logical_not_())[0])}),
+    (COND, "independence", "features lack their mean over the batch", {
+        "Backbone.forward": out(lambda maps: [x - x.mean(0, keepdim=True) for x in maps])}),
+    (DETR, "loading", "query embeddings are not loaded", {"load_official": loses("query_embed")}),
+    (COND, "loading", "the first convolution is not loaded", {"load_official": loses("backbone.body.conv1")}),
+    (f"{SAM} {POINTS}", "loading", "unknown entries are ignored", {"load_official": accepts_unknown}),
+    (DETR, "start", "the class head starts at probability 0.01", {
+        "DETR.__init__": then(lambda self: self.class_head.bias.fill_(-4.6))}),
+    (COND, "start", "queries start at zero", {"ConditionalDETR.__init__": then(lambda self: self.query_embed.weight.zero_())}),
+    (DEFORMABLE, "start", "level embeddings start at zero", {
+        "DeformableDETR.__init__": then(lambda self: self.level_embed.zero_())}),
+    (SQR, "start", "weights of points start at random", {
+        "nn.init.zeros_(self.attention_weights.weight)": "nn.init.xavier_uniform_(self.attention_weights.weight)"}),
+    (SAM, "start", "biases of attention's output start at 1", {
+        "Attention.__init__": then(lambda self: self.out_proj.bias.fill_(1))}),
+    (f"{DETR} {SQR}", "backbone", "colours are in the order BGR", {"Backbone.forward": arg(1, lambda x: x.flip(1))}),
+    (COND, "backbone", "features are multiplied by the root of the width", {
+        "Encoder.forward": arg(1, lambda x: x * x.shape[-1] ** 0.5)}),
+    (SAM, "backbone", "images are normalised a second time", {"Backbone.forward": arg(1, lambda x: (x - 0.45) / 0.22)}),
+    (DEFORMABLE, "backbone", "each channel is a group of its own", {
+        "nn.GroupNorm(32, hidden_dim)": "nn.GroupNorm(hidden_dim, hidden_dim)"}),
+    (DEFORMABLE, "backbone", "projected features go through a ReLU", {"maps = [proj(feature)": "maps = [proj(feature).relu()"}),
+    (SQR, "backbone", "the last level is made of a blurred C5", {
+        "features[-1] if len(maps)": "F.avg_pool2d(features[-1], 3, 1, 1) if len(maps)"}),
+    (f"{DETR} {SAM}", "padding", "scores of padding are -1, not minus infinity", {
+        "Attention.forward": lambda f: lambda self, q, k, v, mask=None, bias=None: f(
+            self, q, k, v, None, bias if mask is None else -mask[:, None, None].float() + (0 if bias is None else bias))}),
+    (COND, "padding", "all images have the first one's mask", {
+        "Attention.forward": arg(4, lambda mask: mask[:1].expand_as(mask))}),
+    (f"{DETR} {DEFORMABLE}", "padding", "a cell is padding as soon as one of its pixels is", {
+        "resize_mask": lambda f: lambda mask, size: F.adaptive_max_pool2d(mask.float(), size).bool()}),
+    (POINTS, "padding", "both valid ratios are that of the height", {"valid_ratio": out(lambda x: x[:, 1:].expand_as(x))}),
+    (DEFORMABLE, "padding", "centres of pixels are relative to the padded map", {"pixel_centres": arg(1, torch.ones_like)}),
+    (f"{DETR} {POINTS}", "positions", "keys of attention among queries have no positions", {
+        AMONG: "sa_proj(tgt + query_pos, tgt, tgt)"}),
+    (f"{COND} {SAM}", "positions", "keys of attention among queries have no positions", {
+        "self.sa_k_content(tgt) + self.sa_k_pos(query_pos)": "self.sa_k_content(tgt)"}),
+    (f"{DETR} {COND}", "positions", "cells are counted at their centres", {
+        "sine_positions": lambda f: lambda mask, dim, offset, **how: f(mask, dim, 0.5, **how)}),
+    (f"{DETR} {POINTS}", "positions", "the exponent of the temperature is half as large", {
+        "sine": lambda f: lambda x, dim, temperature=10000: f(x, dim, temperature ** 0.5)}),
+    (DETR, "positions", "positions are added once, to the encoder's input", {
+        "Encoder.forward": lambda f: lambda self, src, pos, mask: f(self, src + pos, pos * 0, mask)}),
+    (COND, "positions", "both halves encode y", {"sine_positions": out(lambda x: x.chunk(2, -1)[0].repeat(1, 1, 2))}),
+    (DEFORMABLE, "positions", "all levels have the first level's embedding", {
+        "zip(masks, self.level_embed)": "zip(masks, self.level_embed[:1].expand_as(self.level_embed))"}),
+    (SAM, "positions", "keys of cross-attention have no positions", {"self.ca_k_sine(pos)": "self.ca_k_sine(pos * 0)"}),
+    (DETR, "attention", "cross-attention comes before attention among queries", {"DecoderLayer.forward": cross_attention_first}),
+    (f"{TOKENS} {POINTS}", "attention", "the softmax is over heads", {
+        "Attention.forward": attention(lambda s, d: (s / d ** 0.5).softmax(1))}),
+    (f"{TOKENS} {DEFORMABLE}", "attention", "queries are split into heads without being transposed", {
+        "Attention.forward": attention(split_q=lambda x, M: x.reshape(len(x), M, x.shape[1], -1))}),
+    (f"{DETR} {SQR}", "attention", "scores are divided by the width, not by its root", {
+        "Attention.forward": arg(1, lambda q: q / 8 ** 0.5)}),
+    (COND, "attention", "tokens see only those before them", {
+        "Attention.forward": attention(lambda s, d: (s / d ** 0.5 + torch.full_like(s, -torch.inf).triu(1)).softmax(-1))}),
+    (DETR, "attention", "cross-attention is not added to its input", {
+        "tgt + self.dropout(self.cross_attn": "self.dropout(self.cross_attn"}),
+    (f"{COND} {SAM}", "attention", "attention among queries is not added to its input", {
+        "tgt + self.dropout(self.self_attn(q, k, v))": "self.dropout(self.self_attn(q, k, v))"}),
+    (COND, "attention", "the scale of cross-attention forgets that heads are twice as wide", {
+        "Attention.forward": lambda f: lambda self, q, k, v, *a: f(self, q * (q.shape[-1] / v.shape[-1]) ** 0.5, k, v, *a)}),
+    (DETR, "attention", "there are always 8 heads", {"build": option(nheads=8)}),
+    (DETR, "queries", "contents start as the mean of the image", {
+        "torch.zeros_like(query_pos)": "torch.zeros_like(query_pos) + memory.mean(1, keepdim=True)"}),
+    (DETR, "queries", "query embeddings are read column by column", {
+        "self.query_embed.weight.expand": "self.query_embed.weight.T.reshape_as(self.query_embed.weight).expand"}),
+    (DETR, "queries", "each layer starts from content plus position", {"layer(tgt, query_pos": "layer(tgt + query_pos, query_pos"}),
+    (DETR, "heads", "boxes begin at their top left corner", {
+        "DETR.forward": predictions(boxes=lambda b: torch.cat([b[..., :2] - b[..., 2:] / 2, b[..., 2:]], -1).clamp(0, 1))}),
+    (f"{COND} {DEFORMABLE}", "heads", "the box head has a ReLU too few", {
+        "MLP.forward": lambda f: lambda self, x: self.layers[-1](self.layers[-2](x)) if len(self.layers) == 2 else
+        self.layers[2](self.layers[1](self.layers[0](x).relu()))}),
+    (f"{SAM} {SQR}", "heads", "the feed-forward block is normalised before, not after", {
+        "FeedForward.forward": feed_forward(lambda self, x, y: x + self.dropout(y(self.norm(x))))}),
+    (DETR, "heads", "logits are divided by the root of the width", {
+        "DETR.forward": predictions(logits=lambda x: x / 5.7)}),
+    (COND, "heads", "the first two norms of a decoder layer are exchanged", {
+        "tgt = self.norm1(tgt": "tgt = self.norm_2(tgt", "tgt = self.norm2(tgt": "tgt = self.norm1(tgt",
+        "self.norm_2(tgt": "self.norm2(tgt"}),
+    (SAM, "heads", "the box heads are used in reverse order", {"zip(self.layers, box_heads)": "zip(self.layers, box_heads[::-1])"}),
+    # Training and gradients
+    (DETR, "training", "the rate of dropout is fixed", {"build": option(dropout=0.1)}),
+    (f"{COND} {POINTS}", "training", "the rate of dropout in feed-forward blocks is fixed", {
+        "FeedForward.__init__": lambda f: lambda self, d, hidden, p: f(self, d, hidden, 0.1)}),
+    (DETR, "training", "image features go through a dropout", {
+        "Encoder.forward": lambda f: lambda self, src, *a: f(self, self.layers[0].dropout(src), *a)}),
+    (f"{SAM} {DEFORMABLE}", "training", "dropout comes after the norm, not before the residual", {
+        "FeedForward.forward": feed_forward(lambda self, x, y: self.dropout(self.norm(x + y(x))))}),
+    (f"{DETR} {SAM} {SQR}", "training", "the batch norm is live", {
+        "FrozenBatchNorm2d.forward": lambda f: lambda self, x: F.batch_norm(
+            x, None, None, self.weight, self.bias, True) if self.training else f(self, x)}),
+    (COND, "training", "the first stage of the backbone is trained", {
+        "Backbone.__init__": then(lambda self: self.body.layer1.requires_grad_(True))}),
+    (DETR, "training", "the recipe has the focal loss", {"DETR.recipe": lambda r: {**r, "class_loss": "focal"}}),
+    (SAM, "training", "the recipe has another weight for GIoU", {"SAMDETR.recipe": lambda r: {**r, "w_giou": 5}}),
+    (DEFORMABLE, "training", "weights of points go through a dropout", {
+        "MSDeformAttn.locations_and_weights": lambda f: lambda self, *a: [
+            F.dropout(x, 0.1, self.training) if i else x for i, x in enumerate(f(self, *a))]}),
+    (DETR, "gradients", "boxes train only their head", {"MLP.forward": arg(1, torch.Tensor.detach)}),
+    (COND, "gradients", "each layer trains only itself", {"DecoderLayer.forward": arg(1, torch.Tensor.detach)}),
+    (POINTS, "gradients", "reference points are not trained", {
+        "self.reference_points(query_pos).sigmoid()": "self.reference_points(query_pos).detach().sigmoid()"}),
+    (SAM, "gradients", "regions do not train the encoder", {"roi_align(feature_map,": "roi_align(feature_map.detach(),"}),
+    # Conditional DETR
+    (COND, "spatial_query", "lambda comes from query positions", {"self.query_scale(tgt)": "self.query_scale(query_pos)"}),
+    (COND, "spatial_query", "lambda is squared", {"self.query_scale(tgt) * p_s": "self.query_scale(tgt) ** 2 * p_s"}),
+    (COND, "spatial_query", "in queries position comes before content", {
+        "concat_heads(c_q, self.ca_q_sine(p_q)": "concat_heads(self.ca_q_sine(p_q), c_q"}),
+    (COND, "spatial_query", "the first layer adds no positions to keys", {"            c_k = c_k + p_k\n": ""}),
+    (COND, "spatial_query", "reference points are encoded from -1 to 1", {"sine_xy(s.sigmoid()": "sine_xy(2 * s.sigmoid() - 1"}),
+    (COND, "references", "reference points stay away from the border", {
+        "s = self.reference(query_pos)": "s = self.reference(query_pos).clamp(-2, 2)"}),
+    (COND, "references", "boxes are relative to (y, x)", {"F.pad(s, (0, 2))": "F.pad(s.flip(-1), (0, 2))"}),
+    (COND, "gradients", "lambda does not train the layer before", {"self.query_scale(tgt)": "self.query_scale(tgt.detach())"}),
+    # Deformable DETR and SQR
+    (POINTS, "sampling", "weights sum to 1 on each level", {
+        "MSDeformAttn.locations_and_weights": out(lambda lw: (lw[0], lw[1] / lw[1].sum(-1, keepdim=True)))}),
+    (DEFORMABLE, "sampling", "offsets are in pixels of the first level", {"offsets / size[:, None]": "offsets / size[:1, None]"}),
+    (DEFORMABLE, "sampling", "points stay inside of the image", {"deformable_sampling": arg(2, lambda x: x.clamp(0, 1))}),
+    (SQR, "sampling", "all heads read the first head's values", {
+        "deformable_sampling": arg(0, lambda v: v[:, :, :1].expand_as(v))}),
+    (DEFORMABLE, "sampling", "maps are read column by column", {
+        "reshape(B * M, -1, h, w)": "reshape(B * M, -1, w, h).transpose(2, 3)"}),
+    (POINTS, "sampling", "weights of levels and points are mixed up", {
+        "deformable_sampling": arg(3, lambda w: w.transpose(-1, -2).reshape(w.shape))}),
+    (DEFORMABLE, "sampling", "offsets go through a tanh", {
+        "self.sampling_offsets(query)": "self.sampling_offsets(query).tanh()"}),
+    (SQR, "sampling", "heads are merged channel by channel", {
+        "deformable_sampling": out(lambda x: x.unflatten(-1, (4, -1)).transpose(2, 3).flatten(2))}),
+    (f"{POINTS} {SAM}", "references", "references are clamped to 0.05 from the border", {
+        LOGIT: "reference.clamp(0.05, 0.95).logit()"}),
+    (DEFORMABLE, "references", "reference points come from the content", {
+        "self.reference_points(query_pos)": "self.reference_points(tgt)"}),
+    (SQR, "references", "boxes are relative to x only", {"F.pad(logit, (0, 4 - logit.shape[-1]))": "F.pad(logit[..., :1], (0, 3))"}),
+    (POINTS, "refinement", "points are relative to (height, width)", {
+        "reference[..., 2:] * 0.5": "reference[..., 2:].flip(-1) * 0.5"}),
+    (DEFORMABLE, "refinement", "a layer has the box head of the layer before", {
+        "zip(self.layers, box_heads)": "zip(self.layers, [box_heads[0], *box_heads])"}),
+    (POINTS, "refinement", "refined boxes stay between 0.1 and 0.9", {
+        "reference = boxes[-1].detach()": "reference = boxes[-1].detach().clamp(0.1, 0.9)"}),
+    (DEFORMABLE, "two_stage", "the worst proposals become queries", {"topk(count, dim=1)": "topk(count, dim=1, largest=False)"}),
+    (SQR, "two_stage", "proposed boxes are corners", {
+        '"boxes": boxes_logit.sigmoid()': '"boxes": torchvision.ops.box_convert(boxes_logit.sigmoid(), "cxcywh", "xyxy")'}),
+    (POINTS, "two_stage", "queries encode (y, x, h, w) of their proposal", {
+        "sine(reference,": "sine(reference[..., [1, 0, 3, 2]],"}),
+    (DEFORMABLE, "two_stage", "proposing tokens are not normalised", {"self.enc_output_norm(self.enc_output(": "(self.enc_output("}),
+    (SQR, "recollection", "dense recollection takes every other stage", {'"dense": slice(None)': '"dense": slice(-1, None, -2)'}),
+    (SQR, "recollection", "recollection is in evaluation, not in training", {"if self.training else \"none\"": "if not self.training else \"none\""}),
+    (SQR, "recollection", "the initial query is fed to the first stage only", {
+        "fed = sum(produced[SOURCES[source]], [])": "fed = [q for q in sum(produced[SOURCES[source]], []) if q or not plan]"}),
+    (SQR, "recurrent", "the last stage is fed its own output twice", {
+        'stages.append((stages[-1][0], "none"))': 'stages += [(stages[-1][0], "none")] * 2'}),
+    (SQR, "recurrent", "the first stage runs at inference", {"[stages[-1]] * self.num_stages": "[stages[0]] * self.num_stages"}),
+    # SAM-DETR
+    (SAM, "aligner", "regions are sampled with align_corners=True", {
+        "points.view(B * Q, 1, -1, 2), align_corners=False": "points.view(B * Q, 1, -1, 2), align_corners=True"}),
+    (SAM, "aligner", "points are (y, x)", {"xy[:, :, 0].tanh()": "xy[:, :, 0].tanh().flip(-1)"}),
+    (SAM, "aligner", "the weights of content and position are exchanged", {
+        "self.reweight_content(tgt)": "self.reweight_(tgt)", "self.reweight_position(tgt)": "self.reweight_content(tgt)",
+        "self.reweight_(tgt)": "self.reweight_position(tgt)"}),
+    (SAM, "aligner", "regions are twice as large as their boxes", {
+        "SemanticsAligner.regions": arg(1, lambda box: box * torch.tensor([1, 1, 2, 2]))}),
+    (SAM, "aligner", "positions are those inside the box", {
+        "sine_xy(points.detach(), D)": "sine_xy(((points - centre) / wh + 0.5).detach(), D)"}),
+    (SAM, "smca", "the Gaussian is upside down", {"gaussian_bias": out(torch.neg)}),
+    (SAM, "smca", "scales are (y, x)", {"gaussian_bias": arg(1, lambda x: x.flip(-1))}),
+    (SAM, "smca", "points are relative to the padded map", {"gaussian_bias": arg(2, torch.zeros_like)}),
+    # train.py
+    ("train", "pairing", "objects are taken in their own order", {
+        "torch.stack([s_index, b_index, query, target])": "torch.stack([s_index, b_index, query, target.sort().values])"}),
+    ("train", "pairing", "all images have the first image's objects", {"counts.cumsum(0)[image]": "counts.cumsum(0)[image * 0]"}),
+    ("train", "class_loss", "labels are those of other objects", {
+        'torch.cat([t["labels"] for t in targets])[row]': 'torch.cat([t["labels"] for t in targets])[row.flip(0)]'}),
+    ("train", "class_loss", "the weight of \"no object\" is not in the divisor", {
+        "(objects + self.no_object_weight * others)": "(objects + others)"}),
+    ("train", "class_loss", "the focal loss has no exponent", {"self.alpha, self.gamma)": "self.alpha, 0)"}),
+    ("train", "empty", "a batch without objects has no class loss", {
+        "self.alpha, self.gamma)": "self.alpha, self.gamma) * (len(labels) > 0)"}),
+    ("train", "empty", "images without objects have no class loss", {
+        "self.alpha, self.gamma)": "self.alpha, self.gamma) * torch.tensor([n > 0 for n in box_counts])[:, None, None]"}),
+    ("train", "l1_loss", "the loss is that of corners", {"        if self.corner_l1:\n            matched": "        if True:\n            matched"}),
+    ("train", "l1_loss", "the loss is smooth", {
+        "(matched_boxes - target_boxes).abs().sum(1)": "F.smooth_l1_loss(matched_boxes, target_boxes, reduction='none').sum(1)"}),
+    ("train", "giou_loss", "the loss is 1 - IoU", {
+        "generalized_box_iou_loss": out(lambda x: x ** 2)}),
+    ("train", "matcher", "the assignment is that of largest cost", {"linear_sum_assignment": arg(0, torch.neg)}),
+    ("train", "matcher", "the cost has no GIoU", {' + w["giou"] * cost_giou': ""}),
+    ("train", "matcher", "the class cost is that of the first class", {"softmax(-1)[..., labels]": "softmax(-1)[..., labels * 0]"}),
+    ("train", "stages", "a stage has the matching of the stage before", {"cost[stage]": "cost[max(stage - 1, 0)]"}),
+    ("train", "total", "GIoU is not in the total", {
+        "SetCriterion.weighted": arg(1, lambda losses: {k: x for k, x in losses.items() if k != "giou"})}),
+    ("train", "box_counts", "the class loss is divided by the objects of this part", {
+        "objects = sum(min(n, Q) for n in box_counts)": "objects = len(labels) // S"}),
+    ("train", "proposals", "proposals count half", {"total + self.weighted(proposal)": "total + 0.5 * self.weighted(proposal)"}),
+    ("train", "proposals", "proposals are trained towards the last class", {
+        'torch.zeros_like(t["labels"])': 'torch.full_like(t["labels"], 3)'}),
 ]
-POSITIONS = [
-    ("positions", "positions encode x in the first half and y in the second",
-     "torch.cat(both, dim=-1)", "torch.cat(both[::-1], dim=-1)"),
-    ("positions", "the temperature of the sines is 20", "/ temperature ** (2 * i / dim)",
-     "/ 20 ** (2 * i / dim)"),
-    ("positions", "coordinates are not multiplied by 2 pi", "[..., None] * 2 * math.pi / temp",
-     "[..., None] / temp"),
-    ("positions", "all sines come first, then all cosines, instead of in turn",
-     "torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)",
-     "torch.cat([angle.sin(), angle.cos()], dim=-1)"),
-    ("padding", "positions are relative to the padded map, not to the image",
-     "last = n.narrow(axis, -1, 1)", "last = torch.full_like(n.narrow(axis, -1, 1), n.shape[axis])"),
-]
-FROZEN = "body.conv1.requires_grad_(False)\n            body.layer1.requires_grad_(False)"
-HIDDEN = "self.dropout(self.linear1(x))"
-ACTIVATION = f"{HIDDEN}.relu())"
-NORMALISED = "return (n - offset) / (((last - offset) + 1e-6) + offset)"
-STEM = "self.body.maxpool(self.body.relu(self.body.bn1(self.body.conv1(x))))"
-MERGED = "return self.out_proj(out.transpose(1, 2).flatten(2))"
-GRID = "F.grid_sample(feature_map, point, "
-SELF_ATTENTION_V = "q, k, v = self.sa_proj(src + pos, src + pos, src)"
+MISTAKES = [Mistake(file, *row) for files, *row in ROWS for file in files.split()]
+del box_convert
 
 
-def planted(file, rows):
-    return [Mistake(file, *row) for row in rows]
+def module_of(mistake):
+    """Our file with the mistake in it, as a module."""
+    path = path_of(mistake.file)
+    text, wrappers = path.read_text(encoding="utf-8"), {}
+    for name, new in mistake.patches.items():
+        if callable(new):
+            wrappers[name] = new
+        else:
+            assert text.count(name) == 1, f"{path.name} has {text.count(name)} times: {name}"
+            text = text.replace(name, new)
+    return module_from(text, mistake.file, wrappers)
 
 
-MISTAKES = planted("detr", ATTENTION + POSITIONS + [
-    ("padding", "the decoder looks at padding", "self.cross_attn(q, k, v, mask)", "self.cross_attn(q, k, v)"),
-    ("padding", "the padding mask is taken at the centres of cells",
-     "F.interpolate(mask[:, None].float(), size=size)",
-     'F.interpolate(mask[:, None].float(), size=size, mode="nearest-exact")'),
-    ("positions", "positions are added to the values as well",
-     SELF_ATTENTION_V, SELF_ATTENTION_V.replace("pos, src)", "pos, src + pos)")),
-    ("positions", "keys of cross-attention have no positions", "memory + pos, memory)", "memory, memory)"),
-    ("positions", "queries of the encoder's attention have no positions",
-     "sa_proj(src + pos, src + pos", "sa_proj(src, src + pos"),
-    ("backbone", "the feature map is viewed as tokens without being transposed",
-     ".flatten(2).transpose(1, 2)  # [B, T, D]",
-     ".flatten(2).reshape(len(images), -1, self.input_proj.out_channels)"),
-    ("independence", "decoder self-attention is along the batch",
-     "self.self_attn(q, k, v)))",
-     "self.self_attn(*(x.transpose(0, 1) for x in (q, k, v))).transpose(0, 1)))"),
-    ("queries", "the queries' content starts as their position",
-     "tgt = torch.zeros_like(query_pos)", "tgt = query_pos"),
-    ("heads", "boxes are corners, not centre and size",
-     "self.box_head(hs).sigmoid()}",
-     "torchvision.ops.box_convert(self.box_head(hs).sigmoid(), 'cxcywh', 'xyxy')}"),
-    ("heads", "boxes have no sigmoid", "self.box_head(hs).sigmoid()}", "self.box_head(hs)}"),
-    ("heads", "the norm behind the last layer is missing", "self.norm(tgt)", "tgt"),
-    ("heads", "only the last layer's output goes through the final norm",
-     "self.norm(tgt))", "tgt if layer is not self.layers[-1] else self.norm(tgt))"),
-    ("heads", "the feed-forward block has no residual", "self.norm(x + self.dropout(y))",
-     "self.norm(self.dropout(y))"),
-    ("heads", "the norm is taken before the residual is added",
-     "self.norm(x + self.dropout(y))", "x + self.norm(self.dropout(y))"),
-    ("attention", "queries do not look at each other",
-     "self.norm1(tgt + self.dropout(self.self_attn(q, k, v)))", "self.norm1(tgt)"),
-    ("gradients", "only the last layer's output carries a gradient",
-     "outputs.append(self.norm(tgt))",
-     "outputs.append(self.norm(tgt if layer is self.layers[-1] else tgt.detach()))"),
-    ("start", "Xavier initialisation is missing in the decoder", "xavier_uniform(self.decoder)", "pass"),
-    ("heads", "the feed-forward block has a GELU", ACTIVATION, f"F.gelu({HIDDEN}))"),
-    ("heads", "the feed-forward block has a SiLU", ACTIVATION, f"F.silu({HIDDEN}))"),
-    ("heads", "the feed-forward block has a leaky ReLU", ACTIVATION, f"F.leaky_relu({HIDDEN}))"),
-    ("heads", "the feed-forward block has no activation", ACTIVATION, f"{HIDDEN})"),
-    ("heads", "MLPs have a GELU", "x = layer(x).relu()", "x = F.gelu(layer(x))"),
-    ("heads", "MLPs have a ReLU behind the last layer, too", "return self.layers[-1](x)",
-     "return self.layers[-1](x).relu()"),
-    ("heads", "logits go through a softmax", '"logits": self.class_head(hs)',
-     '"logits": self.class_head(hs).softmax(-1)'),
-    ("heads", "logits go through a logarithmic softmax",
-     '"logits": self.class_head(hs)', '"logits": self.class_head(hs).log_softmax(-1)'),
-    ("heads", "logits go through a sigmoid", '"logits": self.class_head(hs)',
-     '"logits": self.class_head(hs).sigmoid()'),
-    ("heads", "boxes are (y, x, h, w)", "self.box_head(hs).sigmoid()}",
-     "self.box_head(hs).sigmoid()[..., [1, 0, 3, 2]]}"),
-    ("heads", "boxes go through two sigmoids", "self.box_head(hs).sigmoid()}",
-     "self.box_head(hs).sigmoid().sigmoid()}"),
-    ("heads", "the final norm is there twice", "outputs.append(self.norm(tgt))",
-     "outputs.append(self.norm(self.norm(tgt)))"),
-    ("heads", "the next layer takes what the final norm returns",
-     "outputs.append(self.norm(tgt))", "tgt = self.norm(tgt)\n            outputs.append(tgt)"),
-    ("heads", "stages come out in reverse order", "torch.stack(outputs)  # [S",
-     "torch.stack(outputs[::-1])  # [S"),
-    ("heads", "every stage is the last layer's",
-     "torch.stack(outputs)  # [S", "torch.stack([outputs[-1]] * len(outputs))  # [S"),
-    ("shapes", "the first dimension is the batch, the second one the stages",
-     '"logits": self.class_head(hs)', '"logits": self.class_head(hs).transpose(0, 1)'),
-    ("shapes", "there is no logit for \"no object\"", "num_classes + 1)", "num_classes)"),
-    ("training", "the feed-forward block has no dropout",
-     (ACTIVATION, "self.norm(x + self.dropout(y))"), ("self.linear1(x).relu())", "self.norm(x + y)")),
-    ("training", "the feed-forward block has no dropout inside", ACTIVATION, "self.linear1(x).relu())"),
-    ("training", "attention weights have no dropout", "self.dropout if self.training else 0.0", "0.0"),
-    ("training", "there is no dropout in front of the encoder's residual",
-     "src + self.dropout(self.self_attn(q, k, v, mask))", "src + self.self_attn(q, k, v, mask)"),
-    ("training", "the whole backbone is frozen", FROZEN, "body.requires_grad_(False)"),
-    ("training", "nothing of the backbone is frozen", FROZEN, "pass"),
-    ("positions", "values of the decoder's self-attention have the queries' positions",
-     "self.sa_proj(tgt + query_pos, tgt + query_pos, tgt)", "self.sa_proj(*[tgt + query_pos] * 3)"),
-    ("positions", "values of cross-attention have positions", "memory + pos, memory)",
-     "memory + pos, memory + pos)"),
-    ("positions", "only the first layer of the encoder sees positions",
-     "src = layer(src, pos, mask)", "src = layer(src, pos * (layer is self.layers[0]), mask)"),
-    ("positions", "cosines come before sines",
-     "torch.stack([angle.sin(), angle.cos()], dim=-1)", "torch.stack([angle.cos(), angle.sin()], dim=-1)"),
-    ("positions", "cells are counted from 0", NORMALISED, NORMALISED.replace("(n - offset)",
-     "(n - 1 - offset)")),
-    ("positions", "positions are whole numbers, not shares of the image", NORMALISED, "return n - offset"),
-    ("positions", "positions are not numbers", NORMALISED, "return (n - offset) / (last - last)"),
-    ("padding", "the encoder looks at padding",
-     "self.dropout(self.self_attn(q, k, v, mask))", "self.dropout(self.self_attn(q, k, v))"),
-    ("padding", "boxes are relative to the padded image",
-     ("mask = mask.flatten(1)  # [B, T]", "self.box_head(hs).sigmoid()}"),
-     ("share = torch.stack([(~mask[:, 0]).float().mean(1), (~mask[:, :, 0]).float().mean(1)], -1)"
-      "\n        share = share.repeat(1, 2)[:, None]"
-      "\n        mask = mask.flatten(1)", "self.box_head(hs).sigmoid() * share}")),
-    ("backbone", "the stem has no max-pooling", STEM, STEM.replace("self.body.maxpool", "")),
-    ("backbone", "the stem has no ReLU", STEM, STEM.replace("self.body.relu", "")),
-    ("backbone", "the projected features go through a ReLU",
-     "src = features.flatten(2)", "src = features.relu().flatten(2)"),
-    ("attention", "the output projection is missing", MERGED, "return out.transpose(1, 2).flatten(2)"),
-    ("attention", "heads are merged channel by channel", MERGED, MERGED.replace("transpose(1, 2)",
-     "permute(0, 2, 3, 1)")),
-    ("attention", "scores go through a sigmoid, not a softmax", SDPA, SCORES + "scores.sigmoid() @ v"),
-    ("attention", "the encoder's attention has no residual",
-     "self.norm1(src + self.dropout(self.self_attn(q, k, v, mask)))",
-     "self.norm1(self.dropout(self.self_attn(q, k, v, mask)))"),
-    ("queries", "the queries' content starts as ones", "tgt = torch.zeros_like(query_pos)",
-     "tgt = torch.ones_like(query_pos)"),
-    ("gradients", "the encoder learns nothing from the decoder",
-     "memory = self.encoder(src, pos, mask)", "memory = self.encoder(src, pos, mask).detach()"),
-    ("gradients", "queries are not learned", "self.query_embed.weight.expand",
-     "self.query_embed.weight.detach().expand"),
-    ("start", "the last layer of the box head starts at zero", "xavier_uniform(self.encoder)",
-     "xavier_uniform(self.encoder)\n        nn.init.zeros_(self.box_head.layers[-1].weight)"),
-    ("start", "matrices start from a normal distribution", "nn.init.xavier_uniform_(p)",
-     "nn.init.xavier_normal_(p)"),
-    ("start", "queries start small", "xavier_uniform(self.encoder)",
-     "xavier_uniform(self.encoder)\n        nn.init.normal_(self.query_embed.weight, std=0.02)"),
-    ("loading", "missing entries of a checkpoint are not noticed",
-     'rename_official(checkpoint.get("model", checkpoint)))',
-     'rename_official(checkpoint.get("model", checkpoint)), strict=False)'),
-    ("loading", "only {\"model\": state_dict} is taken", 'checkpoint.get("model", checkpoint)',
-     'checkpoint["model"]'),
-]) + planted("conditional_detr", [
-    ("spatial_query", "lambda is left out", "self.query_scale(tgt) * p_s", "p_s"),
-    ("spatial_query", "the first layer has a lambda, too",
-     "p_q = p_s if i == 0 else self.query_scale(tgt) * p_s", "p_q = self.query_scale(tgt) * p_s"),
-    ("spatial_query", "lambda is added, not multiplied",
-     "self.query_scale(tgt) * p_s", "self.query_scale(tgt) + p_s"),
-    ("spatial_query", "lambda comes from what the heads see, not from the layer itself",
-     "self.query_scale(tgt) * p_s", "self.query_scale(self.norm(tgt)) * p_s"),
-    ("spatial_query", "lambda has a sigmoid", "self.query_scale(tgt) * p_s",
-     "self.query_scale(tgt).sigmoid() * p_s"),
-    ("spatial_query", "the spatial query has no projection", "self.ca_q_sine(p_q), self", "p_q, self"),
-    ("positions", "values of cross-attention have positions", "self.ca_v(memory)", "self.ca_v(memory + pos)"),
-    ("positions", "values of self-attention have positions", "self.sa_v(tgt)", "self.sa_v(tgt + query_pos)"),
-    ("shapes", "there is a logit for \"no object\"",
-     "nn.Linear(hidden_dim, num_classes)", "nn.Linear(hidden_dim, num_classes + 1)"),
-    ("start", "Xavier initialisation is missing for the reference points", "xavier_uniform(self.reference)",
-     "pass"),
-    ("spatial_query", "content and position are concatenated across heads, not inside each",
-     "torch.cat(pair, dim=-1).flatten(-2)", "torch.cat(pair, dim=-2).flatten(-2)"),
-    ("spatial_query", "reference points are encoded with x first",
-     "sine(xy.flip(-1), dim", "sine(xy, dim"),
-    ("spatial_query", "reference points are encoded before the sigmoid", "sine_xy(s.sigmoid(), ",
-     "sine_xy(s, "),
-    ("spatial_query", "the first layer does not add positions to queries and keys",
-
-     "c_q = c_q + self.ca_q_pos(query_pos)\n            c_k = c_k + p_k", "pass"),
-    ("spatial_query", "every layer adds the positions of keys to their content",
-     "if self.first:", "c_k = c_k if self.first else c_k + p_k\n        if self.first:"),
-    ("attention", "content and position are added instead of concatenated",
-     "k = concat_heads(c_k, p_k, self.nheads)", "q, k = c_q + self.ca_q_sine(p_q), c_k + p_k"),
-    ("references", "the reference point is added after the sigmoid",
-     "boxes = self.box_head(hs) + F.pad(s, (0, 2))",
-     "boxes = (self.box_head(hs).sigmoid() + F.pad(s.sigmoid() - 0.5, (0, 2))).clamp(0, 1).logit()"),
-    ("references", "boxes are not relative to the reference point",
-     "self.box_head(hs) + F.pad(s, (0, 2))", "self.box_head(hs)"),
-    ("references", "width and height are relative to the reference point, too",
-     "F.pad(s, (0, 2))", "s.repeat(1, 1, 2)"),
-    ("references", "the sigmoid of the reference point is added in logit space",
-     "F.pad(s, (0, 2))", "F.pad(s.sigmoid(), (0, 2))"),
-    ("gradients", "the reference point is detached where it is encoded",
-     "sine_xy(s.sigmoid(), ", "sine_xy(s.detach().sigmoid(), "),
-    ("gradients", "the reference point is detached where boxes start at it",
-     "F.pad(s, (0, 2))", "F.pad(s.detach(), (0, 2))"),
-    ("gradients", "the reference point is detached",
-     "s = self.reference(query_pos)", "s = self.reference(query_pos).detach()"),
-    ("start", "the class head does not start at probability 0.01",
-     "nn.init.constant_(self.class_head.bias, -math.log(99))", "pass"),
-    ("start", "the last layer of the box head does not start at zero",
-     "nn.init.zeros_(self.box_head.layers[-1].weight)", "pass"),
-]) + planted("deformable_detr", [
-    ("sampling", "offsets are divided by (H, W), not (W, H)",
-     "[(w, h) for h, w in spatial_shapes]", "[(h, w) for h, w in spatial_shapes]"),
-    ("sampling", "weights sum to 1 over the points of a level, not over all levels",
-     "weights.softmax(-1).unflatten(-1, (L, K))", "weights.unflatten(-1, (L, K)).softmax(-1)"),
-    ("sampling", "the softmax is taken over heads", "weights.softmax(-1).unflatten",
-     "weights.softmax(-2).unflatten"),
-    ("sampling", "levels are swapped: the offsets of the finest go to the coarsest",
-     "weights = self.attention_weights(query).unflatten(-1, (M, L * K))",
-     "offsets = offsets.flip(3)\n        weights = self.attention_weights(query).unflatten(-1, (M, L * K))"),
-    ("sampling", "grid_sample has align_corners=True", "align_corners=False", "align_corners=True"),
-    ("sampling", "locations reach grid_sample in [0, 1], not [-1, 1]", "grid = (2 * locations - 1)",
-     "grid = locations"),
-    ("sampling", "offsets are (y, x), not (x, y)",
-     "offsets = self.sampling_offsets(query).unflatten(-1, (M, L, K, 2))",
-     "offsets = self.sampling_offsets(query).unflatten(-1, (M, L, K, 2)).flip(-1)"),
-    ("sampling", "pixel centres lack the half pixel",
-     "y = (torch.arange(h, device=valid_ratios.device) + 0.5) / h",
-     "y = torch.arange(h, device=valid_ratios.device) / h"),
-    ("padding", "values at padding are not set to zero", ".masked_fill(mask[..., None], 0)  # padding",
-     "  # padding"),
-    ("padding", "valid ratios are (y, x), not (x, y)",
-     "valid[:, 0].mean(1), valid[:, :, 0].mean(1)", "valid[:, :, 0].mean(1), valid[:, 0].mean(1)"),
-    ("padding", "the decoder's references are not scaled by the valid ratios",
-     "reference[:, :, None] * ratios[:, None]", "reference[:, :, None].expand(-1, -1, ratios.shape[1], -1)"),
-    ("positions", "positions have no half-pixel offset", "offset=0.5)", "offset=0)"),
-    ("positions", "the level embedding is missing", "offset=0.5) + embed", "offset=0.5)"),
-    ("sampling", "levels run from coarse to fine",
-     "spatial_shapes = [m.shape[-2:] for m in maps]",
-     "maps = maps[::-1]\n        spatial_shapes = [m.shape[-2:] for m in maps]"),
-    ("references", "the reference is added before it is a logit",
-     "F.pad(logit, (0, 4 - logit.shape[-1]))", "F.pad(reference, (0, 4 - logit.shape[-1]))"),
-    ("references", "position and content of the queries are swapped",
-     "query_pos, tgt = self.query_embed", "tgt, query_pos = self.query_embed"),
-    ("refinement", "the reference is not detached between layers",
-     "reference = boxes[-1].detach()", "reference = boxes[-1]"),
-    ("refinement", "every layer starts at the first layer's box",
-     "reference = boxes[-1].detach()", "reference = boxes[0].detach()"),
-    ("refinement", "box_refine shares one head instead of one for each layer",
-     "        if box_refine:\n            self.class_head",
-     "        if two_stage:\n            self.class_head"),
-    ("refinement", "offsets are relative to the whole width of the box, not the half",
-     "reference[..., 2:] * 0.5, weights", "reference[..., 2:], weights"),
-    ("refinement", "offsets are not divided by the number of points", "offsets / K * reference",
-     "offsets * reference"),
-    ("two_stage", "proposals are ranked by their best class, not by class 0",
-     "logits[..., 0].topk(", "logits.amax(-1).topk("),
-    ("two_stage", "anchors have one size on all levels", "0.05 * 2 ** level", "0.05"),
-    ("two_stage", "anchors that leave the image count as valid",
-     "invalid = mask | ~((anchor > 0.01) & (anchor < 0.99)).all(-1)", "invalid = mask"),
-    ("two_stage", "the chosen boxes are not detached", ".detach().sigmoid()  # [B, Q, 4]",
-     ".sigmoid()  # [B, Q, 4]"),
-    ("start", "boxes start at half the image, not at sigmoid(-2)",
-     "nn.init.constant_(self.box_head[0].layers[-1].bias[2:], -2.0)", "pass"),
-    ("start", "points do not start as a star", "module.reset_parameters()", "pass"),
-    ("start", "queries are Xavier-initialised, so that all points start at the centre",
-     "xavier_uniform(self.reference_points)", "xavier_uniform(self)"),
-    ("start", "Xavier initialisation is missing for the projections",
-     "xavier_uniform(self.input_proj)", "pass"),
-    ("attention", "queries do not look at each other",
-     "self.norm1(tgt + self.dropout(self.self_attn(q, k, v)))", "self.norm1(tgt)"),
-    ("positions", "values of the encoder have positions", "src + pos, reference, src, sp",
-     "src + pos, reference, src + pos, sp"),
-    ("positions", "the encoder's points do not depend on positions", "self.self_attn(src + pos, ref",
-     "self.self_attn(src, ref"),
-    ("positions", "the decoder's points do not depend on the queries' positions",
-     "self.cross_attn(tgt + query_pos,", "self.cross_attn(tgt,"),
-    ("sampling", "the nearest pixel is read", GRID, f'{GRID}mode="nearest", '),
-    ("sampling", "outside of the map the border is read", GRID, f'{GRID}padding_mode="border", '),
-    ("two_stage", "tokens that cannot propose keep their features",
-     "memory.masked_fill(invalid[..., None], 0)", "memory"),
-    ("two_stage", "position and content of the proposals are swapped",
-     "query_pos, tgt = self.pos_trans_norm", "tgt, query_pos = self.pos_trans_norm"),
-    ("two_stage", "proposals are not relative to their anchors", "box_head(tokens) + anchor  #",
-     "box_head(tokens)  #"),
-]) + planted("sam_detr", [
-    ("aligner", "points are not kept inside the box", "xy[:, :, 0].tanh()", "xy[:, :, 0]"),
-    ("aligner", "the old query does not re-weigh the content",
-     "content = content * self.reweight_content(tgt).sigmoid().view_as(content)", "pass"),
-    ("aligner", "re-weighting has no sigmoid", "self.reweight_content(tgt).sigmoid()",
-     "self.reweight_content(tgt)"),
-    ("aligner", "RoIAlign is shifted by half a cell", "aligned=True", "aligned=False"),
-    ("aligner", "points reach over the whole width from the centre, not the half",
-     "centre + points * wh / 2", "centre + points * wh"),
-    ("aligner", "width and height of the map are swapped for the boxes",
-     "valid_size(mask).repeat(1, 2)[:, None]", "valid_size(mask).flip(1).repeat(1, 2)[:, None]"),
-    ("aligner", "all heads take the first head's point",
-     "points = xy[:, :, 0].tanh()", "points = xy[:, :, 0, :1].expand_as(xy[:, :, 0]).tanh()"),
-    ("aligner", "boxes go to RoIAlign as centre and size",
-     'box_convert(reference, "cxcywh", "xyxy") * size', "reference * size"),
-    ("padding", "boxes are relative to the padded map",
-     "size = valid_size(mask).repeat(1, 2)[:, None]",
-     "size = valid_size(mask & False).repeat(1, 2)[:, None]"),
-    ("heads", "all layers share the first layer's heads",
-     "zip(self.layers, box_heads):", "zip(self.layers, [box_heads[0]] * len(box_heads)):"),
-    ("references", "every layer starts at the learned boxes again", "reference = boxes[-1].detach()", "pass"),
-    ("references", "the reference is added without the logit", "reference.logit(eps=1e-5)", "reference"),
-    ("gradients", "references are not detached", "reference = boxes[-1].detach()", "reference = boxes[-1]"),
-    ("gradients", "sines of the points carry a gradient", "sine_xy(points.detach(), D)",
-     "sine_xy(points, D)"),
-    ("aligner", "the old query does not re-weigh the position",
-     "position = position * self.reweight_position(tgt).sigmoid().view_as(position)", "pass"),
-    ("aligner", "positions are those of the box, not of the points",
-     "sine_xy(points.detach(), D)", "sine_xy((centre + points * 0).detach(), D)"),
-    ("start", "points start anywhere in the box", "layer.aligner.centre_points()", "pass"),
-    ("smca", "the Gaussian lacks the 1/8", "-squares.flatten(3) / 8", "-squares.flatten(3)"),
-    ("smca", "the Gaussian is around corners of cells, not centres",
-     "torch.arange(w, device=mask.device) + 0.5 -", "torch.arange(w, device=mask.device) -"),
-    ("smca", "the scale of the Gaussian is not squared",
-     "squares = y.square()[..., None] + x.square()[..., None, :]",
-     "squares = (y.square() / scale[..., 1:])[..., None] + (x.square() / scale[..., :1])[..., None, :]"),
-]) + planted("sqr", [
-    ("recollection", "a stage is fed three stages before it, not two",
-     '"selective": slice(-2, None)', '"selective": slice(-3, None)'),
-    ("recollection", "a stage is fed the stage before the last one only",
-     '"selective": slice(-2, None)', '"selective": slice(-2, -1)'),
-    ("recollection", "groups come out newest first",
-     "sum(produced[SOURCES[source]], [])", "sum(produced[SOURCES[source]][::-1], [])"),
-    ("recollection", "recollection happens at inference, too", "self.recollect if self.training else",
-     "self.recollect if True else"),
-    ("recollection", "dense recollection forgets the initial query",
-     '"dense": slice(None)', '"dense": slice(-3, None)'),
-    ("recurrent", "the last stage is not fed its own output",
-     "if self.recurrent and self.training:", "if False:"),
-    ("recurrent", "the last stage runs once at inference", "[stages[-1]] * self.num_stages", "[stages[-1]]"),
-    ("recurrent", "all stages run at inference", "elif self.recurrent:", "elif False:"),
-    ("recollection", "a stage is fed what it made itself, too",
-     "produced.append(list(range(first, first + len(fed))))",
-     "produced.append([first, *range(first, first + len(fed))])"),
-    ("refinement", "every group starts at the first boxes again",
-     "queries.append((tgt, reference))", "queries.append((tgt, queries[0][1]))"),
-    ("refinement", "all groups are classified by the last stage's head",
-     "self.class_head[stage](h)", "self.class_head[-1](h)"),
-    ("refinement", "all groups are scored by the last stage's heads", "heads[stage]", "heads[-1]"),
-]) + planted("train", [
-    ("class_loss", "the weight 0.1 of \"no object\" is missing", "no_object_weight = 0.1",
-     "no_object_weight = 1.0"),
-    ("class_loss", "the class loss is a probability, as in the cost",
-     'F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), weight, reduction="none")',
-     "-weight[wanted.flatten()] * "
-     "logits.flatten(0, 2).softmax(-1).gather(1, wanted.flatten()[:, None])[:, 0]"),
-    ("class_loss", "the class loss is divided by the number of objects",
-     "/ (objects + self.no_object_weight * others)", "/ max(sum(box_counts), 1)"),
-    ("class_loss", "the focal loss is averaged over queries and classes",
-     "loss.flatten(1).sum(1) / max(sum(box_counts), 1)", "loss.flatten(1).mean(1)"),
-    ("class_loss", "gamma of the focal loss is 1", "self.alpha, self.gamma)  # [S, B, Q, C]",
-     "self.alpha, 1)"),
-    ("class_loss", "class 0 means \"no object\"", "torch.full((S, B, Q), C - 1,", "torch.full((S, B, Q), 0,"),
-    ("class_loss", "all classes are weighed down, not \"no object\"",
-     "weight[C - 1] = self.no_object_weight", "weight[:C - 1] = self.no_object_weight"),
-    ("box_counts", "losses are divided by the objects of this part of the batch", "if box_counts is None:",
-     "if True:"),
-    ("matcher", "boxes cost their Euclidean distance", "p=1)  # [S, Q, G]", "p=2)  # [S, Q, G]"),
-    ("matcher", "classes cost nothing", 'w["class"] * cost_class + ', ""),
-    ("matcher", "the focal cost has no alpha", "positive = self.alpha * (1", "positive = (1"),
-    ("matcher", "every object takes its cheapest query, whoever has it",
-     "linear_sum_assignment(cost[stage]) for cost in costs]",
-     "(cost[stage].numpy().argmin(0), __import__('numpy').arange(cost.shape[-1])) for cost in costs]"),
-    ("l1_loss", "the L1 loss is divided by the number of images",
-     '"l1": zeros.index_add(0, stage, l1) / num_boxes', '"l1": zeros.index_add(0, stage, l1) / len(targets)'),
-    ("l1_loss", "the L1 loss is squared", ".abs().sum(1)  # [P]", ".square().sum(1)  # [P]"),
-    ("l1_loss", "the L1 loss is that of centres only",
-     "(matched_boxes - target_boxes).abs()", "(matched_boxes - target_boxes)[:, :2].abs()"),
-    ("giou_loss", "the loss is that of distance-IoU",
-     "generalized_box_iou_loss(xyxy", "__import__('torchvision').ops.distance_box_iou_loss(xyxy"),
-    ("giou_loss", "the GIoU loss is not divided by the number of objects",
-     '"giou": zeros.index_add(0, stage, giou) / num_boxes', '"giou": zeros.index_add(0, stage, giou)'),
-    ("stages", "the first stage's matching serves all",
-     "pairs = [linear_sum_assignment(cost[stage]) for cost in costs]",
-     "pairs = [linear_sum_assignment(cost[0]) for cost in costs]"),
-    ("total", "only the last stage counts", "self.weights[name] * loss.sum() for",
-     "self.weights[name] * loss[-1] for"),
-    ("total", "losses are added without their weights", "self.weights[name] * loss.sum() for",
-     "loss.sum() for"),
-    ("proposals", "proposals are not in the total", "total = total + self.weighted(proposal)", "pass"),
-    ("class_loss", "alpha of the focal loss is 0.75",
-     "sigmoid_focal_loss(logits, wanted, self.alpha", "sigmoid_focal_loss(logits, wanted, 1 - self.alpha"),
-    ("matcher", "the class cost is a logarithm, as in the loss",
-     "cost_class = -logits.softmax(-1)", "cost_class = -logits.log_softmax(-1)"),
-    ("matcher", "the focal cost lacks its negative part", "cost_class = positive - negative",
-     "cost_class = positive"),
-    ("matcher", "the GIoU cost has the wrong sign", "cost_giou = -generalized", "cost_giou = generalized"),
-    ("matcher", "the cost is computed on centre and size as if they were corners",
-     '(box_convert(b, "cxcywh", "xyxy") for b in (boxes, target_boxes))',
-     "(b for b in (boxes, target_boxes))"),
-    ("matcher", "the weights of the cost are missing",
-     'w["class"] * cost_class + w["l1"] * cost_l1 + w["giou"] * cost_giou',
-     "cost_class + cost_l1 + cost_giou"),
-    ("l1_loss", "the L1 loss is averaged over coordinates",
-     "(matched_boxes - target_boxes).abs().sum(1)", "(matched_boxes - target_boxes).abs().mean(1)"),
-    ("giou_loss", "the GIoU loss is computed on centre and size as if they were corners",
-     '(box_convert(b, "cxcywh", "xyxy") for b in (matched_boxes, target_boxes))',
-     "(b for b in (matched_boxes, target_boxes))"),
-    ("stages", "all stages use the last stage's matching",
-     "pairs = [linear_sum_assignment(cost[stage]) for cost in costs]",
-     "pairs = [linear_sum_assignment(cost[-1]) for cost in costs]"),
-    ("total", "losses of all stages are averaged",
-     "self.weights[name] * loss.sum() for name, loss in losses.items())",
-     "self.weights[name] * loss.mean() for name, loss in losses.items())"),
-    ("empty", "the number of objects may be zero",
-     "num_boxes = max(sum(box_counts), 1)", "num_boxes = sum(box_counts)"),
-    ("proposals", "proposals keep the labels of their objects",
-     '"labels": torch.zeros_like(t["labels"])', '"labels": t["labels"]'),
-])
-
-
-def texts(value):
-    return value if isinstance(value, tuple) else (value,)
-
-
-def module_of(mistake, file=None):
-    """Our file with the mistake in it, as a module. `file` may be another one; None if it has no such text.
-    """
-    name = file or mistake.file
-    path = path_of(name)
-    text = path.read_text(encoding="utf-8")
-    for old, new in zip(texts(mistake.old), texts(mistake.new)):
-        if text.count(old) != 1:
-            count = text.count(old)
-            assert file, f"{path.name} has {count} times what is to be changed so that {mistake.what}: {old}"
-            return None
-        text = text.replace(old, new)
-    return module_from(text, name, mistake.what)
-
-
-def module_from(text, name, what="a copy"):
-    """A module that is one of our files with another text."""
+def module_from(text, name, wrappers={}):  # noqa: B006
+    """A module that is one of our files with another text, and with some names wrapped."""
     module = types.ModuleType(name)
     module.__file__ = str(path_of(name))
-    exec(compile(text, f"{name}, {what}", "exec"), module.__dict__)
+    exec(compile(text, f"another {name}.py", "exec"), module.__dict__)
+    for place, wrap in wrappers.items():
+        of, _, attribute = place.rpartition(".")
+        owner = getattr(module, of) if of else module
+        setattr(owner, attribute, wrap(getattr(owner, attribute)))
+    module.again = lambda: module_from(text, name, wrappers)
     return module

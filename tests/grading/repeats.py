@@ -1,6 +1,4 @@
-"""How much of a submission is ours, word for word: for whoever grades, since an exercise hands most of a file
-out."""
-
+"""Which blocks of a submission are ours, word for word: an exercise hands most of a file out, but not all."""
 import ast
 from pathlib import Path
 
@@ -11,12 +9,11 @@ def blocks(text):
     """{name: its code without docstrings, comments and layout} of every function and method."""
     found = {}
     for node in ast.parse(text).body:
-        inside = node.body if isinstance(node, ast.ClassDef) else [node]
-        for function in inside:
+        for function in node.body if isinstance(node, ast.ClassDef) else [node]:
             if isinstance(function, ast.FunctionDef):
-                body = function.body[ast.get_docstring(function) is not None :]
-                name = f"{node.name}.{function.name}" if function is not node else node.name
-                found[name] = "\n".join([ast.dump(function.args), *map(ast.dump, body)])
+                body = function.body[ast.get_docstring(function) is not None:]
+                name = node.name if function is node else f"{node.name}.{function.name}"
+                found[name] = "\n".join(map(ast.dump, [function.args, *body]))
     return found
 
 
@@ -24,20 +21,16 @@ def identical(file, like):
     """{block of ours: whether the file has the same code, under whatever name}."""
     try:
         theirs = set(blocks(Path(file).read_text(encoding="utf-8", errors="replace")).values())
-    except (SyntaxError, ValueError, RecursionError):
+    except (OSError, SyntaxError, ValueError, RecursionError):
         return {}
     return {name: code in theirs for name, code in blocks(path_of(like).read_text(encoding="utf-8")).items()}
 
 
 def repeated(file, like, exercise=()):
-    """Warnings: nothing but our code, or ours where something was to be written."""
+    """A warning if the file has only our code, or our code in all blocks of the exercise."""
     same = identical(file, like)
-    written = [
-        name for name in same if any(name == block or name.startswith(f"{block}.") for block in exercise)
-    ]
-    ours = [name for name in written if same[name]] if exercise else [name for name in same if same[name]]
-    if same and ours and len(ours) == len(written or same):
-        return [
-            f"has our code, word for word, in {', '.join(ours) if exercise else f'all {len(ours)} blocks'}"
-        ]
-    return []
+    if exercise:
+        same = {name: x for name, x in same.items() if name.startswith(tuple(f"{b}." for b in exercise))
+                or name in exercise}
+    where = ", ".join(same) if exercise else f"all {len(same)} blocks"
+    return [f"has our code, word for word, in {where}"] if same and all(same.values()) else []

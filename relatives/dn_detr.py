@@ -1,0 +1,596 @@
+"""DN-DETR: Accelerate DETR Training by Introducing Query DeNoising.
+
+Feng Li, Hao Zhang, Shilong Liu, Jian Guo, Lionel M. Ni, Lei Zhang.
+CVPR 2022, arXiv:2203.01305. Official code: github.com/IDEA-Research/DN-DETR (Apache-2.0).
+
+The idea: early in training the matching gives a query another object at every step, so layers learn slowly to
+refine boxes. In training, additional queries start from an object's box and label with noise, and must give
+back the object without noise. They need no matching. Inference leaves them out and costs the same.
+
+Diff me against: dab_detr.py.
+
+Departures from the official code; tests/test_golden.py checks that the numbers are the same:
+    those of all files: see Backbone.
+    in several processes both losses are divided by the boxes of all; officially denoising by those of one.
+    a decoder of one layer has no lambda, since layer 1 does not use it; the official code keeps it, unused.
+As in the official code, unlike the paper: image positions have temperature 20 and boxes 10000; the box head
+runs twice a layer, to refine and to report; the encoder scales its positions.
+Left out on purpose: segmentation heads; DN-Deformable-DETR, which is in the same repository.
+Sections 4.x in comments are DAB-DETR's; other sections and all equations are Conditional DETR's.
+"""
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+# How the paper trains it; train.py reads this.
+RECIPE = dict(
+    epochs=50,  # as in the official script
+    lr_drop=40,
+    batch_size=16,
+    lr=1e-4,
+    lr_backbone=1e-5,
+    slow_parameters=(),
+    weight_decay=1e-4,
+    clip_norm=0.1,
+    class_loss="focal",
+    w_class=1,
+    cost_class=2,  # the class counts twice in the matching cost only
+    w_l1=5,
+    w_giou=2,
+    denoising=True,
+)
+
+# For train.py --preset laptop: small images need a finer map than C5.
+LAPTOP = dict(last_stage=2, dn_groups=3)
+
+# Shapes in comments: B images of H x W pixels, maps of h x w cells, T tokens (cells of all maps), Q queries,
+# C classes, D width, E width of queries and keys, M heads, L levels, K points, G groups, S supervised stages.
+# Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding. Masks are True on padding.
+
+
+# ---- Shared blocks: the same text in all files -------------------------------------------------------------
+class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
+    """torchvision's, but reads x once, not twice (8 % of DETR's inference), and leaves bfloat16 as it is."""
+
+    def forward(self, x):
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return torch.addcmul(shift[:, None, None].to(x), x, scale[:, None, None].to(x))  # shift + x * scale
+
+
+class Backbone(nn.Module):
+    """torchvision ResNet without pooling and classifier.
+
+    In: images [B, 3, H, W], normalised with ImageNet's mean and std. Out: C3, C4, C5 at strides 8, 16, 32 (C5
+    at 16 with dilation). Raises ValueError for unknown values. Source: official models/backbone.py; ImageNet
+    weights V1, from which all papers start.
+    Departures of all files: norm="batch" trains everything with live BatchNorm, which training from scratch
+    needs; last_stage 3 or 2 gives finer maps; `temperature` is an option. Faster with the same numbers:
+    FrozenBatchNorm2d reads x once, and FeedForward has its dropout before the ReLU.
+    """
+
+    def __init__(self, name, pretrained, norm, dilation, last_stage):
+        super().__init__()
+        if norm not in ("frozen", "batch"):
+            raise ValueError(f'backbone_norm is {norm!r}, it must be "frozen" or "batch"')
+        if name not in torchvision.models.list_models(include="*resne*t*"):
+            raise ValueError(f'backbone is {name!r}, it must be a torchvision ResNet such as "resnet50"')
+        if last_stage not in (2, 3, 4):
+            raise ValueError(f"last_stage is {last_stage!r}, it must be 4 (C5, as in the papers), 3 or 2")
+        norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
+        weights = "IMAGENET1K_V1" if pretrained else None
+        # DC5: the last stage keeps C4's resolution; torchvision has none for ResNet-18 and -34 and raises
+        body = torchvision.models.get_model(name, weights=weights, norm_layer=norm_layer,
+                                            replace_stride_with_dilation=[False, False, dilation])
+        c5 = body.fc.in_features
+        self.channels = [c5 // 4, c5 // 2, c5][:last_stage - 1]
+        self.stages = ["layer2", "layer3", "layer4"][:last_stage - 1]
+        del body.avgpool, body.fc
+        for unused in ["layer3", "layer4"][last_stage - 2:]:
+            delattr(body, unused)
+        if norm == "frozen":
+            # A batch of one or two images has useless statistics: ImageNet's stay, and so do the first layers
+            body.conv1.requires_grad_(False)
+            body.layer1.requires_grad_(False)
+        self.body = body.to(memory_format=torch.channels_last)  # same numbers, faster convolutions
+
+    def forward(self, images):
+        x = images.contiguous(memory_format=torch.channels_last)
+        x = self.body.maxpool(self.body.relu(self.body.bn1(self.body.conv1(x))))  # [B, 64, H/4, W/4]
+        x = self.body.layer1(x)  # [B, C2, H/4, W/4]
+        features = []
+        for stage in self.stages:
+            x = getattr(self.body, stage)(x)  # [B, ., H/8, W/8], then H/16, then H/32
+            features.append(x)
+        return features
+
+
+def check_input(images, mask):
+    """Raises ValueError unless images are [B, 3, H, W] and mask [B, H, W] bool; only shapes are looked at."""
+    if images.ndim != 4 or images.shape[1] != 3 or mask.shape != (images.shape[0], *images.shape[2:]):
+        raise ValueError(f"images {tuple(images.shape)} and mask {tuple(mask.shape)} must be [B, 3, H, W] "
+                         f"and [B, H, W]; put a single image into a batch with image[None]")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask is {mask.dtype}, it must be bool, True on padding")
+
+
+def resize_mask(mask, size):
+    """Padding mask [B, H, W] at a map's size (h, w), nearest neighbour: cell i reads floor(i * H / h)."""
+    return F.interpolate(mask[:, None].float(), size=size)[:, 0].bool()  # [B, h, w]
+
+
+def sine(x, dim, temperature=10000):
+    """Encoding of coordinates x [...] in [0, 1]: [..., dim], sin and cos interleaved."""
+    i = torch.arange(dim // 2, device=x.device, dtype=torch.float32)
+    angle = x.float()[..., None] * 2 * math.pi / temperature ** (2 * i / dim)  # [..., dim/2]
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)  # [..., dim]
+
+
+def sine_positions(mask, dim, offset, temperature=10000):
+    """Position of every cell of a feature map, relative to the part of the map that is not padding.
+
+    mask [B, h, w] bool -> [B, h*w, dim]: the first half encodes y, the second x. With `offset` 0 cells count
+    1 to N, as in DETR; 0.5 moves them to their centres, because some papers sample features at points. In a
+    row of padding N is 0, and the order of the additions decides. Source: official position_encoding.py.
+    """
+    def normalised(n, axis):
+        last = n.narrow(axis, -1, 1)
+        return (n - offset) / (((last - offset) + 1e-6) + offset)
+
+    y = normalised((~mask).cumsum(1, dtype=torch.float32), 1)  # [B, h, w]
+    x = normalised((~mask).cumsum(2, dtype=torch.float32), 2)  # [B, h, w]
+    both = [sine(y, dim // 2, temperature), sine(x, dim // 2, temperature)]  # 2 x [B, h, w, dim/2]
+    return torch.cat(both, dim=-1).flatten(1, 2)  # [B, h*w, dim]
+
+
+class MLP(nn.Module):
+    """`depth` linear layers with ReLU between them: [..., in_dim] -> [..., out_dim]."""
+
+    def __init__(self, in_dim, hidden_dim, out_dim, depth):
+        super().__init__()
+        dims = [in_dim] + [hidden_dim] * (depth - 1) + [out_dim]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims, dims[1:]))
+
+    def forward(self, x):
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()
+        return self.layers[-1](x)
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(E/M)) v in M heads, and the output projection; q, k, v come in already projected.
+
+    q [B, Q, E], k [B, T, E], v [B, T, D], mask [B, T] bool, bias [B, M, Q, T] added to scores -> [B, Q, D].
+    E may differ from D: the score needs equal widths of q and k only.
+    """
+
+    def __init__(self, hidden_dim, nheads, dropout):
+        super().__init__()
+        self.nheads = nheads
+        self.dropout = dropout
+        self.out_proj = nn.Linear(hidden_dim, hidden_dim)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, q, k, v, mask=None, bias=None):
+        # [B, T, E] -> [B, T, M, E/M] -> [B, M, T, E/M]
+        q, k, v = (x.unflatten(-1, (self.nheads, -1)).transpose(1, 2) for x in (q, k, v))
+        attn_mask = bias  # torch adds it if it is float; if it is bool, True means "look here"
+        if mask is not None:
+            attend = ~mask[:, None, None]  # [B, 1, 1, T]
+            attn_mask = attend if bias is None else bias.masked_fill(~attend, -math.inf)
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p=dropout)  # [B, M, Q, D/M]
+        return self.out_proj(out.transpose(1, 2).flatten(2))  # [B, Q, D]
+
+
+class QKVProjection(nn.Module):
+    """The three input maps of attention, stored as one [3D, D] matrix as in nn.MultiheadAttention."""
+
+    def __init__(self, hidden_dim):
+        super().__init__()
+        self.in_proj = nn.Linear(hidden_dim, 3 * hidden_dim)  # packed: Xavier initialisation sees 3D x D
+        nn.init.zeros_(self.in_proj.bias)
+
+    def forward(self, q, k, v):
+        weights, biases = self.in_proj.weight.chunk(3), self.in_proj.bias.chunk(3)
+        return [F.linear(x, w, b) for x, w, b in zip((q, k, v), weights, biases)]
+
+
+class FeedForward(nn.Module):
+    """Two linear layers, residual and post-norm: [..., D] -> [..., D]."""
+
+    def __init__(self, hidden_dim, dim_feedforward, dropout):
+        super().__init__()
+        self.linear1 = nn.Linear(hidden_dim, dim_feedforward)
+        self.linear2 = nn.Linear(dim_feedforward, hidden_dim)
+        self.norm = nn.LayerNorm(hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        # As dropout(relu(...)), but backward stores one tensor less: 8 % of Deformable DETR at 480 x 640
+        y = self.linear2(self.dropout(self.linear1(x)).relu())
+        return self.norm(x + self.dropout(y))
+
+
+def xavier_uniform(module):
+    """Xavier-uniform on every matrix of a module (official Transformer._reset_parameters)."""
+    for p in module.parameters():
+        if p.dim() > 1:
+            nn.init.xavier_uniform_(p)
+
+
+class PReLUFeedForward(FeedForward):
+    """FeedForward whose negative half has a learned slope, one number that starts at 0.25."""
+
+    def __init__(self, hidden_dim, dim_feedforward, dropout):
+        super().__init__(hidden_dim, dim_feedforward, dropout)
+        self.activation = nn.PReLU()
+
+    def forward(self, x):
+        y = self.linear2(self.dropout(self.activation(self.linear1(x))))
+        return self.norm(x + self.dropout(y))
+
+
+# ---- Encoder: global self-attention over the feature map ---------------------------------------------------
+class EncoderLayer(nn.Module):
+    """Every token looks at the others, then the feed-forward block: src, pos [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, hidden_dim, nheads, dim_feedforward, dropout):
+        super().__init__()
+        self.sa_proj = QKVProjection(hidden_dim)
+        self.self_attn = Attention(hidden_dim, nheads, dropout)
+        self.norm1 = nn.LayerNorm(hidden_dim)
+        self.ffn = PReLUFeedForward(hidden_dim, dim_feedforward, dropout)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, src, pos, mask):
+        # Positions go into queries and keys of every layer and never into values: they steer where to look.
+        q, k, v = self.sa_proj(src + pos, src + pos, src)  # 3 x [B, T, D]
+        src = self.norm1(src + self.dropout(self.self_attn(q, k, v, mask)))
+        return self.ffn(src)
+
+
+class Encoder(nn.Module):
+    """Layers in a row: src, pos [B, T, D], mask [B, T] -> memory [B, T, D]."""
+
+    def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            EncoderLayer(hidden_dim, nheads, dim_feedforward, dropout)
+            for _ in range(num_layers))
+        self.query_scale = MLP(hidden_dim, hidden_dim, hidden_dim, depth=2) if num_layers else None
+
+    def forward(self, src, pos, mask):
+        for layer in self.layers:
+            # Positions are scaled by content here, too (as in the official code); the decoder's keys are not
+            src = layer(src, self.query_scale(src) * pos, mask)
+        return src
+
+
+# ---- Conditional cross-attention: the spatial query (paper, sections 3.3 to 3.5) ---------------------------
+def sine_xy(xy, dim, temperature=10000):
+    """Sine encoding of points [..., 2], (x, y) in [0, 1]: [..., dim], y first as in sine_positions."""
+    return sine(xy.flip(-1), dim // 2, temperature).flatten(-2)  # [..., dim]
+
+
+def concat_heads(content, position, nheads):
+    """Concatenate inside every head, [B, T, D] twice -> [B, T, 2D]: c_q^T c_k + p_q^T p_k, Eq. (2)."""
+    pair = [x.unflatten(-1, (nheads, -1)) for x in (content, position)]  # 2 x [B, T, M, D/M]
+    return torch.cat(pair, dim=-1).flatten(-2)  # [B, T, 2D]
+
+
+# ---- Queries are boxes (paper, sections 4.2 to 4.4) --------------------------------------------------------
+def inverse_sigmoid(x, eps=1e-3):
+    """log(x / (1 - x)) with both at least eps, as in the official code; Deformable DETR has 1e-5."""
+    return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
+
+
+class BoxPositions(nn.Module):
+    """Both positions of a query from its box: one for self-attention, one for cross-attention."""
+
+    def __init__(self, hidden_dim):
+        super().__init__()
+        self.query_pos = MLP(2 * hidden_dim, hidden_dim, hidden_dim, depth=2)
+        self.size = MLP(hidden_dim, hidden_dim, 2, depth=2)
+
+    def forward(self, box, tgt):
+        """box [B, Q, 4] after the sigmoid, content tgt [B, Q, D] -> query_pos, p_s [B, Q, D]."""
+        half = tgt.shape[-1] // 2
+        p_s = sine_xy(box[..., :2], 2 * half)  # [B, Q, D], y first
+        size = sine(box[..., 2:], half).flatten(-2)  # [B, Q, D], w first
+        query_pos = self.query_pos(torch.cat([p_s, size], dim=-1))  # 4.2: P_q = MLP(PE(x, y, w, h))
+        # 4.4: (PE(x) PE(x_ref) w_ref / w + PE(y) PE(y_ref) h_ref / h): w_ref and h_ref are what the content
+        # expects. A wide box makes the product flat along x, so that attention reaches further there.
+        w_ratio, h_ratio = (self.size(tgt).sigmoid() / box[..., 2:]).split(1, dim=-1)  # [B, Q, 1] each
+        ratio = torch.cat([h_ratio.expand(-1, -1, half), w_ratio.expand(-1, -1, half)], dim=-1)  # [B, Q, D]
+        return query_pos, ratio * p_s
+
+
+# ---- Denoising: objects with noise as additional queries, in groups (DN-DETR, section 4) -------------------
+def draw_noise(shape, num_classes, device):
+    """All random numbers of a training step, for copies of shape [G, n]. Tests replace this function."""
+    return {
+        "flip": torch.rand(shape, device=device),
+        "label": torch.randint(num_classes, shape, device=device),
+        "box": torch.rand(*shape, 4, device=device),
+    }
+
+
+def object_places(targets, width, copies):
+    """Where copies of the n objects of all images go: image [n], row [n] and place [copies, n].
+
+    Copy c of the object in row i takes place c * width + i of its image, so that copies are blocks. width is
+    the largest number of objects in one image; an image with fewer objects leaves places empty.
+    """
+    counts, device = [len(t["labels"]) for t in targets], targets[0]["labels"].device
+    image = torch.cat([torch.full((n,), b, device=device) for b, n in enumerate(counts)])  # [n]
+    row = torch.cat([torch.arange(n, device=device) for n in counts])  # [n]
+    return image, row, torch.arange(copies, device=device)[:, None] * width + row
+
+
+def group_bias(groups, size, num_queries, device):
+    """Scores for self-attention, [1, 1, N + Q, N + Q]: -inf where the row's query must not see the column's.
+
+    A noisy query sees its own group and the Q matching queries. These see each other only, because noisy
+    queries know where the objects are: the answer would leak. So the mask is not symmetric.
+    """
+    group = torch.arange(groups, device=device).repeat_interleave(size)  # [N]
+    group = F.pad(group, (0, num_queries), value=-1)  # [N + Q], -1 are the matching queries
+    apart = (group != group[:, None]) & (group >= 0)  # [N + Q, N + Q]
+    return torch.zeros(1, 1, *apart.shape, device=device).masked_fill(apart, -math.inf)
+
+
+class Denoising(nn.Module):
+    """N noisy queries before the Q others. The content of a query is its label, and whether it is noisy."""
+
+    def __init__(self, num_classes, hidden_dim, groups, label_noise, box_noise):
+        super().__init__()
+        # The last row is "no label", for matching queries. The last channel of the content is a flag
+        self.label_embed = nn.Embedding(num_classes + 1, hidden_dim - 1)
+        self.groups = groups
+        self.label_noise = label_noise
+        self.box_noise = box_noise
+
+    def no_label(self):
+        """Content of the matching queries: [1, D], the last row and flag 0."""
+        return F.pad(self.label_embed.weight[-1:], (0, 1))
+
+    def noisy_objects(self, targets, noise):
+        """The objects [n] of all images -> labels [G, n] and boxes [G, n, 4] with noise."""
+        labels, boxes = (torch.cat([t[key] for t in targets]) for key in ("labels", "boxes"))  # [n], [n, 4]
+        labels = torch.where(noise["flip"] < self.label_noise, noise["label"], labels)  # [G, n]
+        # The centre moves by up to box_noise of half of w or h, and w and h by up to box_noise of them
+        reach = boxes[:, [2, 3, 2, 3]] * boxes.new_tensor([0.5, 0.5, 1, 1])  # [n, 4]
+        boxes = (boxes + (2 * noise["box"] - 1) * self.box_noise * reach).clamp(0, 1)  # [G, n, 4]
+        return labels, inverse_sigmoid(boxes).sigmoid()  # away from 0 and 1
+
+    def forward(self, tgt, reference, targets):
+        """tgt [B, Q, D], reference [B, Q, 4] -> both with N + Q queries, their bias, and what must come back.
+
+        target [B, N] is the row of the object to give back, or -2 for an empty place, which no loss counts.
+        """
+        (B, Q, D), G = tgt.shape, self.groups
+        width = max(len(t["labels"]) for t in targets)
+        image, row, place = object_places(targets, width, G)  # [n], [n], [G, n]
+        noise = draw_noise(place.shape, self.label_embed.num_embeddings - 1, tgt.device)
+        labels, boxes = self.noisy_objects(targets, noise)
+        content = self.label_embed.weight.new_zeros(B, G * width, D)
+        content[image, place] = F.pad(self.label_embed(labels), (0, 1), value=1.0)  # flag 1
+        noisy = boxes.new_full((B, G * width, 4), 0.5)
+        noisy[image, place] = boxes
+        target = torch.full((B, G * width), -2, device=tgt.device)
+        target[image, place] = row
+        tgt, reference = torch.cat([content, tgt], dim=1), torch.cat([noisy, reference], dim=1)
+        return tgt, reference, group_bias(G, width, Q, tgt.device), {"target": target, "groups": G}
+
+
+# ---- Decoder: queries look at each other, then at the image ------------------------------------------------
+class DecoderLayer(nn.Module):
+    """Queries look at each other, then at the image: tgt [B, Q, D], memory [B, T, D] -> [B, Q, D]."""
+
+    def __init__(self, hidden_dim, nheads, dim_feedforward, dropout, first):
+        super().__init__()
+        # Content and position have their own maps in self-attention, too; the paper shows cross-attention.
+        self.sa_q_content = nn.Linear(hidden_dim, hidden_dim)
+        self.sa_q_pos = nn.Linear(hidden_dim, hidden_dim)
+        self.sa_k_content = nn.Linear(hidden_dim, hidden_dim)
+        self.sa_k_pos = nn.Linear(hidden_dim, hidden_dim)
+        self.sa_v = nn.Linear(hidden_dim, hidden_dim)
+        self.self_attn = Attention(hidden_dim, nheads, dropout)
+        self.norm1 = nn.LayerNorm(hidden_dim)
+        self.ca_q_content = nn.Linear(hidden_dim, hidden_dim)
+        # The 43.5 M parameters of the published log count five more of these, unused, in layers 2 to 6
+        self.ca_q_pos = nn.Linear(hidden_dim, hidden_dim) if first else None
+        self.ca_q_sine = nn.Linear(hidden_dim, hidden_dim)
+        self.ca_k_content = nn.Linear(hidden_dim, hidden_dim)
+        self.ca_k_pos = nn.Linear(hidden_dim, hidden_dim)
+        self.ca_v = nn.Linear(hidden_dim, hidden_dim)
+        self.cross_attn = Attention(hidden_dim, nheads, dropout)
+        self.norm2 = nn.LayerNorm(hidden_dim)
+        self.ffn = PReLUFeedForward(hidden_dim, dim_feedforward, dropout)
+        self.dropout = nn.Dropout(dropout)
+        self.nheads = nheads
+        self.first = first
+
+    def forward(self, tgt, query_pos, p_q, memory, pos, mask, bias):
+        q = self.sa_q_content(tgt) + self.sa_q_pos(query_pos)  # [B, Q, D]
+        k = self.sa_k_content(tgt) + self.sa_k_pos(query_pos)  # [B, Q, D]
+        v = self.sa_v(tgt)  # [B, Q, D]
+        tgt = self.norm1(tgt + self.dropout(self.self_attn(q, k, v, bias=bias)))
+
+        # c_q^T c_k + p_q^T p_k: content and position have a dot product each, Eq. (2)
+        c_q, c_k, v = self.ca_q_content(tgt), self.ca_k_content(memory), self.ca_v(memory)
+        p_k = self.ca_k_pos(pos)  # [B, T, D]
+        if self.first:
+            # Section 3.5, official `is_first`: layer 1 has no content yet; positions are added as in DETR.
+            c_q = c_q + self.ca_q_pos(query_pos)
+            c_k = c_k + p_k
+        q = concat_heads(c_q, self.ca_q_sine(p_q), self.nheads)  # [B, Q, 2D]
+        k = concat_heads(c_k, p_k, self.nheads)  # [B, T, 2D]
+        tgt = self.norm2(tgt + self.dropout(self.cross_attn(q, k, v, mask)))
+        return self.ffn(tgt)
+
+
+class Decoder(nn.Module):
+    """Layers in a row, each supervised: tgt [B, Q, D], memory [B, T, D] -> [S, B, Q, D] and boxes."""
+
+    def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, first=(i == 0))
+            for i in range(num_layers))
+        self.norm = nn.LayerNorm(hidden_dim)
+        # One for all layers but the first, in which queries know nothing yet and p_q is p_s
+        self.query_scale = MLP(hidden_dim, hidden_dim, hidden_dim, depth=2) if num_layers > 1 else None
+        self.box_positions = BoxPositions(hidden_dim)
+
+    def forward(self, tgt, reference, box_head, memory, pos, mask, bias):
+        outputs, boxes = [], []
+        refined = reference  # the previous box, with gradient
+        for i, layer in enumerate(self.layers):
+            query_pos, p_s = self.box_positions(reference, tgt)  # [B, Q, D] each
+            # Eqs. (3), (4): p_q = lambda_q * p_s; lambda_q from the previous layer, before the norm
+            p_q = p_s if i == 0 else self.query_scale(tgt) * p_s
+            tgt = layer(tgt, query_pos, p_q, memory, pos, mask, bias)
+            outputs.append(self.norm(tgt))  # one norm for all layers, before the shared heads
+            # The reported box comes from the normed output; its loss also trains the previous refinement
+            boxes.append((box_head(outputs[-1]) + inverse_sigmoid(refined)).sigmoid())
+            # 4.3: the box of the next layer comes from the output without the norm, and without gradient
+            refined = (box_head(tgt) + inverse_sigmoid(reference)).sigmoid()
+            reference = refined.detach()
+        return torch.stack(outputs), torch.stack(boxes)
+
+
+# ---- The model ---------------------------------------------------------------------------------------------
+class DNDETR(nn.Module):
+    """Backbone, encoder, decoder, heads: images [B, 3, H, W] -> S times Q classes and boxes for each."""
+
+    recipe = RECIPE
+
+    def __init__(
+        self,
+        num_classes,
+        backbone="resnet50",
+        pretrained_backbone=True,
+        backbone_norm="frozen",
+        dilation=False,
+        last_stage=4,
+        hidden_dim=256,
+        nheads=8,
+        enc_layers=6,
+        dec_layers=6,
+        dim_feedforward=2048,
+        dropout=0.0,
+        num_queries=300,
+        temperature=20,  # of image positions, section 4.5; boxes keep 10000 (as in the official code)
+        num_patterns=0,
+        dn_groups=5,
+        label_noise=0.2,
+        box_noise=0.4,
+    ):
+        super().__init__()
+        if hidden_dim % nheads or hidden_dim % 4:  # equal heads; sin and cos of x and y
+            raise ValueError(f"hidden_dim {hidden_dim} must be a multiple of nheads ({nheads}) and of 4")
+        self.backbone = Backbone(backbone, pretrained_backbone, backbone_norm, dilation, last_stage)
+        self.input_proj = nn.Conv2d(self.backbone.channels[-1], hidden_dim, kernel_size=1)
+        self.encoder = Encoder(enc_layers, hidden_dim, nheads, dim_feedforward, dropout)
+        self.num_queries = num_queries
+        self.anchors = nn.Embedding(num_queries, 4)  # N(0, 1) before the sigmoid
+        self.temperature = temperature
+        self.patterns = nn.Embedding(num_patterns, hidden_dim) if num_patterns else None
+        self.denoising = Denoising(num_classes, hidden_dim, dn_groups, label_noise, box_noise)
+        self.decoder = Decoder(dec_layers, hidden_dim, nheads, dim_feedforward, dropout)
+        self.class_head = nn.Linear(hidden_dim, num_classes)
+        self.box_head = MLP(hidden_dim, hidden_dim, 4, depth=3)
+        xavier_uniform(self.encoder)
+        xavier_uniform(self.decoder)
+        nn.init.constant_(self.class_head.bias, -math.log(99))  # every class starts at p = 0.01
+        nn.init.zeros_(self.box_head.layers[-1].weight)
+        nn.init.zeros_(self.box_head.layers[-1].bias)
+
+    def forward(self, images, mask, targets=None):
+        """images [B, 3, H, W], mask [B, H, W] -> {"logits": [S, B, Q, C], "boxes": [S, B, Q, 4]}.
+
+        In training, with targets as for the criterion, also "denoising": logits and boxes of the N noisy
+        queries, "target" [B, N] and "groups", see Denoising.
+        """
+        check_input(images, mask)
+        features = self.input_proj(self.backbone(images)[-1])  # [B, D, h, w]
+        mask = resize_mask(mask, features.shape[-2:])  # [B, h, w]
+        pos = sine_positions(mask, features.shape[1], offset=0, temperature=self.temperature)  # [B, T, D]
+        mask = mask.flatten(1)  # [B, T]
+
+        src = features.flatten(2).transpose(1, 2)  # [B, T, D]
+        memory = self.encoder(src, pos, mask)  # [B, T, D]
+        # Query p * num_queries + q has content pattern p and anchor q, and no label
+        content = self.denoising.no_label()  # [1, D]
+        content = content if self.patterns is None else content + self.patterns.weight  # [P, D]
+        tgt = content.repeat_interleave(self.num_queries, dim=0).expand(images.shape[0], -1, -1)  # [B, Q, D]
+        anchors = self.anchors.weight.sigmoid().repeat(content.shape[0], 1)  # [Q, 4]; not detached
+        anchors = anchors.expand(images.shape[0], -1, -1)  # [B, Q, 4]
+        N, bias = 0, None
+        if self.training and targets is not None:
+            tgt, anchors, bias, known = self.denoising(tgt, anchors, targets)  # N + Q queries
+            N = known["target"].shape[1]
+        hs, boxes = self.decoder(tgt, anchors, self.box_head, memory, pos, mask, bias)
+        logits = self.class_head(hs)  # [S, B, N + Q, C]
+        out = {"logits": logits[:, :, N:], "boxes": boxes[:, :, N:]}
+        if bias is not None:
+            out["denoising"] = {"logits": logits[:, :, :N], "boxes": boxes[:, :, :N], **known}
+        return out
+
+
+def build(num_classes, **options):
+    """The model; options are those of the class. Raises ValueError (wrong value), TypeError (unknown)."""
+    return DNDETR(num_classes, **options)
+
+
+# Official parameter names (regular expressions) and ours.
+OFFICIAL_NAMES = (
+    (r"^backbone\.0\.body\.", "backbone.body."),
+    (r"^transformer\.decoder\.bbox_embed\.", "bbox_embed."),  # the same head, listed twice
+    (r"^transformer\.", ""),
+    (r"self_attn\.in_proj_", "sa_proj.in_proj."),
+    (r"\.(sa|ca)_([qk])content_proj\.", r".\1_\2_content."),
+    (r"\.(sa|ca)_([qk])pos_proj\.", r".\1_\2_pos."),
+    (r"\.(sa|ca)_v_proj\.", r".\1_v."),
+    (r"\.ca_qpos_sine_proj\.", ".ca_q_sine."),
+    (r"^decoder\.ref_point_head\.", "decoder.box_positions.query_pos."),
+    (r"^decoder\.ref_anchor_head\.", "decoder.box_positions.size."),
+    (r"\.(linear[12]|activation)\.", r".ffn.\1."),
+    (r"(encoder\.layers\.\d+)\.norm2\.", r"\1.ffn.norm."),
+    (r"(decoder\.layers\.\d+)\.norm3\.", r"\1.ffn.norm."),
+    (r"^class_embed\.", "class_head."),
+    (r"^bbox_embed\.", "box_head."),
+    (r"^refpoint_embed\.", "anchors."),
+    (r"^label_enc\.", "denoising.label_embed."),
+)
+
+
+def rename_official(state):
+    """The entries of an official state_dict under our names. Raises nothing: load_official is strict."""
+    renamed = {}
+    for name, tensor in state.items():
+        for official, ours in OFFICIAL_NAMES:
+            name = re.sub(official, ours, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def load_official(model, checkpoint):
+    """Copy an official checkpoint, {"model": state_dict} or a bare state_dict. Strict: RuntimeError."""
+    model.load_state_dict(rename_official(checkpoint.get("model", checkpoint)))
+
+
+# ---- python THIS_FILE.py: what the parts weigh, and what comes out for two random images -------------------
+if __name__ == "__main__":
+    model = build(num_classes=91, pretrained_backbone=False).eval()
+    for name, part in [*model.named_children(), ("together", model)]:
+        print(f"{name:12} {sum(p.numel() for p in part.parameters()):12,} parameters")
+    with torch.no_grad():
+        out = model(torch.randn(2, 3, 256, 320), torch.zeros(2, 256, 320, dtype=torch.bool))
+    print({name: list(out[name].shape) for name in ("logits", "boxes")})
