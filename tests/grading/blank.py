@@ -5,7 +5,6 @@
 A function or method (CLASS.METHOD) keeps its docstring and loses the rest. Of a class all methods do, except
 for __init__, because parameters must exist for weights to be loaded. docs/exercises.md proposes some blocks.
 """
-
 import argparse
 import ast
 from pathlib import Path

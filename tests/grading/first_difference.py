@@ -123,10 +123,9 @@ def first_difference(student, ours, seed=0, variants=None):
         except Exception as error:  # not written yet, or not loaded
             yield f"{what}: cannot be built or filled. {sentence(error.__cause__ or error, path)}"
             continue
-        for train in (False, True):
-            mode = "training" if train else "inference"
+        for mode in ("inference", "training"):
             try:
-                difference = first_event(pair, train, sizes)
+                difference = first_event(pair, mode == "training", sizes)
             except Exception as error:
                 yield f"{what}, {mode}: your file stops. {sentence(error, path)}"
                 return

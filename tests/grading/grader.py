@@ -175,11 +175,10 @@ def table(grade):
     columns = ("met", "lost", "unjudged")
     for mark, points in grade.marks().items():
         status, why = grade.verdicts[mark]
-        numbers = [points if status == column else "" for column in columns]
-        lines.append(f"  {mark:14}{numbers[0]:>7}{numbers[1]:>6}{numbers[2]:>12}   {why}".rstrip())
-    earned, lost, unjudged = (grade.points(column) for column in columns)
-    lines.append(f"  {'total':14}{earned:>7}{lost:>6}{unjudged:>12}   "
-                 f"{earned} of {earned + lost + unjudged} points")
+        a, b, c = (points if status == column else "" for column in columns)
+        lines.append(f"  {mark:14}{a:>7}{b:>6}{c:>12}   {why}".rstrip())
+    a, b, c = (grade.points(column) for column in columns)
+    lines.append(f"  {'total':14}{a:>7}{b:>6}{c:>12}   {a} of {a + b + c} points")
     return "\n".join(lines + [f"  please look: this file {warning}" for warning in grade.warnings])
 
 

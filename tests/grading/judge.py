@@ -21,7 +21,7 @@ BUILDS_ON = {
     "queries": [*HEADS, "attention!"],
     "attention": [*HEADS, "queries", "backbone", "references"],
     "backbone": [*HEADS, "attention!", "sampling"],
-    "sampling": [*HEADS, "attention!", "backbone!"],
+    "sampling": [*HEADS, "attention!", "backbone!", "references"],
     "references": [*HEADS, "attention!"],
     "padding": [*HEADS, "attention", "backbone", "sampling"],
     "positions": [*HEADS, "attention", "backbone", "sampling", "queries", "references", "spatial_query!"],

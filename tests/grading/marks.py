@@ -119,11 +119,11 @@ def start(student, ours, seed):
     first, second = (pairs.built(ours, n, pair.options)[1] for n in (0, 1))
     pair.load()
     places = origin(pair)
-    number = {id(p): i for i, p in enumerate(pair.ours.parameters())}
+    number = [id(p) for p in pair.ours.parameters()]
     for i, (name, p) in enumerate(pairs.named(pair.ours)):
         values = torch.cat([pair.student_start[k].flatten()[where] for k, numbers in places
                             for where in [numbers == i] if where.any()])
-        expected, again = first[number[id(p)]], second[number[id(p)]]
+        expected, again = (values[number.index(id(p))] for values in (first, second))
         what = f"the parameter that is {name} in our file starts"
         if expected.equal(again):
             off = (values.sort().values - expected.flatten().sort().values).abs().max()
@@ -209,7 +209,6 @@ def positions(student, ours, seed):
     pair.load(*base, w.faint(FAINT))
     theirs, expected = ((out["logits"] - before["logits"]).double().flatten()
                         for out, before in zip(pair.run(FULL), without))
-    assert theirs.isfinite().all(), "some numbers are not finite"
     likeness = torch.cosine_similarity(theirs, expected, 0).item() if expected.any() or theirs.any() else 1
     assert likeness > 0.9995, (f"attention sees other positions than it should (likeness {likeness:.3f}): is "
                                f"it the encoding, or where it is added?")
@@ -324,7 +323,6 @@ def own_heads(pair, *changes):
     for stage in range(len(pair.ours.decoder.layers)) if own else [None]:
         pair.load(*changes, w.alike, *[w.zero(rf"^box_head\.(?!{stage}\.)\d+\.layers\.2")] * own)
         theirs, ours = (out["boxes"] for out in pair.run(FULL))
-        assert len(theirs) == len(ours), f"boxes of {len(theirs)} stages, not {len(ours)}"
         if own:
             theirs, ours = theirs[None, stage], ours[None, stage]
         same(f"boxes of layer {stage + 1}, by its own head," if own else "boxes", theirs, ours)
@@ -395,9 +393,8 @@ def groups(student, ours, seed):
         for key in BOTH:
             same(f"in {mode} {key}", theirs[key], expected[key])
         for name in ("groups", "one2many"):
-            there = "no" if name in expected else "a"
             assert (name in theirs) == (name in expected) or name == "groups" and theirs[name] == 1, (
-                f"in {mode} forward returns {there} {name!r}")
+                f"in {mode} forward {'lacks' if name in expected else 'returns'} {name!r}")
         for key, wanted in expected.get("one2many", {}).items():
             found = theirs["one2many"].get(key)
             if isinstance(wanted, torch.Tensor):
@@ -413,8 +410,6 @@ def recollection(student, ours, seed):
         pair.load(w.mute, w.alike)
         for mode in ("training", "inference"):
             theirs, expected = (out["logits"] for out in pair.run(PADDED, mode == "training"))
-            assert len(theirs) == len(expected), (
-                f"{recollect}, {mode}: {len(theirs)} groups, not {len(expected)}")
             same(f"{recollect}, {mode}: logits", theirs, expected, rows="group")
 
 
@@ -438,9 +433,9 @@ def gradients(student, ours, seed):
 
 def reaches_backbone(model, images):
     """Whether the convolutions of the backbone get a gradient, not just a projection."""
-    out, parameters = model(*images), [p for p in model.parameters() if p.requires_grad]
+    y = pairs.upstream(model(*images)["logits"])
     try:
-        found = torch.autograd.grad(pairs.upstream(out["logits"]), parameters, allow_unused=True)
+        found = torch.autograd.grad(y, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     except RuntimeError:  # something is changed in place, or there is no graph: see the mark `gradients`
         return True
     return sum(g is not None and g.dim() == 4 and bool(g.any()) for g in found) > 3
@@ -503,8 +498,7 @@ def right_factors(pair, value):
 # ---- All together ------------------------------------------------------------------------------------------
 def everything(student, ours, seed):
     """All weights at once, images of odd sizes: every stage in inference and in training."""
-    recollect = {"recollect": "selective"} if file_of(ours) == "sqr" else {}
-    pair = Pair(student, ours, seed, calm=False, **recollect)
+    pair = Pair(student, ours, seed, calm=False, **{"recollect": "selective"} if file_of(ours) == "sqr" else {})
     for mode in ("inference", "training"):
         pair.compare(f"in {mode} (the command first_difference says where)", sizes=((100, 150), (131, 97)),
                      keys=BOTH, train=mode == "training")

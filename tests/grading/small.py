@@ -31,13 +31,11 @@ def cheap(file):
     return [mark for mark in marks_of(file) if mark != "official"]
 
 
-def failing(student, file, names=None):
-    """{mark: sentence} of all marks that fail."""
+def failing(student, file, names=None):  # {mark: sentence}
     found = {name: failure_of(name, student, ours_named(file), 0) for name in names or cheap(file)}
     return {name: failure.sentence for name, failure in found.items() if failure}
 
 
-def lost(student, file):
-    """{mark: sentence} of all marks that are lost."""
+def lost(student, file):  # {mark: sentence}
     verdicts = settle({name: failure_of(name, student, ours_named(file), 0) for name in cheap(file)})
     return {name: verdict.why for name, verdict in verdicts.items() if verdict.status == "lost"}
