@@ -169,7 +169,7 @@ def backbone(student, ours, seed):
         if not proposed:
             Pair(student, ours, seed, nheads=1).compare(
                 "image features, averaged over the image (order of colours, ResNet, projection, its norm)",
-                w.loud, w.flat, w.alike, w.still, w.mute_encoder)
+                w.loud, w.flat, w.alike, w.still, w.mute_encoder, w.whatever_content)
     except AssertionError as error:
         raise Sure(*error.args) if proposed is False else error
 
@@ -191,7 +191,7 @@ def features_by_proposals(student, ours, seed):
 def padding(student, ours, seed):
     """Padding: nobody looks at it, and positions and references do not count it."""
     Pair(student, ours, seed, nheads=1).compare(  # the encoder of Deformable DETR cannot look everywhere
-        "attention that looks everywhere but at padding", w.loud, w.flat, w.alike, w.still,
+        "attention that looks at all but padding", w.loud, w.flat, w.alike, w.still, w.whatever_content,
         *[w.mute_encoder] * deformable(ours), sizes=PADDED)
     pair = Pair(student, ours, seed)
     if pair.agree(keys=BOTH):  # then only padding can be wrong

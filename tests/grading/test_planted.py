@@ -13,16 +13,16 @@ from tests.grading.planted import MISTAKES, module_of
 from tests.grading.small import cheap, failing, lost
 
 MEASURED = Counter()
-IDS = [f"{m.file}: {m.what}" for m in MISTAKES]
-ALWAYS = ("the softmax is over heads", "objects are taken in their own order",
-          "the batch norm is live", "weights of levels and points", "lambda comes from")
+ALWAYS = "the softmax is over", "objects are taken", "the batch norm", "weights of levels", "lambda comes"
 
 
-@pytest.mark.parametrize("mistake", MISTAKES, ids=IDS)
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: f"{m.file}: {m.what}")
 def test_a_planted_mistake_loses_its_mark(mistake, request):
     """Some are judged by all marks each time: one slip costs one mark."""
     new = mistake is next(m for m in MISTAKES if m.what == mistake.what)
     if not request.config.getoption("--all-planted") and not (new and mistake.what.startswith(ALWAYS)):
+        if mistake.file == "sqr" and not new:
+            pytest.skip("deformable_detr has the same text; see --all-planted")
         assert failing(module_of(mistake), mistake.file, [mistake.mark]), f"{mistake.mark} is met"
         return
     found = lost(module_of(mistake), mistake.file)
