@@ -72,11 +72,14 @@ class SetCriterion:
 
     @torch.no_grad()
     def match(self, logits, boxes, targets):
-        """One-to-one assignment of least cost: for every stage, per image (query index, target index), int64.
+        """One-to-one assignment of least cost: for every image (query index, target index), int64.
 
-        logits [S, B, Q, C], boxes [S, B, Q, 4]. Every stage is matched independently. With more targets than
-        queries the most expensive ones stay unmatched. Raises Diverged when a prediction is not finite.
+        logits [B, Q, C], boxes [B, Q, 4] of one stage; of [S, B, Q, .] every stage is matched independently,
+        and the result is a list of S such lists. With more targets than queries the most expensive ones stay
+        unmatched. Raises Diverged when a prediction is not finite.
         """
+        if logits.ndim == 3:
+            return self.match(logits[None], boxes[None], targets)[0]
         logits, boxes = logits.float(), boxes.float()
         if not (logits.isfinite().all() and boxes.isfinite().all()):
             raise Diverged("predictions are not finite")

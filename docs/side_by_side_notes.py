@@ -146,15 +146,18 @@ NOTES = {
          "of epochs."),
         ("*.__init__", "self.input_proj =", "An optional GroupNorm after the convolution."),
         ("*.__init__", "xavier_uniform(self.reference_head)",
-         "Queries are 4 numbers, a box. Heads and initialisation are methods of their own, "
-         "below."),
+         "Salient points start at the centre of the box. Layers refine boxes, so each has heads of its own."),
+        ("*.__init__", "self.query_embed", "Queries are 4 numbers, a box."),
         ("RECIPE", "", "The same recipe. The paper also trains for 12 epochs."),
         ("sine_xy", "", "Another section begins here; the function is the same."),
         ("concat_heads", "", "Removed: content and position are added again."),
         ("valid_size", "", "Boxes are relative to the image, RoIAlign counts in cells of the padded map."),
         ("SemanticsAligner", "",
-         "The heart of the paper (section 3): F_R = RoIAlign(F, box); R_SP = MLP(ConvNet(F_R)), "
+         "The heart of the paper (section 3): F_R = rows F columns^T; R_SP = MLP(ConvNet(F_R)), "
          "one point per head; the new query is F_R sampled there, times Sigmoid(Linear(Q))."),
+        ("linear_weights", "", "Weights of the cells next to a place, with the gradient of grid_sample."),
+        ("bin_weights", "", "RoIAlign along one axis as a matrix: see Why no RoIAlign in docs/sam_detr.md."),
+        ("SharedKeyAttention", "", "All heads have the same key, so that one product gives all scores."),
         ("gaussian_bias", "",
          "The smca option, from SMCA-DETR: attention scores fall off with the distance from the "
          "point."),
@@ -166,8 +169,6 @@ NOTES = {
         ("Decoder.forward", "",
          "Layers refine reference boxes, detached in between (as in Deformable DETR). The "
          "position of self-attention is the sine of the box centre."),
-        ("*.make_heads", "", "Heads of its own for every layer, since layers refine boxes."),
-        ("*.reset_parameters", "", "Salient points start at the centre of the box."),
     ],
     ("deformable_detr", "sqr"): [
         ("*.__init__", "recollect=",

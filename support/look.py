@@ -21,8 +21,9 @@ from support.predict import answers, is_softmax, keep
 
 # ---- Arrays ------------------------------------------------------------------------------------------------
 def read_attention(nheads, q, k, v, mask=None, bias=None, **_):
-    # [B, T, E] -> [B, T, M, E/M] -> [B, M, T, E/M]
-    q, k = (x.unflatten(-1, (nheads, -1)).transpose(1, 2) for x in (q, k))
+    # [B, T, E] -> [B, T, M, E/M] -> [B, M, T, E/M]; a key that all heads share, E/M wide, -> [B, 1, T, E/M]
+    width = q.shape[-1] // nheads
+    q, k = (x.unflatten(-1, (-1, width)).transpose(1, 2) for x in (q, k))
     scale = q.shape[-1] ** -0.5  # for halves as well, so that content * spatial is proportional to weights
 
     def softmax(q, k, bias=None):
@@ -45,7 +46,7 @@ def read(name, module, given, output):
     kind = type(module).__name__
     if name.endswith("reference_head"):
         return {"reference": output.sigmoid()}
-    if kind == "Attention":
+    if kind in ("Attention", "SharedKeyAttention"):
         return read_attention(module.nheads, **given)
     if kind == "MSDeformAttn":
         query, reference, spatial_shapes = (given[key] for key in ("query", "reference", "spatial_shapes"))

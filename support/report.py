@@ -55,8 +55,9 @@ def divergence(error, run):
     where = where_it_went_bad(run.model, *(x.to(run.args.device) for x in run.parts[-1][:2]))
     amp = " or give --no-amp" if run.args.amp else ""
     lr = run.optimizer.param_groups[0]["lr"]
-    return (f"The model diverged at step {run.step} (lr {lr:.2g}): {error}; {where}. Lower --lr{amp}: "
-            f"--resume {shlex.quote(str(run.folder))} with it goes on from the last checkpoint.")
+    return (f"The model diverged at step {run.step} (lr {lr:.2g}): {error}; {where}. Lower --lr{amp}, and go on "
+            f"from the last checkpoint: python train.py --resume {shlex.quote(str(run.folder))} "
+            f"--lr {run.args.lr / 10:g}")
 
 
 @torch.no_grad()
@@ -97,8 +98,9 @@ def announce(model, datasets, request, train_step):
           f"{args.steps * args.batch_size / len(train_set):.1f} epochs, lr {args.lr:g} ({args.schedule}), "
           f"seed {args.seed}")
     seconds, queries = try_out(model, train_set, args, train_step, request.module.__file__)
-    print(f"time     about {math.ceil(seconds * (args.steps - done) / 60)} minutes, and the evaluations; "
-          f"memory {machine.peak_memory(args.device)} for the largest possible batch")
+    minutes = max(1, math.ceil(seconds * (args.steps - done) / 60))
+    print(f"time     about {minutes} minute{'s' * (minutes > 1)}, and the evaluations; memory "
+          f"{machine.peak_memory(args.device)} for the largest possible batch")
     for warning in warnings(model, train_set, args, queries):
         print(f"WARNING  {warning}")
 

@@ -37,6 +37,11 @@ def test_contributing_names_the_same_budgets():
         assert re.search(row, text, re.M), f"{files}: {together:,}"
 
 
+def test_contributing_names_every_test():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")))
+    assert named == {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+
+
 def test_train_py_takes_little_from_support_and_support_nothing_from_train_py():
     text = (ROOT / "train.py").read_text(encoding="utf-8")
     imports = re.findall(r"^from support(\.\w+)? import (.*)", text, re.M)
