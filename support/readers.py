@@ -8,11 +8,13 @@ import functools
 import gc
 import hashlib
 import json
+import math
 import mmap
 import os
 import re
 import reprlib
 import unicodedata
+from array import array
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -41,6 +43,7 @@ LAYOUTS = [  # (format, annotations below the folder, in any case); {} is one of
     ("COCO", "*{}*.json"),
     ("VOC", "imagesets/main/{}.txt"),  # a list of names; the boxes are in Annotations/*.xml
     ("VOC", "imagesets/{}.txt"),
+    ("VOC", "imagesets/main/*_{}.txt"),  # VoTT: a list for each class, and all images in each
     ("VOC", "annotations/{}"),  # a folder with XML files in it or below
     ("VOC", "labels/{}"),
     ("VOC", "images/{}"),
@@ -113,13 +116,20 @@ class Source:
 
 @dataclass
 class Table:
-    """One split as it is written."""
+    """One split as it is written. `from_one`: VOC's pixels 1 to 640 are COCO's 0 to 640."""
     names: dict  # {category id: name}
     images: list = field(default_factory=list)  # (id, path, height, width), None for one that cannot be used
-    rows: list = field(default_factory=list)  # (image's index, category id, x0, y0, x1, y1, area, crowd, place)
+    numbers: array = field(default_factory=lambda: array("d"))  # 8 of each box, see add
+    places: list = field(default_factory=list)  # of each box
     where: object = str  # turns a place into text
-    from_one: bool = False  # VOC counts pixels from 1 and includes the last one: 1 to 640 is COCO's 0 to 640
+    from_one: bool = False
     from_shares: bool = False  # YOLO's boxes are shares of the image
+
+    def add(self, image, category, box, place, area=None, crowd=None):
+        """image, category: positions in `images` and `names`; box: xyxy in pixels; area, crowd: as written."""
+        area = math.inf if area is None else number(area) or -1
+        self.numbers.extend((image, category, *box, area, 1 if crowd in CROWD else 0 if crowd in NO_CROWD else 2))
+        self.places.append(place)
 
 
 # ---- Files -------------------------------------------------------------------------------------------------
@@ -287,13 +297,10 @@ def keys_in(value, depth=3):
 def parse_coco(path):
     """A COCO file as a dict, its three lists checked to be lists of dicts. UserError, without the path."""
     text = read_text(path, MOST_JSON)
-    gc.disable()  # it would look through millions of new objects again and again
     try:
         contents = json.loads(text, object_hook=compact)
     except (ValueError, RecursionError) as error:  # ValueError: it says line and column
         raise UserError("is empty" if not text.strip() else f"cannot be read as JSON: {error}") from None
-    finally:
-        gc.enable()
     lists = [contents.get(key) if isinstance(contents, dict) else None
              for key in ("images", "annotations", "categories")]
     keys = keys_in(contents)
@@ -337,15 +344,15 @@ def by_id(entries, what, told_by, reading):
 def read_coco(source, tree, reading, known, wanted):
     """The Table of a COCO file; without images and boxes unless they are wanted."""
     contents = parse_coco(source.path)
-    found, category_of = by_id(contents["categories"], "category", "name", reading)
-    table = Table({})
+    found, whole = by_id(contents["categories"], "category", "name", reading)
+    table, category_of = Table({}), {i: k for k, i in enumerate(found)}
     for i, entry in found.items():
         name = visible(str(entry.get("name") or "").strip())
         if not name:
             reading.notes.add("categories without a name, called by their id", f"category id {i}")
         if name in table.names.values():
             reading.notes.add("categories of the same name, kept apart", f"category id {i}: {name}")
-        table.names[category_of[i]] = name or str(i)
+        table.names[whole[i]] = name or str(i)
     if not wanted:
         return table
     found, id_of = by_id(contents["images"], "image", "file_name", reading)
@@ -357,31 +364,33 @@ def read_coco(source, tree, reading, known, wanted):
             reading.errors.add("images without a file_name", f"image id {i}")
         table.images.append(path and image_row(id_of[i], path, entry.get("height"), entry.get("width"), reading))
 
-    index, annotations = {i: k for k, i in enumerate(found)}, contents["annotations"]
+    index, annotations = {i: k for k, i in enumerate(found)}, contents.pop("annotations")
     others = len(annotations) - len({entry[5] for entry in annotations if type(entry[5]) is int})
     if others:  # they serve messages only
         reading.notes.add(f"annotation ids that are missing, text or given twice, not used: {others}")
 
-    def where(k):
-        image, *_, i, _ = annotations[k]
-        row = table.images[index[as_id(image)]] if as_id(image) in index else None
-        return (f"{os.path.basename(row[1])}, image id {image}, " if row else "") + f"annotation id {i}"
+    def where(place):
+        image_id, i, k = place
+        row = table.images[index[as_id(image_id)]] if as_id(image_id) in index else None
+        name = f"annotation number {k + 1}" if i is None else f"annotation id {i}"
+        return f"{os.path.basename(row[1])}, image id {image_id}, {name}" if row else name
 
     table.where = where
-    for k, (image_id, category_id, bbox, area, crowd, _, computed) in enumerate(annotations):
+    for k, (image_id, category_id, bbox, area, crowd, i, computed) in enumerate(annotations):
         image = index.get(image_id if type(image_id) is int else as_id(image_id))
         category = category_of.get(category_id if type(category_id) is int else as_id(category_id))
         box = [number(v) for v in bbox] if isinstance(bbox, list) and len(bbox) == 4 else [None]
+        place = image_id, i, k
         if image is None or category is None or None in box:
             kind, value = (("image_id is not among the images", image_id) if image is None else
                            ("category_id is not among the categories", category_id) if category is None else
                            ("bbox is not four numbers", bbox))
-            reading.errors.add(f"annotations whose {kind}", f"{where(k)}: {reprlib.repr(value)}")
+            reading.errors.add(f"annotations whose {kind}", f"{where(place)}: {reprlib.repr(value)}")
             continue
         x, y, w, h = box
-        table.rows.append((image, category, x, y, x + w, y + h, area, crowd, k))
+        table.add(image, category, (x, y, x + w, y + h), place, area, crowd)
         if computed:
-            reading.notes.add("boxes computed from outlines, because there is no bbox", where(k))
+            reading.notes.add("boxes computed from outlines, because there is no bbox", where(place))
     return table
 
 
@@ -464,14 +473,14 @@ def read_voc(source, tree, reading, known, wanted):
     new = sorted(names - {"", *known.values()})
     table = Table(known | dict(enumerate(new, max(known, default=0) + 1)), from_one=True,
                   where="{0[0]}, object {0[1]}".format)
-    id_of = {name: i for i, name in table.names.items()}
+    category_of = {name: k for k, name in enumerate(table.names.values())}
     for i, (stem, (xml, root)) in enumerate(roots.items() if wanted else ()):
         name = text(root, "filename")
         path = voc_image(stem, name, times[name], source, tree, reading)
         size = text(root, "size/height"), text(root, "size/width")
         table.images.append(path and image_row(i + 1, path, *size, reading))
         for k, thing in enumerate(root.findall("object"), 1):
-            category = id_of.get(text(thing, "name"))
+            category = category_of.get(text(thing, "name"))
             corners = [text(thing, f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
             box = [number(corner) for corner in corners]
             if category is None or None in box:
@@ -479,7 +488,7 @@ def read_voc(source, tree, reading, known, wanted):
                     "objects whose <bndbox> has no four numbers xmin, ymin, xmax, ymax"
                 reading.errors.add(kind, f"{xml}, object {k}: {', '.join(corners)}")
             else:
-                table.rows.append((i, category, *box, None, text(thing, "difficult"), (xml, k)))
+                table.add(i, category, box, (xml, k), crowd=text(thing, "difficult"))
     return table
 
 
@@ -590,7 +599,7 @@ def read_yolo(source, tree, reading, known, wanted):
     config = read_config(source.path)
     table = Table(read_classes(config, source.path, reading.notes), where="{0[0]}, line {0[1]}".format,
                   from_shares=True)
-    used, unknown, last = {}, Problems(), max(table.names)  # used: {label file: image}
+    category_of, used, unknown = {i: k for k, i in enumerate(table.names)}, {}, Problems()
     for k, path in enumerate(yolo_images(source, tree, reading) if wanted else ()):
         table.images.append(image_row(k + 1, path, 0, 0, reading))
         labels = labels_of(path, tree)
@@ -598,16 +607,17 @@ def read_yolo(source, tree, reading, known, wanted):
             reading.notes.add("images without a label file, taken as images without objects", path)
         elif labels in used:
             reading.notes.add("images that share a label file, kept; masks?", f"{used[labels]}, {path}")
-        used[labels] = path
+        used[labels] = path  # {label file: image}
         _, _, height, width = table.images[k] or (0, 0, 0, 0)
         for line, label, (x0, y0, x1, y1) in read_labels(labels, "kpt_shape" in config, reading) if labels else ():
-            if label in table.names:
+            if label in category_of:
                 box = x0 * width, y0 * height, x1 * width, y1 * height
-                table.rows.append((k, label, *box, None, None, (labels, line)))
+                table.add(k, category_of[label], box, (labels, line))
             else:
                 unknown.add(label, f"{labels}, line {line}: {label:g}")
     if unknown:
-        from_one = {*unknown} == {last + 1} and all(row[1] for row in table.rows)
+        last = max(table.names)
+        from_one = {*unknown} == {last + 1} and 0 not in table.numbers[1::8]
         hint = f"; they seem to count from 1, and YOLO counts from 0 to {last}" if from_one else ""
         reading.errors.add(f"labels whose class id is not among the {len(table.names)} names{hint}",
                            next(iter(unknown.values()))[1], sum(count for count, _ in unknown.values()))
@@ -696,30 +706,42 @@ def find_source(tree, split, unsplit):
     """The Source of a split. UserError with what is there and what to do if there is none."""
     if source := search(tree, split, unsplit):
         return source
-    counts = Counter(os.path.splitext(key)[1] for key in tree.files)
-    here = sorted({key[len(tree.top) + 1:].split(os.sep)[0] + "/" for key in tree.folders if key != key_of(tree.top)})[:9]
+    counts = Counter(os.path.splitext(path)[1].lower() for path in {*tree.files.values()})
+    here = sorted({key[len(tree.top) + 1:].split(os.sep)[0] + "/" for key in tree.folders} - {"/"})[:9]
     here += [f"{count} {ending or 'without ending'}" for ending, count in counts.most_common(6)]
-    hint, problems = f"For another layout give --{split}-json and --{split}-images", Reading()
-    inner = [path for path in tree.folders.values() if path[len(tree.top):].count(os.sep) in (1, 2)][:50]
-    texts = [path for path in tree.inside(tree.top, ".txt")[:20] if read_labels(path, False, Reading())]
-    for path in tree.inside(tree.top, ".json")[:1] + tree.inside(tree.top, ".xml")[:1]:
-        try:
-            parse_coco(path) if path.lower().endswith("json") else read_xml(path, problems)
-        except UserError as error:
-            problems.errors.add(f"{path} {error}")
+    raise UserError(
+        f"{tree.top}: no {split} annotations here. Expected annotations/instances_{split}.json (COCO), ImageSets/"
+        f"Main/{split}.txt (VOC), data.yaml (YOLO) or another layout of docs/options.md. "
+        f"Found {', '.join(here) or 'nothing'}. {find_hint(tree, split, unsplit, counts)}")
+
+
+def find_hint(tree, split, unsplit, counts):
+    """What to do about a folder in which a split was not found."""
     if split == "val" and (train := search(tree, "train")):
-        hint = f"{train.path} has no val: add --split 0.2 to hold some images out"
-    elif problems.errors:
-        hint = problems.errors.lines()[0]
-    elif found := next((path for path in inner if search(Tree(path), split)), None):
-        hint = f"Did you mean {found}?"
-    elif not unsplit and search(tree, split, unsplit=True):
-        hint = "All images lie together: add --split 0.2 to hold some of them out"
-    elif texts:
-        hint = f"{texts[0]} is a label file of YOLO; write the names of its classes into {tree.top}/classes.txt"
-    raise UserError(f"{tree.top}: no {split} annotations here. Expected annotations/instances_{split}.json (COCO), "
-                    f"ImageSets/Main/{split}.txt (VOC), data.yaml (YOLO) or another layout of docs/options.md. "
-                    f"Found {', '.join(here) or 'nothing'}. {hint}")
+        return f"{train.path} has no val: add --split 0.2 to hold some images out"
+    for folder in [path for path in tree.folders.values() if path[len(tree.top):].count(os.sep) in (1, 2)][:50]:
+        if search(Tree(folder), split):
+            return f"Did you mean {folder}?"
+    together = None if unsplit else search(tree, split, unsplit=True)
+    jsons, xmls, wrong = tree.inside(tree.top, ".json")[:1], tree.inside(tree.top, ".xml")[:1], Reading()
+    likely = {"COCO": [together.path], "VOC": xmls, "YOLO": []}[together.form] if together else jsons + xmls
+    for path in likely:
+        try:
+            parse_coco(path) if path.lower().endswith("json") else read_xml(path, wrong)
+        except UserError as error:
+            wrong.errors.add(f"{path} {error}")
+    if wrong.errors:
+        return wrong.errors.lines()[0]
+    if together:
+        return "All images lie together: add --split 0.2 to hold some of them out"
+    if class_file(tree, NAMES[split]):
+        return "There are no images where YOLO's layouts have them"
+    for path in tree.inside(tree.top, ".txt")[:20]:
+        if read_labels(path, False, Reading()):
+            return f"{path} is a label file of YOLO: write the names of its classes into {tree.top}/classes.txt"
+    ending = next((ending for ending in (".csv", ".tfrecord", ".parquet", ".zip") if ending in counts), None)
+    return f"{ending} files are not read, export the data as COCO" if ending else \
+        f"For another layout give --{split}-json and --{split}-images"
 
 
 # ---- Both splits -------------------------------------------------------------------------------------------
@@ -739,6 +761,17 @@ def given_source(split, path, folder):
     return Tree(top), Source(form, path, [folder])
 
 
+@contextlib.contextmanager
+def without_garbage_collection():
+    """It would look through millions of new objects again and again: a fifth of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@without_garbage_collection()
 def read_splits(folder, given, splits, class_names=(), share=None, seed=0):
     """({category id: name}, {split: Reading}), as far as they can be read.
 
@@ -784,15 +817,15 @@ def read_splits(folder, given, splits, class_names=(), share=None, seed=0):
         if split in splits or reading.path or any(given[split]):  # no training set: val has its own classes
             readings[split] = reading
     names = dict(sorted(names.items()))
-    corners = [row[2:4] for table, _ in tables.values() if table.from_one for row in table.rows]
-    from_zero = any(0 <= value < 1 for corner in corners for value in corner)
+    from_zero = any(0 <= value < 1 for table, _ in tables.values() if table.from_one
+                    for k in (2, 3) for value in table.numbers[k::8])  # xmin, ymin
     for split, (table, ids) in tables.items():
         if table.from_one and from_zero:
             kind = "some xmin or ymin is 0, so pixels are counted from 0 and nothing is subtracted"
             readings[split].notes.add(kind)
             table.from_one = False
         if split in splits:
-            labels = {own: list(names).index(i) for own, i in ids.items()}
+            labels = np.array([list(names).index(i) for i in ids.values()])
             readings[split].images = clean(table, labels, readings[split])
     if share is not None and not readings["train"].errors:
         readings["val"] = hold_out(readings["train"], share, seed)
@@ -824,13 +857,13 @@ def join_names(names, own, reading):
 
 def clean(table, labels, reading):
     """The AnnotatedImages of a Table, boxes cut to their image. What is left out or changed is noted."""
-    image, category, *corners, areas, crowd, places = zip(*table.rows) if table.rows else [()] * 9
-    image, boxes = np.array(image, int), np.array(corners, float).T.reshape(-1, 4)  # [n], [n, 4]
-    label = np.array([labels[i] for i in category], np.int64)
+    numbers = np.array(table.numbers).reshape(-1, 8)
+    image, boxes, area = numbers[:, 0].astype(int), numbers[:, 2:6], numbers[:, 6]  # [n], [n, 4], [n]
+    label = labels[numbers[:, 1].astype(int)]
 
     def note(chosen, kind, problems=reading.notes):
         if found := np.flatnonzero(chosen).tolist():
-            problems.add(kind, table.where(places[found[0]]), len(found))
+            problems.add(kind, table.where(table.places[found[0]]), len(found))
 
     with np.errstate(invalid="ignore"):  # infinite numbers
         shares = (abs(boxes - 0.5) <= 0.51).all(1) & (boxes % 1 != 0).any(1)
@@ -855,17 +888,16 @@ def clean(table, labels, reading):
     twice = np.zeros(len(boxes), bool)
     twice[order[1:]] = (rows[1:] == rows[:-1]).all(1)
     note(kept & twice, "boxes given more than once, with the same class, kept")
-    crowd, is_crowd = np.array([[value not in NO_CROWD, value in CROWD] for value in crowd], bool).reshape(-1, 2).T
-    note(kept & crowd & ~is_crowd, "iscrowd (VOC: difficult) is neither 0 nor 1, taken as 0")
-    note(kept & is_crowd, "crowd regions (VOC: difficult), neither trained on nor evaluated")
-    given = np.array([np.inf if value is None else number(value) or -1 for value in areas], float)
-    note(kept & ~(given > 0), "areas that are not numbers above 0, those of the boxes are used")
-    area = np.minimum(np.where(given > 0, given, np.inf), left.prod(1))  # an outline may not have been clipped
+    note(kept & (numbers[:, 7] == 2), "iscrowd (VOC: difficult) is neither 0 nor 1, taken as 0")
+    note(kept & (numbers[:, 7] == 1), "crowd regions (VOC: difficult), neither trained on nor evaluated")
+    note(kept & ~(area > 0), "areas that are not numbers above 0, those of the boxes are used")
+    area = np.minimum(np.where(area > 0, area, np.inf), left.prod(1))  # an outline may not have been clipped
 
     chosen = np.flatnonzero(kept)
     chosen = chosen[np.argsort(image[chosen], kind="stable")]
     ends = np.searchsorted(image[chosen], np.arange(len(table.images) + 1))
-    columns, found = (label[chosen], cut[chosen].astype(np.float32), area[chosen], is_crowd[chosen]), []
+    columns, found = (label[chosen], cut[chosen].astype(np.float32), area[chosen],
+                      numbers[chosen, 7] == 1), []
     for row, start, end in zip(table.images, ends, ends[1:]):
         if row is None:
             continue

@@ -662,7 +662,7 @@ def test_yolo_without_val_without_names_without_images(tmp_path):
         read(tmp_path)
     assert len(read(tmp_path, split=0.4)["val"]) == 1
     (tmp_path / "data.yaml").unlink()
-    with pytest.raises(UserError, match="is a label file of YOLO; write the names of its classes into .*classes.txt"):
+    with pytest.raises(UserError, match="is a label file of YOLO: write the names of its classes into .*classes.txt"):
         read(tmp_path)
     yolo_folders(tmp_path)
     for path in tmp_path.glob("images/train/*"):
@@ -675,7 +675,7 @@ def test_yolo_without_val_without_names_without_images(tmp_path):
 def test_a_folder_without_a_known_layout_lists_what_is_there(tmp_path):
     (tmp_path / "photos").mkdir(), (tmp_path / "labels.csv").touch()
     write_image(tmp_path / "photos/1.png")
-    with pytest.raises(UserError, match="no train annotations here.*photos/.*1 .csv"):
+    with pytest.raises(UserError, match="no train annotations here.*photos/.*1 .csv.*export the data as COCO"):
         read(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         read(tmp_path / "nowhere")
