@@ -55,8 +55,8 @@ def divergence(error, run):
     where = where_it_went_bad(run.model, *(x.to(run.args.device) for x in run.parts[-1][:2]))
     amp = " or give --no-amp" if run.args.amp else ""
     lr = run.optimizer.param_groups[0]["lr"]
-    return (f"The model diverged at step {run.step} (lr {lr:.2g}): {error}; {where}. Lower --lr{amp}, and go on "
-            f"from the last checkpoint: python train.py --resume {shlex.quote(str(run.folder))} "
+    return (f"The model diverged at step {run.step} (lr {lr:.2g}): {error}; {where}. Lower --lr{amp}, and "
+            f"go on from the last checkpoint: python train.py --resume {shlex.quote(str(run.folder))} "
             f"--lr {run.args.lr / 10:g}")
 
 
