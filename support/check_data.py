@@ -77,9 +77,11 @@ def format_table(categories, readings):
         } | {f"  {name}": (labels == label).sum() for label, name in enumerate(categories.values())}
 
     columns = {split: column(reading.images) for split, reading in readings.items() if reading.images}
-    names = {f"  {name}": sum(column[f"  {name}"] for column in columns.values()) for name in categories.values()}
-    common = [name for name, count in Counter(names).most_common(15) if count]
-    rows = [("", *columns)] + [(key, *(column[key] for column in columns.values()))
+    names = Counter()
+    for one in columns.values():
+        names.update({f"  {name}": one[f"  {name}"] for name in {*categories.values()}})
+    common = [name for name, count in names.most_common(15) if count]
+    rows = [("", *columns)] + [(key, *(one[key] for one in columns.values()))
                                for key in next(iter(columns.values()), ()) if key not in names or key in common]
     lines = [f"{key[:40]:<40}" + "".join(f"{cell:>22}" for cell in cells) for key, *cells in rows]
     rest = sum(map(bool, names.values())) - len(common)
@@ -95,7 +97,7 @@ def main(argv=None):
         p.add_argument(f"--{name}", metavar="PATH", help="instead of DIR: the four paths, or the two of val")
     p.add_argument("--split", type=float, metavar="SHARE", help="as in train.py: held out as val, e.g. 0.2")
     p.add_argument("--seed", type=int, default=0, help="of the split; default 0, as in train.py")
-    p.add_argument("--no-images", action="store_true", help="opens no image (of YOLO's the header, for its size)")
+    p.add_argument("--no-images", action="store_true", help="opens no image, except YOLO's for their size")
     args = p.parse_args(argv)
     given = {"train": (args.train_json, args.train_images), "val": (args.val_json, args.val_images)}
     if args.folder is None and not any(map(any, given.values())):

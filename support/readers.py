@@ -70,8 +70,8 @@ OTHER_TASKS = ("person_keypoints", "captions", "stuff", "panoptic", "image_info"
 OTHER_FORMS = {  # a key in JSON files that are not COCO's: whose it is
     "shapes": "labelme's file of one image", "_via_settings": "a project of VIA", "regions": "VIA's own form",
     "assets": "VoTT's own form", "asset": "VoTT's own form", "objects": "Supervisely's form",
-    "items": "Datumaro's own form", "score": "a file of results", "caption": "captions; take instances_*.json",
-    "segments_info": "panoptic; take instances_*.json", "data": "Label Studio's own form",
+    "items": "Datumaro's own form", "score": "a file of results", "data": "Label Studio's own form",
+    "caption": "captions, take instances_*.json", "segments_info": "panoptic, take instances_*.json",
     "image": "CreateML's form",
 }
 FIELDS = ("image_id", "category_id", "bbox", "area", "iscrowd", "id", "from_outline")  # of COCO's annotations
@@ -104,6 +104,12 @@ class Reading:
     notes: Problems = field(default_factory=Problems)  # were dealt with, each says how
     held_out: str | None = None  # of a val that --split made: tells these images from any others
 
+    def error(self, kind, where="", count=1):
+        self.errors.add(kind, where, count)
+
+    def note(self, kind, where="", count=1):
+        self.notes.add(kind, where, count)
+
 
 @dataclass
 class Source:
@@ -126,9 +132,10 @@ class Table:
     from_shares: bool = False  # YOLO's boxes are shares of the image
 
     def add(self, image, category, box, place, area=None, crowd=None):
-        """image, category: positions in `images` and `names`; box: xyxy in pixels; area, crowd: as written."""
+        """image, category: positions in `images` and `names`; box: xyxy; area, crowd: as they are written."""
         area = math.inf if area is None else number(area) or -1
-        self.numbers.extend((image, category, *box, area, 1 if crowd in CROWD else 0 if crowd in NO_CROWD else 2))
+        crowd = 1 if crowd in CROWD else 0 if crowd in NO_CROWD else 2
+        self.numbers.extend((image, category, *box, area, crowd))
         self.places.append(place)
 
 
@@ -139,7 +146,7 @@ def key_of(name):
 
 
 class Tree:
-    """The files below a folder, links followed. They are found in any spelling, images without ending, too."""
+    """The files below a folder and linked ones. Any spelling finds them, and images also without ending."""
 
     def __init__(self, top):
         self.top, self.files, self.folders, self.junk = os.path.abspath(top), {}, {}, []  # {key: path}
@@ -202,7 +209,7 @@ class Tree:
                 if found := self.find(os.path.join(place, spelling)):
                     source.places.insert(0, source.places.pop(k))  # the next one is probably here, too
                     if not found.startswith(self.top + os.sep):
-                        reading.notes.add("image files outside of the data folder", found)
+                        reading.note("image files outside of the data folder", found)
                     return found
         parts = key_of(plain).split("/")[::-1]
         found = [path for path in self.called.get(parts[0], ()) if os.path.isfile(path)
@@ -211,12 +218,12 @@ class Tree:
         found = [path for path, count in zip(found, same) if count == max(same)]  # the most folders in common
         if len(found) == 1:
             kind = "image files in another folder than the annotations say, found by their name"
-            reading.notes.add(kind, f"{name} is {found[0]}")
+            reading.note(kind, f"{name} is {found[0]}")
             return found[0]
         kind = "image files that are not where the annotations say, with several of that name elsewhere" \
             if found else "image files that do not exist"
         place = ", ".join([os.path.join(source.places[0], name), where, *found[:2]])
-        return reading.errors.add(kind, place)
+        return reading.error(kind, place)
 
 
 def read_text(path, most=MOST_TEXT, as_bytes=False):
@@ -246,26 +253,26 @@ def number(value):
 
 
 def image_row(i, path, height, width, reading):
-    """An entry of Table.images, None and an error if it cannot be. A size that is not annotated is the file's."""
+    """An entry of Table.images; None and an error for a bad one. A size that is not annotated is the file's."""
     sides = [number(side or 0) for side in (height, width)]
     if path.lower().endswith(OTHER_SUFFIXES):
-        return reading.errors.add("image files in a format that Pillow does not read: save them as .jpg", path)
+        return reading.error("image files that Pillow does not read: save them as .jpg or .png", path)
     try:
         if 0 in sides:
             sides = file_size(path, i)
     except UserError as error:
-        return reading.errors.add("image files that cannot be used", str(error))
+        return reading.error("image files that cannot be used", str(error))
     if None in sides or min(sides) < 1 or any(side % 1 for side in sides):
         kind = "images whose width and height are not whole numbers above 0 (may be left out)"
-        return reading.errors.add(kind, f"{path}, image id {i}: {reprlib.repr([width, height])}")
+        return reading.error(kind, f"{path}, image id {i}: {reprlib.repr([width, height])}")
     return i, path, int(sides[0]), int(sides[1])
 
 
 # ---- COCO --------------------------------------------------------------------------------------------------
 def compact(entry):
-    """A JSON object as what is needed of it: an annotation as a tuple, a missing box computed from its outline.
+    """A JSON object; an annotation as a tuple of FIELDS, a missing box being computed from its outline.
 
-    An outline is most of an annotation, and a dict needs twice the memory of a tuple.
+    The outline is most of an annotation, and a dict needs twice the memory of a tuple.
     """
     if "image_id" not in entry or "category_id" not in entry:
         return entry
@@ -304,8 +311,9 @@ def parse_coco(path):
     lists = [contents.get(key) if isinstance(contents, dict) else None
              for key in ("images", "annotations", "categories")]
     keys = keys_in(contents)
-    if keys & {"segments_info", "caption"} or not all(
-            isinstance(one, list) and all(isinstance(entry, (dict, tuple)) for entry in one) for one in lists):
+    are_lists = all(isinstance(one, list) and all(isinstance(entry, (dict, tuple)) for entry in one)
+                    for one in lists)
+    if not are_lists or keys & {"segments_info", "caption"}:
         guess = next((f"; this is {form}" for key, form in OTHER_FORMS.items() if key in keys), "")
         raise UserError("is no COCO file of objects, which has the lists images, annotations and categories"
                         f"{guess}. Export the data as COCO")
@@ -323,20 +331,20 @@ def as_id(value):
 
 
 def by_id(entries, what, told_by, reading):
-    """({id: entry}, {id: whole number below 2**63}): the number is the id unless some ids are no such numbers."""
+    """({id: entry}, {id: whole number below 2**63}), which is the id if all of them are such numbers."""
     found = {}
     for k, entry in enumerate(entries):
         i = as_id(entry.get("id"))
         if i is None:
             where = f"{what} number {k + 1}: {reprlib.repr(entry.get('id'))}"
-            reading.errors.add(f"{what} ids that are not whole numbers", where)
+            reading.error(f"{what} ids that are not whole numbers", where)
             continue
         if type(entry["id"]) is not int:
-            reading.notes.add(f"{what} ids that are text or fractions, read as numbers", repr(entry["id"]))
+            reading.note(f"{what} ids that are text or fractions, read as numbers", repr(entry["id"]))
         if found.setdefault(i, entry).get(told_by) != entry.get(told_by):
-            reading.errors.add(f"{what} ids that occur twice", f"{what} id {i}")
+            reading.error(f"{what} ids that occur twice", f"{what} id {i}")
     if not entries:
-        reading.errors.add(f"the list of {what} entries is empty")
+        reading.error(f"the list of {what} entries is empty")
     whole = all(type(i) is int and abs(i) < 2 ** 63 for i in found)
     return found, {i: i if whole else k for k, i in enumerate(found, 1)}
 
@@ -349,9 +357,9 @@ def read_coco(source, tree, reading, known, wanted):
     for i, entry in found.items():
         name = visible(str(entry.get("name") or "").strip())
         if not name:
-            reading.notes.add("categories without a name, called by their id", f"category id {i}")
+            reading.note("categories without a name, called by their id", f"category id {i}")
         if name in table.names.values():
-            reading.notes.add("categories of the same name, kept apart", f"category id {i}: {name}")
+            reading.note("categories of the same name, kept apart", f"category id {i}: {name}")
         table.names[whole[i]] = name or str(i)
     if not wanted:
         return table
@@ -361,13 +369,14 @@ def read_coco(source, tree, reading, known, wanted):
         if isinstance(name, str):
             path = tree.image(name, source, reading, f"image id {i}")
         else:
-            reading.errors.add("images without a file_name", f"image id {i}")
-        table.images.append(path and image_row(id_of[i], path, entry.get("height"), entry.get("width"), reading))
+            reading.error("images without a file_name", f"image id {i}")
+        size = entry.get("height"), entry.get("width")
+        table.images.append(path and image_row(id_of[i], path, *size, reading))
 
     index, annotations = {i: k for k, i in enumerate(found)}, contents.pop("annotations")
     others = len(annotations) - len({entry[5] for entry in annotations if type(entry[5]) is int})
     if others:  # they serve messages only
-        reading.notes.add(f"annotation ids that are missing, text or given twice, not used: {others}")
+        reading.note(f"annotation ids that are missing, text or given twice, not used: {others}")
 
     def where(place):
         image_id, i, k = place
@@ -385,12 +394,12 @@ def read_coco(source, tree, reading, known, wanted):
             kind, value = (("image_id is not among the images", image_id) if image is None else
                            ("category_id is not among the categories", category_id) if category is None else
                            ("bbox is not four numbers", bbox))
-            reading.errors.add(f"annotations whose {kind}", f"{where(place)}: {reprlib.repr(value)}")
+            reading.error(f"annotations whose {kind}", f"{where(place)}: {reprlib.repr(value)}")
             continue
         x, y, w, h = box
         table.add(image, category, (x, y, x + w, y + h), place, area, crowd)
         if computed:
-            reading.notes.add("boxes computed from outlines, because there is no bbox", where(place))
+            reading.note("boxes computed from outlines, because there is no bbox", where(place))
     return table
 
 
@@ -407,14 +416,14 @@ def read_xml(path, reading):
             why = read_text(path) and reason(error)  # that it is not in UTF-8 says more
         except UserError as better:
             why = better
-        return reading.errors.add("XML files that cannot be read", f"{path}: {why}")
+        return reading.error("XML files that cannot be read", f"{path}: {why}")
     kind = "XML files of CVAT's own form: export as COCO 1.0 or Pascal VOC 1.1" if root.tag == "annotations" \
         else "XML files without VOC annotations"
-    return root if root.tag == "annotation" else reading.errors.add(kind, f"{path}: <{root.tag}>")
+    return root if root.tag == "annotation" else reading.error(kind, f"{path}: <{root.tag}>")
 
 
 def voc_files(source, tree):
-    """{path below their folder, without ending: XML file} of a folder, or of a list that has a name in each line."""
+    """{path below their folder, without ending: XML file} of a folder, or of a list with a name in each line."""
     folder, listed = source.path, not os.path.isdir(source.path)
     if listed:
         above = [source.path.rsplit(os.sep, k)[0] for k in (1, 2, 3)]
@@ -438,20 +447,21 @@ def voc_files(source, tree):
 
 
 def voc_image(stem, name, times, source, tree, reading):
-    """The image of a VOC file: its <filename>, which is given several times, or the one called like the file."""
+    """The image of a VOC file: its <filename>, which so many files have, or the one called like the file."""
     def at(name):
-        folders = [os.path.join(place, part) for part in (os.path.dirname(stem), "") for place in source.places]
-        return next((path for folder in folders if name and (path := tree.find(os.path.join(folder, name)))), None)
+        paths = (os.path.join(place, inside, name) for inside in (os.path.dirname(stem), "")
+                 for place in source.places)
+        return next(filter(None, map(tree.find, paths)), None) if name else None
 
     named, alike = at(name) or at(re.split(r"[\\/]", name)[-1]), at(os.path.basename(stem))
     if named and (times == 1 or not alike):
         if alike not in (None, named):
             kind = "XML files whose <filename> is not the image called like them: <filename> is used"
-            reading.notes.add(kind, f"{stem}.xml: {name}")
+            reading.note(kind, f"{stem}.xml: {name}")
         return named
     if alike and alike != named:
-        kind = "XML files whose <filename> does not exist or is given twice: the image called like them is used"
-        reading.notes.add(kind, f"{stem}.xml: {name or 'no <filename>'}")
+        kind = "XML files whose <filename> is lost or given twice: the image called like them is used"
+        reading.note(kind, f"{stem}.xml: {name or 'no <filename>'}")
     return alike or tree.image(name or stem, source, reading, f"{stem}.xml")
 
 
@@ -467,7 +477,7 @@ def read_voc(source, tree, reading, known, wanted):
         if root is not None:
             roots[stem] = xml, root
         if not xml:  # Datumaro and CVAT write none
-            reading.notes.add("listed images without an XML file, taken as images without objects", stem)
+            reading.note("listed images without an XML file, taken as images without objects", stem)
     times = Counter(text(root, "filename") for _, root in roots.values())
     names = {text(thing, "name") for _, root in roots.values() for thing in root.findall("object")}
     new = sorted(names - {"", *known.values()})
@@ -486,7 +496,7 @@ def read_voc(source, tree, reading, known, wanted):
             if category is None or None in box:
                 kind = "objects without a <name>" if category is None else \
                     "objects whose <bndbox> has no four numbers xmin, ymin, xmax, ymax"
-                reading.errors.add(kind, f"{xml}, object {k}: {', '.join(corners)}")
+                reading.error(kind, f"{xml}, object {k}: {', '.join(corners)}")
             else:
                 table.add(i, category, box, (xml, k), crowd=text(thing, "difficult"))
     return table
@@ -502,7 +512,7 @@ def read_config(path):
     if not path.lower().endswith((".yaml", ".yml")):
         return {"names": lines}
     try:
-        contents = yaml.load(text, yaml.BaseLoader)  # as safe as safe_load, which takes the class "no" for False
+        contents = yaml.load(text, yaml.BaseLoader)  # safe_load would read the class "no" as False
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
@@ -537,8 +547,9 @@ def locate(key, value, config, path):
     parts = [part for part in value.split("/") if part not in ("", ".", "..")]
     for tail in (os.path.join(root, value), value, *("/".join(parts[k:]) for k in range(len(parts)))):
         place = os.path.normpath(os.path.join(folder, tail))
-        if os.path.exists(place) and (place == folder or not folder.startswith(place.rstrip(os.sep) + os.sep)):
-            return place  # never a folder above: train: / would search the whole disk
+        is_above = folder.startswith(place.rstrip(os.sep) + os.sep)  # train: / would search the whole disk
+        if os.path.exists(place) and not is_above:
+            return place
     raise UserError(f"{key}: {value} does not exist; paths are relative to this file")
 
 
@@ -559,7 +570,7 @@ def yolo_images(source, tree, reading):
 
 
 def labels_of(image, tree):
-    """The label file of an image: in labels/ in place of images/, beside it, or in labels/ beside its folder."""
+    """The label file of an image: in labels/ in place of images/, beside it, or in labels/ beside that."""
     *parts, name = (os.path.splitext(image)[0] + ".txt").split(os.sep)
     places = [[*parts[:k], "labels", *parts[k + 1:]] for k in reversed(range(len(parts)))
               if parts[k].lower() in ("images", "jpegimages", "data")]
@@ -573,7 +584,7 @@ def read_labels(path, keypoints, reading):
     try:
         lines = read_text(path).splitlines()
     except UserError as error:
-        reading.errors.add("label files that cannot be read", f"{path}: {error}")
+        reading.error("label files that cannot be read", f"{path}: {error}")
     for k, words in ((k, line.split()) for k, line in enumerate(lines, 1) if line.strip()):
         label, *corners = map(number, words)
         corners = corners[:4] if keypoints else corners
@@ -583,12 +594,12 @@ def read_labels(path, keypoints, reading):
                  "labels that are not shares of the image, from 0 to 1; are they pixels?"
                  if max(map(abs, corners)) > 2 else None)
         if fault:
-            reading.errors.add(fault, f"{path}, line {k}: {reprlib.repr(lines[k - 1])}")
+            reading.error(fault, f"{path}, line {k}: {reprlib.repr(lines[k - 1])}")
         elif len(corners) == 4:
             x, y, w, h = corners
             found.append((k, label, (x - w / 2, y - h / 2, x + w / 2, y + h / 2)))
         else:
-            reading.notes.add("polygons, the boxes around them are used", f"{path}, line {k}")
+            reading.note("polygons, the boxes around them are used", f"{path}, line {k}")
             xs, ys = corners[::2], corners[1::2]
             found.append((k, label, (min(xs), min(ys), max(xs), max(ys))))
     return found
@@ -604,12 +615,13 @@ def read_yolo(source, tree, reading, known, wanted):
         table.images.append(image_row(k + 1, path, 0, 0, reading))
         labels = labels_of(path, tree)
         if labels is None:
-            reading.notes.add("images without a label file, taken as images without objects", path)
+            reading.note("images without a label file, taken as images without objects", path)
         elif labels in used:
-            reading.notes.add("images that share a label file, kept; masks?", f"{used[labels]}, {path}")
+            reading.note("images that share a label file, kept; masks?", f"{used[labels]}, {path}")
         used[labels] = path  # {label file: image}
         _, _, height, width = table.images[k] or (0, 0, 0, 0)
-        for line, label, (x0, y0, x1, y1) in read_labels(labels, "kpt_shape" in config, reading) if labels else ():
+        lines = read_labels(labels, "kpt_shape" in config, reading) if labels else ()
+        for line, label, (x0, y0, x1, y1) in lines:
             if label in category_of:
                 box = x0 * width, y0 * height, x1 * width, y1 * height
                 table.add(k, category_of[label], box, (labels, line))
@@ -619,18 +631,18 @@ def read_yolo(source, tree, reading, known, wanted):
         last = max(table.names)
         from_one = {*unknown} == {last + 1} and 0 not in table.numbers[1::8]
         hint = f"; they seem to count from 1, and YOLO counts from 0 to {last}" if from_one else ""
-        reading.errors.add(f"labels whose class id is not among the {len(table.names)} names{hint}",
+        reading.error(f"labels whose class id is not among the {len(table.names)} names{hint}",
                            next(iter(unknown.values()))[1], sum(count for count, _ in unknown.values()))
     if used and set(used) == {None}:
-        raise UserError(f"no image has labels; {used[None]} has no .txt beside it or in labels/ in place of images/")
+        raise UserError(f"no image has labels; {used[None]} has no .txt beside it or in labels/ for images/")
     if "kpt_shape" in config:
-        reading.notes.add("keypoints (kpt_shape in data.yaml) are not used")
+        reading.note("keypoints (kpt_shape in data.yaml) are not used")
     homes = {os.path.dirname(labels): os.path.dirname(image) for labels, image in used.items() if labels}
-    for labels in tree.files.values():
+    for labels in {*tree.files.values()} - {*used}:
         folder, name = os.path.split(labels)
-        if folder in homes and name.lower().endswith(".txt") and labels not in used and not NO_LABELS.match(name) \
+        if folder in homes and name.lower().endswith(".txt") and not NO_LABELS.match(name) \
                 and not tree.find(os.path.join(homes[folder], name[:-4])):
-            reading.notes.add("label files without an image, not used", labels)
+            reading.note("label files without an image, not used", labels)
     return table
 
 
@@ -649,9 +661,10 @@ def one_coco(paths, certain):
     """Of the JSON files that a pattern fits, the one with COCO's objects; None if there is none."""
     paths = [path for path in paths if not os.path.basename(path).lower().startswith(OTHER_TASKS)]
     paths = [path for path in paths if "instances" in os.path.basename(path)] or paths
-    paths = paths if certain else [path for path in paths[:50] if mentions(path, b'"images"', b'"annotations"')]
+    if not certain:
+        paths = [path for path in paths[:50] if mentions(path, b'"images"', b'"annotations"')]
     if len(paths) > 1:
-        raise UserError(f"several COCO files, {', '.join(paths[:3])}: which? Give --train-json and --train-images")
+        raise UserError(f"which of {', '.join(paths[:3])}? Give --train-json and --train-images")
     return paths[0] if paths else None
 
 
@@ -665,13 +678,14 @@ def class_file(tree, names):
 
 def in_places(tree, form, path, name):
     """A Source: the places are the folders of `tree` for images of a split that is called `name`."""
-    alike = next((words for words in ALIKE if name in words), None)
-    others = [word + year for words in ALIKE if alike and words != alike for word in words for year in ("", "2017")]
-    patterns = [place.format(word) for word in dict.fromkeys((name, *(alike or ()))) for place in IMAGE_PLACES
+    alike = next((words for words in ALIKE if name in words), [])
+    others = [word for words in ALIKE if alike and words != alike for word in words]
+    patterns = [place.format(word) for word in dict.fromkeys((name, *alike)) for place in IMAGE_PLACES
                 if word or "{}" not in place]
     places = [folder for pattern in patterns for folder in tree.match(pattern) if os.path.isdir(folder)]
     places.append(path if os.path.isdir(path) else os.path.dirname(path))
-    return Source(form, path, list(dict.fromkeys(places)), {*others})
+    return Source(form, path, list(dict.fromkeys(places)),
+                  {word + year for word in others for year in ("", "2014", "2017")})
 
 
 def search(tree, split, unsplit=False):
@@ -710,8 +724,8 @@ def find_source(tree, split, unsplit):
     here = sorted({key[len(tree.top) + 1:].split(os.sep)[0] + "/" for key in tree.folders} - {"/"})[:9]
     here += [f"{count} {ending or 'without ending'}" for ending, count in counts.most_common(6)]
     raise UserError(
-        f"{tree.top}: no {split} annotations here. Expected annotations/instances_{split}.json (COCO), ImageSets/"
-        f"Main/{split}.txt (VOC), data.yaml (YOLO) or another layout of docs/options.md. "
+        f"{tree.top}: no {split} annotations here. Expected annotations/instances_{split}.json (COCO), "
+        f"ImageSets/Main/{split}.txt (VOC), data.yaml (YOLO) or another layout of docs/options.md. "
         f"Found {', '.join(here) or 'nothing'}. {find_hint(tree, split, unsplit, counts)}")
 
 
@@ -719,8 +733,8 @@ def find_hint(tree, split, unsplit, counts):
     """What to do about a folder in which a split was not found."""
     if split == "val" and (train := search(tree, "train")):
         return f"{train.path} has no val: add --split 0.2 to hold some images out"
-    for folder in [path for path in tree.folders.values() if path[len(tree.top):].count(os.sep) in (1, 2)][:50]:
-        if search(Tree(folder), split):
+    for folder in list(tree.folders.values())[1:50]:
+        if folder[len(tree.top):].count(os.sep) < 3 and search(Tree(folder), split):
             return f"Did you mean {folder}?"
     together = None if unsplit else search(tree, split, unsplit=True)
     jsons, xmls, wrong = tree.inside(tree.top, ".json")[:1], tree.inside(tree.top, ".xml")[:1], Reading()
@@ -738,7 +752,7 @@ def find_hint(tree, split, unsplit, counts):
         return "There are no images where YOLO's layouts have them"
     for path in tree.inside(tree.top, ".txt")[:20]:
         if read_labels(path, False, Reading()):
-            return f"{path} is a label file of YOLO: write the names of its classes into {tree.top}/classes.txt"
+            return f"{path} is a YOLO label file: write the names of its classes into {tree.top}/classes.txt"
     ending = next((ending for ending in (".csv", ".tfrecord", ".parquet", ".zip") if ending in counts), None)
     return f"{ending} files are not read, export the data as COCO" if ending else \
         f"For another layout give --{split}-json and --{split}-images"
@@ -786,14 +800,11 @@ def read_splits(folder, given, splits, class_names=(), share=None, seed=0):
         raise UserError(f'{folder or repr(folder)}: no such folder; the embedded data set is called "shapes"')
     tree = folder and Tree(folder)
 
-    def source_of(split):
-        return (tree, find_source(tree, split, share is not None)) if tree else given_source(split, *given[split])
-
     if share is not None:
         if not 0 < share < 1:
             raise UserError(f"--split {share}: it must be a share between 0 and 1, for example 0.2")
         if any(path is not None for path in given["val"]):
-            raise UserError("--split takes val from the training images: leave out --val-json and --val-images")
+            raise UserError("--split takes val from train: leave out --val-json and --val-images")
         train = val = None
         with contextlib.suppress(UserError):  # that a val of data.yaml does not exist does not matter here
             train, val = search(tree, "train", True), search(tree, "val") if tree else (None, None)
@@ -805,15 +816,17 @@ def read_splits(folder, given, splits, class_names=(), share=None, seed=0):
         # the classes of the training set count even if only val is asked for: a model knows no others
         reading = Reading()
         try:
-            where, source = source_of(split)
+            where, source = (tree, find_source(tree, split, share is not None)) if tree else \
+                given_source(split, *given[split])
             reading.path = source.path
             if where.junk:
-                reading.notes.add("files that systems or notebooks make, not used", where.junk[0], len(where.junk))
+                kind = "files that systems or notebooks make, not used"
+                reading.note(kind, where.junk[0], len(where.junk))
             known = names or dict(enumerate(class_names, 1))  # VOC has no list of classes
             table = READERS[source.form](source, where, reading, known, split in splits)
             tables[split] = table, join_names(names, table.names, reading)
         except UserError as error:
-            reading.errors.add(str(error))
+            reading.error(str(error))
         if split in splits or reading.path or any(given[split]):  # no training set: val has its own classes
             readings[split] = reading
     names = dict(sorted(names.items()))
@@ -842,16 +855,17 @@ def join_names(names, own, reading):
         if before.get(i) == name or len(same) == 1:
             ids[i] = i if before.get(i) == name else same[0]
             if ids[i] != i:
-                reading.notes.add("classes with another id than in train, matched by name", f"{name}: {i}, {ids[i]}")
+                kind = "classes with another id than in train, matched by name"
+                reading.note(kind, f"{name}, {i} and {ids[i]}")
             continue
         if before and alike and not same:
-            reading.errors.add("classes written in another way than in train", f"{name!r}, {alike[0]!r}")
+            reading.error("classes written in another way than in train", f"{name!r}, {alike[0]!r}")
         elif before:
-            reading.notes.add("classes that train does not have", name)
+            reading.note("classes that train does not have", name)
         ids[i] = i if i not in names else max(names) + 1
         names[ids[i]] = name
     if before and not {*before.values()} & {*own.values()}:
-        reading.errors.add(f"no class of train is here: {', '.join(before.values())} there, {', '.join(own.values())} here")
+        reading.error(f"none of train's classes is here: {', '.join(before.values())}")
     return ids
 
 
@@ -881,7 +895,7 @@ def clean(table, labels, reading):
     note(real & ~kept, "boxes outside their image, dropped")
     note(kept & over, "boxes reaching over the image edge, clipped")
     if over.sum() > max(2, len(boxes) / 2):
-        reading.notes.add("most boxes reach over the edge of their image or lie outside: are they written in "
+        reading.note("most boxes reach over the edge of their image or lie outside: are they written in "
                           "another way (COCO's is x, y, width, height), or was the image larger?")
     order = np.lexsort((*cut.T, label, image))
     rows = np.column_stack([image, label, cut])[order]
@@ -903,10 +917,10 @@ def clean(table, labels, reading):
             continue
         found.append(AnnotatedImage(*row, *(column[start:end] for column in columns)))
         if start == end:
-            reading.notes.add("images without boxes, kept", f"{row[1]}, image id {row[0]}")
+            reading.note("images without boxes, kept", f"{row[1]}, image id {row[0]}")
         if end - start > CROWDED:
             kind = f"images with more than {CROWDED} boxes, kept; a model needs as many queries"
-            reading.notes.add(kind, f"{row[1]}, image id {row[0]}: {end - start}")
+            reading.note(kind, f"{row[1]}, image id {row[0]}: {end - start}")
     return found
 
 
@@ -947,17 +961,17 @@ def compare_splits(categories, readings):
         absent = [name for label, name in enumerate(categories.values()) if label not in present]
         if reading.images and absent:
             more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
-            reading.notes.add(f"no box of class {', '.join(absent[:10])}{more}")
+            reading.note(f"no box of class {', '.join(absent[:10])}{more}")
         if split == "train" and reading.images and not present and not reading.errors:
             crowds = any(image.crowd.any() for image in reading.images)
-            reading.errors.add(f"not a single usable box to train on in {len(reading.images)} images"
+            reading.error(f"not a single usable box to train on in {len(reading.images)} images"
                                + ": all are crowd regions (iscrowd, VOC: difficult)" * crowds)
         for image in reading.images:
-            folder, name = os.path.split(os.path.realpath(image.path) if os.path.islink(image.path) else image.path)
+            path = os.path.realpath(image.path) if os.path.islink(image.path) else image.path
+            folder, name = os.path.split(path)
             first, home = earlier.setdefault(os.path.join(real(folder), name), (image, split))
             if first is not image:
-                same = first.path == image.path
-                reading.notes.add(already_in(home, split), image.path if same else f"{image.path} is {first.path}")
+                reading.note(already_in(home, split), f"{image.path} is {first.path}")
 
 
 def already_in(home, split):

@@ -4,12 +4,10 @@ import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from support import UserError, check_data, data
-from tests.folders import coco_folder, write_image
+from tests.folders import write_image
 
 TRUTH = {  # of each split and image: class and x0, y0, x1, y1 in pixels of 64 x 48
     "train": {"1": [("cat", 10, 8, 30, 24)], "2": [("dog", 30, 4, 42, 34), ("cat", 0, 0, 64, 48)], "3": []},
@@ -245,7 +243,7 @@ def test_accents_in_one_character_or_in_two(tmp_path):
     for path in [*tmp_path.glob("*/*.png")]:
         path.rename(path.with_name(f"\u00e9{path.name}"))
     assert len(read(tmp_path)["train"]) == 3
-    
+
 
 def test_label_files_in_other_capitals(tmp_path):
     yolo_folders(tmp_path)
@@ -458,7 +456,7 @@ BROKEN = {  # a change to COCO's file, and what is said
     "no images": (lambda c: c.update(images=[], annotations=[]), "list of image entries is empty"),
     "no boxes": (lambda c: c.update(annotations=[]), "not a single usable box to train on in 3 images"),
     "only crowds": (lambda c: [entry.update(iscrowd=1) for entry in c["annotations"]] and None, "all are crowd regions"),
-    "HEIC": (edit("images", 1, file_name="2.HEIC"), "format that Pillow does not read"),
+    "HEIC": (edit("images", 1, file_name="2.HEIC"), "that Pillow does not read"),
 }
 
 
@@ -662,7 +660,7 @@ def test_yolo_without_val_without_names_without_images(tmp_path):
         read(tmp_path)
     assert len(read(tmp_path, split=0.4)["val"]) == 1
     (tmp_path / "data.yaml").unlink()
-    with pytest.raises(UserError, match="is a label file of YOLO: write the names of its classes into .*classes.txt"):
+    with pytest.raises(UserError, match="is a YOLO label file: write the names of its classes into .*classes.txt"):
         read(tmp_path)
     yolo_folders(tmp_path)
     for path in tmp_path.glob("images/train/*"):
