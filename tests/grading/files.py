@@ -9,6 +9,7 @@ RECIPE = re.compile(r"^(from .*|    )?\bRECIPE\b", re.M)  # written here, or imp
 BUILD = re.compile(r"^def build\(", re.M)
 
 
+@lru_cache
 def model_files():
     """{name: path} of all files that keep the contract: they have a RECIPE and a build."""
     paths = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "relatives").glob("*.py"))]

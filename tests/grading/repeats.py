@@ -28,9 +28,7 @@ def identical(file, like):
 
 def repeated(file, like, exercise=()):
     """A warning if the file has only our code, or our code in all blocks of the exercise."""
-    same = identical(file, like)
-    if exercise:
-        same = {name: x for name, x in same.items() if name.startswith(tuple(f"{b}." for b in exercise))
-                or name in exercise}
+    same = {name: copied for name, copied in identical(file, like).items()
+            if not exercise or name in exercise or name.partition(".")[0] in exercise}
     where = ", ".join(same) if exercise else f"all {len(same)} blocks"
     return [f"has our code, word for word, in {where}"] if same and all(same.values()) else []
