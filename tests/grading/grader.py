@@ -38,7 +38,7 @@ MARKS = {
     "train": {"matcher": 4, "pairing": 2, "class_loss": 4, "l1_loss": 2, "giou_loss": 2, "box_counts": 1,
               "stages": 1, "total": 1, "empty": 2, "proposals": 1, "criterion": 2},
 }
-RELATIVE = {"shapes": 1, "loading": 1, "independence": 1, "start": 2, "training": 2, "groups": 4, "noise": 4,
+RELATIVE = {"shapes": 1, "loading": 1, "independence": 1, "start": 2, "training": 2, "noise": 4, "groups": 4,
             "gradients": 4, "everything": 6, "official": 3}
 
 
