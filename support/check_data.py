@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from support import UserError, visible
 from support.images import SizeUserError, as_user_error, images_in, load_image, nearly_black
-from support.readers import already_in, read_splits
 from support.report import one_line_errors
+from support.splits import already_in, read_splits
 
 
 def check_files(readings):
@@ -81,8 +81,8 @@ def format_table(categories, readings):
     for one in columns.values():
         names.update({f"  {name}": one[f"  {name}"] for name in {*categories.values()}})
     common = [name for name, count in names.most_common(15) if count]
-    rows = [("", *columns)] + [(key, *(one[key] for one in columns.values()))
-                               for key in next(iter(columns.values()), ()) if key not in names or key in common]
+    keys = [key for key in next(iter(columns.values()), ()) if key not in names or key in common]
+    rows = [("", *columns)] + [(key, *(one[key] for one in columns.values())) for key in keys]
     lines = [f"{key[:40]:<40}" + "".join(f"{cell:>22}" for cell in cells) for key, *cells in rows]
     rest = sum(map(bool, names.values())) - len(common)
     return "\n".join(lines + [f"  and {rest} more classes"] * (rest > 0))

@@ -103,7 +103,7 @@ SPOILT = {  # what is done to an image file, and what is said of it
     "HEIC": (lambda path: path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(99)), "HEIC, .*save it as JPEG"),
     "a web page": (lambda path: path.write_text("<!DOCTYPE html>"), "a web page"),
     "floating point": (lambda path: Image.new("F", (64, 48)).save(path, format="TIFF"), "floating-point"),
-    "another size": (lambda path: write_image(path, width=100), "100 x 48 pixels, its annotations say 64 x 48"),
+    "another size": (lambda path: write_image(path, width=100), "100 x 48 .*annotations say 64 x 48"),
     "lost": (lambda path: path.unlink(), "No such file"),
 }
 
@@ -143,8 +143,7 @@ def test_images_of_12_bits_in_16_are_noted_as_nearly_black(folder, capsys):
     Image.fromarray(np.full((48, 64), 4000, np.uint16)).save(folder / "train/1.png")
     assert "values below 16384: (nearly) black" in " ".join(data.load(folder)["train"].notes)
     check_data.main([str(folder)])
-    assert f"values below 16384: (nearly) black, scale all of them to 65535: 1 (first: {folder}/train/1.png)" \
-        in capsys.readouterr().out
+    assert f"black, scale all of them to 65535: 1 (first: {folder}/train/1.png)" in capsys.readouterr().out
 
 
 def test_image_files_without_annotations(folder):
@@ -172,7 +171,7 @@ def test_check_data_sees_in_the_files_what_annotations_cannot_tell(folder, capsy
         folder / "train/3.png", format="GIF", save_all=True, append_images=[Image.new("L", (64, 48), 99)])
     assert check_data.main([str(folder)]) == 0
     text = capsys.readouterr().out
-    for line in (f"in train already, so val is too easy: 1 (first: {folder}/val/2.png is {folder}/train/2.png)",
+    for line in (f"so val is too easy: 1 (first: {folder}/val/2.png is {folder}/train/2.png)",
                  f"that no annotations name, not used: 1 (first: {folder}/train/extra.JPG)",
                  f"several frames or pages, the first is used: 1 (first: {folder}/train/3.png)"):
         assert line in text
@@ -230,7 +229,8 @@ def test_an_object_cut_away_takes_its_label_along():
 @pytest.mark.parametrize("augment, size, shape", [("laptop", 96, (72, 96)), ("paper", None, (800, 1066))])
 def test_validation_images_have_one_size_and_training_images_stay_within_it(folder, augment, size, shape):
     sets = data.load(folder, augment=augment, size=size)
-    assert tuple(sets["val"][0][0].shape[1:]) == shape and torch.equal(sets["val"][5, 0][0], sets["val"][0][0])
+    val = sets["val"]
+    assert tuple(val[0][0].shape[1:]) == shape and torch.equal(val[5, 0][0], val[0][0])
     largest = data.largest_canvas(sets["train"].size, augment)
     shapes_seen = {sets["train"][epoch, 0][0].shape for epoch in range(12)}
     assert len(shapes_seen) > 3 and max(max(shape[1:]) for shape in shapes_seen) <= largest[0]
@@ -312,7 +312,8 @@ def test_shapes_are_those_of_all_earlier_runs_and_depend_on_seed_split_and_numbe
     assert images.shape == (20, 3, 96, 96)
     assert images.double().mean().item() == pytest.approx(0.141965, abs=2e-5)
     assert "".join(str(len(target["labels"])) for target in targets) == "41413312331421223344"
-    assert targets[1]["boxes"][0].tolist() == pytest.approx([0.114458, 0.138298, 0.204819, 0.148936], abs=1e-5)
+    box = targets[1]["boxes"][0].tolist()
+    assert box == pytest.approx([0.114458, 0.138298, 0.204819, 0.148936], abs=1e-5)
     one, two = (data.load("shapes", size=64, seed=seed) for seed in (5, 6))
     assert_same(one["train"][0, 2], one["train"][9, 2], "the same shape picture in another epoch")
     assert_same(one["val"][2], two["val"][2], "validation pictures under another seed")

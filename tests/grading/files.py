@@ -34,5 +34,5 @@ def ours_named(name):
 def parent_of(name):
     """The file that a file is to be compared with or imports, according to its docstring, or None."""
     text = path_of(name).read_text(encoding="utf-8")
-    found = re.search(r"(?:Diff me against:?|imports its parents?,) (?:\w+/)*(\w+)\.py", text)
+    found = re.search(r"(?:Diff me against|imports its parents?)\b.*?(\w+)\.py", text, re.S)
     return found[1] if found else None

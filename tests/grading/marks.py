@@ -87,6 +87,7 @@ def loading(student, ours, seed):
 def independence(student, ours, seed):
     """Predictions depend neither on other images nor on earlier calls; images and mask stay as they are."""
     pair = Pair(student, ours, seed, calm=False)
+    pair.loads()
     used = pair.student.eval()
     new = pairs.build_both(getattr(student, "again", lambda: student)(), 0, pair.options)[0].eval()
     new.load_state_dict(used.state_dict())
@@ -370,14 +371,17 @@ def two_stage(student, ours, seed):
 
 def gradients_of_variant(student, ours, seed, pair, *changes):
     """Which output trains which parameter; but if that is wrong without the variant, see `gradients`."""
-    plain = Pair(student, ours, seed)
-    plain.load(w.mute)
-    try:
-        pairs.gradient_pattern(plain, origin(plain))
-    except AssertionError:
-        return
     pair.load(w.mute, *changes)
-    pairs.gradient_pattern(pair, origin(pair))
+    try:
+        pairs.gradient_pattern(pair, origin(pair))
+    except AssertionError:
+        plain = Pair(student, ours, seed)
+        plain.load(w.mute)
+        try:
+            pairs.gradient_pattern(plain, origin(plain))
+        except AssertionError:
+            return
+        raise
 
 
 def groups(student, ours, seed):
@@ -489,12 +493,7 @@ def training(student, ours, seed):
         if varies and not mode:
             raise Sure("predictions in evaluation differ from call to call: dropout must be off")
         assert varies == mode, "dropout=0.5 changes nothing in training"
-    try:
-        plain.load()
-        loads = True
-    except (pairs.NotLoaded, pairs.NotWritten):
-        loads = False  # the first weights do as well
-    off = []
+    loads, off = plain.loads(), []
     for m in (plain.student, plain.ours):
         a, b = (m.train(mode)(*batch(seed, PADDED))["logits"].detach() for mode in (False, True))
         off.append((a - b).abs().max() if a.shape == b.shape else 1)

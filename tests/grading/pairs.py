@@ -123,6 +123,14 @@ class Pair:
         except Exception as error:
             raise NotLoaded("load_official does not take our checkpoint, see the mark `loading`") from error
 
+    def loads(self):
+        """Load our weights, if that is possible; without them the model's first ones must do."""
+        try:
+            self.load()
+            return True
+        except (NotLoaded, NotWritten):
+            return False
+
     def run(self, sizes, train=False, gradients=False):
         """(the student's output, ours) on random images of these sizes."""
         with torch.set_grad_enabled(gradients):
@@ -270,8 +278,7 @@ def norms(pair, theirs, gradients):
 def outputs(out):
     """The parts of an output whose gradients are looked at one by one."""
     parts = [(f"{key} of stage {s + 1}", out[key][s]) for key in BOTH for s in range(len(out[key]))]
-    proposals = out.get("proposals", {})
-    return parts + [(f"{key} of the proposals", proposals[key]) for key in BOTH if key in proposals]
+    return parts + [(f"{key} of the proposals", out["proposals"][key]) for key in BOTH if "proposals" in out]
 
 
 def upstream(x, generator=1):

@@ -111,7 +111,7 @@ ROWS = [
     (POINTS, "gradients", "reference points are not trained", {
         "self.reference_points(query_pos).sigmoid()": "self.reference_points(query_pos).detach().sigmoid()"}),
     (SAM, "gradients", "regions do not train the encoder", {
-        "SemanticsAligner.regions": arg(2, torch.Tensor.detach)}),
+        "SemanticsAligner.forward": arg(3, torch.Tensor.detach)}),
     (COND, "spatial_query", "lambda comes from query positions", {
         "self.query_scale(tgt)": "self.query_scale(query_pos)"}),
     (COND, "references", "reference points stay away from the border", {

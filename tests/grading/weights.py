@@ -133,7 +133,7 @@ def louder(factor):
         scaled(factor, r"^input_proj\.\d\.1\." if norm else r"^input_proj\.",
                r"^encoder.*((norm1|ffn\.norm)\.|((out|output|value)_proj|linear[12])\.bias)")(model)
         scaled(1 / factor, r"^encoder.*(sampling_offsets|attention_weights)\.weight",
-               r"^decoder.*(ca_k_content|ca_v|value_proj|point_conv\.0)\.weight", r"enc_output\.weight"
+               r"^decoder.*(ca_k_content|ca_v|value_proj|point_conv(\.0)?)\.weight", r"enc_output\.weight"
                )(model)
         for weight, bias in packed(model, "encoder"):
             weight[:2] /= factor
