@@ -149,7 +149,7 @@ NOTES = {
         ("*.__init__", "xavier_uniform(self.reference_head)",
          "The queries are boxes and need no map to a reference point."),
         ("*.__init__", "centre_points", "Salient points start at the centre of the box."),
-        ("*.__init__", "copy.deepcopy(self.class_head)", "Layers refine boxes, so each has heads of its own."),
+        ("*.__init__", "copy.deepcopy(self.class_head)", "Layers refine boxes, each with its own heads."),
         ("*.__init__", "self.query_embed", "Queries are 4 numbers, a box."),
         ("RECIPE", "", "The same recipe. The paper also trains for 12 epochs."),
         ("sine_xy", "", "Another section begins here; the function is the same."),

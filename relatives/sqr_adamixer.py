@@ -1,8 +1,8 @@
 """SQR around AdaMixer: what the paper of SQR reports first (42.5 -> 44.5 AP after 12 epochs).
 
-Not a file to diff: it imports its parents. Model and losses are adamixer.py's; which query is fed to which
-stage in training is sqr.py's recollection_plan. Inference is AdaMixer bit for bit, and with recollect="none"
-training is, too.
+Not a file to diff: it imports its parents, adamixer.py and sqr.py. The first has model and losses, the second
+says which query is fed to which stage in training. Inference is AdaMixer bit for bit, and with
+recollect="none" training is, too.
 
 Departure from the official code: recollection follows self.training, not requires_grad.
 As in the official code every group of queries has its own boxes, and groups do not see each other.

@@ -186,6 +186,29 @@ class Scene:
         return None, torch.zeros_like(score), torch.zeros_like(label, dtype=torch.bool)
 
 
+def outputs_of_training(model, scene):
+    """The model's outputs in training mode, but without dropout and with the batch norm of inference.
+
+    A model with denoising gets the objects of the scene; their boxes with noise are ["denoising"]["noisy"].
+    """
+    for module in model.modules():
+        rate = getattr(module, "dropout", None)  # of our Attention; in a layer it is a module of its own
+        noisy = isinstance(module, torch.nn.Dropout) or isinstance(rate, float)
+        module.training = not noisy and not hasattr(module, "running_mean")
+    inputs = [scene.image[None], torch.zeros_like(scene.image[:1], dtype=torch.bool)]
+    if model.recipe.get("denoising"):
+        inputs.append([scene.objects()])
+    torch.manual_seed(0)  # the same noise in every picture of an image
+    try:
+        out, seen = look(model, *inputs)
+    finally:
+        model.eval()
+    for arrays in seen.values():
+        if "noisy" in arrays and arrays["noisy"].numel():
+            out["denoising"]["noisy"] = arrays["noisy"]
+    return out
+
+
 def best_class(logits, softmax, num_classes):
     """Logits [..., C or more] -> the score of the best class and its label, both [...]."""
     probabilities = logits.softmax(-1) if softmax else logits.sigmoid()
