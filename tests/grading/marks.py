@@ -521,7 +521,8 @@ def right_factors(pair, value):
 # ---- All together ------------------------------------------------------------------------------------------
 def everything(student, ours, seed):
     """All weights at once, images of odd sizes: every stage in inference and in training."""
-    pair = Pair(student, ours, seed, calm=False, **{"recollect": "selective"} if file_of(ours) == "sqr" else {})
+    recollect = {"recollect": "selective"} if file_of(ours) == "sqr" else {}
+    pair = Pair(student, ours, seed, calm=False, **recollect)
     for mode in ("inference", "training"):
         pair.compare(f"in {mode} (the command first_difference says where)", sizes=((100, 150), (131, 97)),
                      keys=BOTH, train=mode == "training")
