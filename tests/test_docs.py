@@ -98,17 +98,24 @@ def test_options_md_explains_every_file_of_a_run():
     assert [file for file in FILES if f"`{file}`" not in TEXT["options.md"]] == []
 
 
-def test_options_md_names_the_files_that_have_an_option():
-    table = TEXT["options.md"].partition("| option | file |")[2].partition("\n\n")[0]
-    claimed, known = {}, known_files()
-    for options, files in re.findall(r"^\| (`.*?`) \| ([\w, ]+) \|", table, re.M):
-        names = set(re.findall(r"\w+", files)) & known.keys()
-        names = known.keys() - names if files.startswith("all except") else names
+def test_options_md_has_the_files_and_the_defaults_of_every_option():
+    defaults = {name: default_options(load_model_file(name)) for name in known_files()}
+    tables = TEXT["options.md"].partition("## Options of the models")[2]
+    everywhere, _, some = tables.partition("| option | file |")
+    claimed, rows = {}, re.findall(r"^\| (`.*?`) \| ()(.*) \|$", everywhere, re.M)
+    for options, files, values in rows + re.findall(r"^\| (`.*?`) \| ([\w, ]+) \| (.*) \|$", some, re.M):
+        names = set(re.findall(r"\w+", files)) & defaults.keys()
+        names = names if files and not files.startswith("all except") else defaults.keys() - names
         for option in re.findall(r"`(\w+)`", options):
             claimed[option] = claimed.get(option, set()) | names
-    assert len(claimed) > 20
+            for name in names - {"conditional_detr_ablations"}:  # a table of its own on its page
+                value = defaults[name][option]
+                default = f"{value:g}" if isinstance(value, float) else str(value).lower()
+                found = re.search(rf"(?<![\w.]){default}(?!\w|\.\d)", values)
+                assert found, f"docs/options.md: {option} of {name} is {default}"
+    assert len(claimed) > 30
     for option, names in claimed.items():
-        have = {name for name in known if option in default_options(load_model_file(name))}
+        have = {name for name in defaults if option in defaults[name]}
         assert have == names, f"docs/options.md: {option} is in {', '.join(sorted(have))}"
 
 
