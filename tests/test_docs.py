@@ -27,11 +27,13 @@ def load(name, folder=DOCS):
 relink, side_by_side = load("relink"), load("side_by_side")
 TEXT = {path.name: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
 METHODS = [name for name in known_files() if f"{name}.md" in TEXT]
-each_page = pytest.mark.parametrize("name", TEXT)
+PAGES = TEXT | {f"../{name}.md": (ROOT / f"{name}.md").read_text(encoding="utf-8")
+                for name in ("README", "CONTRIBUTING")}
+each_page = pytest.mark.parametrize("name", PAGES)
 
 
 # ---- Links and commands ------------------------------------------------------------------------------------
-@each_page
+@pytest.mark.parametrize("name", TEXT)
 def test_every_link_to_a_line_meets_the_code_that_it_names(name):
     new, problems = relink.relink(TEXT[name])
     assert not problems, f"docs/{name}: {problems[0]}"
@@ -50,9 +52,9 @@ def test_relink_follows_a_line_and_refuses_to_guess(tmp_path):
 
 @each_page
 def test_every_link_and_picture_leads_somewhere(name):
-    for target in re.findall(r"\[[^\]]*\]\((?!https://)([^)]+)\)", TEXT[name]):
+    for target in re.findall(r"\[[^\]]*\]\((?!https://)([^)]+)\)", re.sub("``.*?``", "", PAGES[name])):
         path, _, anchor = target.partition("#")
-        file = (DOCS / path) if path else DOCS / name
+        file = (DOCS / name).parent / path if path else DOCS / name
         assert file.exists(), f"docs/{name} links {target}, which does not exist"
         if anchor and file.suffix == ".md":  # GitHub makes them of the headings
             headings = re.findall(r"^#+ (.*)", file.read_text(encoding="utf-8"), re.M)
@@ -62,7 +64,7 @@ def test_every_link_and_picture_leads_somewhere(name):
 
 @each_page
 def test_every_command_names_a_file_and_flags_that_exist(name):
-    for script, rest in re.findall(r"python (?:-m )?(?!pytest|my_)([\w./]+)([^`\n|]*)", TEXT[name]):
+    for script, rest in re.findall(r"python (?:-m )?(?!pytest|my_)([\w./]+)([^`\n|]*)", PAGES[name]):
         file = ROOT / (script if script.endswith(".py") else f"{script.replace('.', '/')}.py")
         assert file.exists(), f"docs/{name}: there is no {script}"
         known = file.read_text() + (ROOT / "support/options.py").read_text() * (script == "train.py")
@@ -82,12 +84,39 @@ def test_contributing_names_tests_that_exist():
 
 
 # ---- Options and numbers -----------------------------------------------------------------------------------
-def test_options_md_explains_every_file_of_a_run_every_flag_and_no_other_one():
+PROGRAMS = {"options.md": make_parser(""), "predict.md": visualize_parser()}
+
+
+@pytest.mark.parametrize("page", PROGRAMS)
+def test_a_page_explains_every_flag_of_its_program_and_no_other_one(page):
+    flags = {flag for action in PROGRAMS[page]._actions for flag in action.option_strings}
+    named = set(re.findall(r"--[a-z][a-z-]*", TEXT[page])) - {"--nproc-per-node", "--help"}
+    assert named == {flag for flag in flags if flag.startswith("--")} - {"--help"}
+
+
+def test_options_md_explains_every_file_of_a_run():
     assert [file for file in FILES if f"`{file}`" not in TEXT["options.md"]] == []
-    flags = {flag for parser in (make_parser(""), visualize_parser()) for action in parser._actions
-             for flag in action.option_strings if flag.startswith("--")}
-    named = set(re.findall(r"--[a-z][a-z-]*", TEXT["options.md"])) - {"--nproc-per-node"}
-    assert named == flags
+
+
+def test_options_md_has_the_files_and_the_defaults_of_every_option():
+    defaults = {name: default_options(load_model_file(name)) for name in known_files()}
+    tables = TEXT["options.md"].partition("## Options of the models")[2]
+    everywhere, _, some = tables.partition("| option | file |")
+    claimed, rows = {}, re.findall(r"^\| (`.*?`) \| ()(.*) \|$", everywhere, re.M)
+    for options, files, values in rows + re.findall(r"^\| (`.*?`) \| ([\w, ]+) \| (.*) \|$", some, re.M):
+        names = set(re.findall(r"\w+", files)) & defaults.keys()
+        names = names if files and not files.startswith("all except") else defaults.keys() - names
+        for option in re.findall(r"`(\w+)`", options):
+            claimed[option] = claimed.get(option, set()) | names
+            for name in names - {"conditional_detr_ablations"}:  # a table of its own on its page
+                value = defaults[name][option]
+                default = f"{value:g}" if isinstance(value, float) else str(value).lower()
+                found = re.search(rf"(?<![\w.]){default}(?!\w|\.\d)", values)
+                assert found, f"docs/options.md: {option} of {name} is {default}"
+    assert len(claimed) > 30
+    for option, names in claimed.items():
+        have = {name for name in defaults if option in defaults[name]}
+        assert have == names, f"docs/options.md: {option} is in {', '.join(sorted(have))}"
 
 
 @pytest.mark.parametrize("name", known_files())
