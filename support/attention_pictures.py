@@ -61,7 +61,7 @@ def square_panels(rows, columns, title, side=3.0):
 
 
 def panel_grid(scene, title, rows, large, lines, columns):
-    """A figure, and for each of its rows `large` large axes and lines * columns small ones beside them."""
+    """A figure, and for each of its rows `large` large axes and lines * columns small ones next to them."""
     side = 1.7  # inches, the width of a small panel
     height = lines * (side * scene.size[0] / scene.size[1] + 0.3)  # of a row, with the titles
     figure = panel_figure((lines * large + columns) * side, rows * height, title)
@@ -220,9 +220,9 @@ def draw_parts(scene, parts):
 
 
 def draw_denoising(scene, out):
-    """DN-DETR and DINO: boxes with noise, and what the first and the last layer make of them.
+    """DN-DETR and DINO: boxes with noise, and the boxes after the first and the last layer.
 
-    out: the part "denoising" of what training returns for the objects of the scene, with "noisy" [1, N, 4].
+    out: the part "denoising" of the output in training for the objects of the scene, with "noisy" [1, N, 4].
     """
     objects, target = scene.objects(), out["target"][0]
     n, S, N = len(objects["labels"]), len(out["boxes"]), len(target)
@@ -265,7 +265,7 @@ def training_parts(trained, scene, softmax):
 def outputs_of_training(model, scene):
     """The model's outputs in training mode, but without dropout and with the batch norm of inference."""
     for module in model.modules():
-        rate = getattr(module, "dropout", None)  # of our Attention; in a layer it is a module of its own
+        rate = getattr(module, "dropout", None)  # of our Attention; in a layer it is a module
         noisy = isinstance(module, torch.nn.Dropout) or isinstance(rate, float)
         module.training = not noisy and not hasattr(module, "running_mean")
     inputs = [scene.image[None], torch.zeros_like(scene.image[:1], dtype=torch.bool)]
@@ -283,7 +283,7 @@ def outputs_of_training(model, scene):
 
 
 # ---- The choice --------------------------------------------------------------------------------------------
-PICTURES = {  # the first is drawn whose array a module of the decoder has
+PICTURES = {  # draw_look takes the first entry whose array a module of the decoder has
     "samples": draw_samples,
     "points": draw_salient_points,
     "prior": partial(draw_factors, first="prior"),
