@@ -300,6 +300,8 @@ def train(model, criterion, optimizer, datasets, args, run):
     loader = iter(machine.make_loader(datasets["train"], args, batch_sampler=batches))
     model.train()
     with run.underway():
+        if run.evaluation_is_due():  # the run was stopped before it
+            run.evaluated(*evaluate(model, criterion, datasets["val"], args))
         for step in range(run.step, args.steps):
             set_rates(optimizer, lr_factor(step, args, batches.steps_per_epoch))
             # Dropout and data order depend only on seed and step, so nothing else needs to be restored
@@ -307,8 +309,8 @@ def train(model, criterion, optimizer, datasets, args, run):
             run.parts = list(islice(loader, args.accumulate))
             losses = train_step(forward, criterion, optimizer, run.parts, args, run.scaler)
             run.log(step + 1, losses)
-            if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-                run.evaluated(step + 1, *evaluate(model, criterion, datasets["val"], args))
+            if run.evaluation_is_due():
+                run.evaluated(*evaluate(model, criterion, datasets["val"], args))
             if run.stopped():
                 break
 

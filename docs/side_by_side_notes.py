@@ -132,6 +132,7 @@ NOTES = {
     ("conditional_detr", "sam_detr"): [
         ("DecoderLayer.__init__", "self.aligner",
          "The aligner stands between self-attention and cross-attention."),
+        ("DecoderLayer.__init__", "self.cross_attn", "All heads have the same key."),
         ("DecoderLayer.__init__", "ca_q_sine", "Positions go through a 2-layer MLP; no special first layer."),
         ("DecoderLayer.__init__", "ca_k_pos", "Positions of keys also go through a 2-layer MLP."),
         ("DecoderLayer.__init__", "smca", "Passed on to the aligner."),
@@ -146,7 +147,9 @@ NOTES = {
          "of epochs."),
         ("*.__init__", "self.input_proj =", "An optional GroupNorm after the convolution."),
         ("*.__init__", "xavier_uniform(self.reference_head)",
-         "Salient points start at the centre of the box. Layers refine boxes, so each has heads of its own."),
+         "The queries are boxes and need no map to a reference point."),
+        ("*.__init__", "centre_points", "Salient points start at the centre of the box."),
+        ("*.__init__", "copy.deepcopy(self.class_head)", "Layers refine boxes, so each has heads of its own."),
         ("*.__init__", "self.query_embed", "Queries are 4 numbers, a box."),
         ("RECIPE", "", "The same recipe. The paper also trains for 12 epochs."),
         ("sine_xy", "", "Another section begins here; the function is the same."),

@@ -128,23 +128,48 @@ def test_a_run_that_was_killed_after_its_last_checkpoint_prints_its_table(folder
     assert f"AP         {weights_of(folder / 'run')['metrics']['AP']:6.3f}" in capsys.readouterr().out
 
 
-def test_an_evaluation_that_a_scheduler_interrupts_comes_again(folder, monkeypatch):
-    before, evaluate = weights_of(folder / "run"), train.evaluate
-    handlers = {number: signal.getsignal(number) for number in (*train.machine.STOP_SIGNALS, signal.SIGCHLD)}
+def killed_worker(*_):
+    raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
 
-    def interrupted(*_):
-        os.kill(os.getpid(), signal.SIGTERM)
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
-    monkeypatch.setattr(train, "evaluate", interrupted)
-    with pytest.raises(UserError, match="Stopped at step 6 of 6.* --resume run"):
+
+def terminated(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    killed_worker()
+
+
+@pytest.mark.parametrize("happens, error, words", [
+    (terminated, UserError, "Stopped at step 6 of 6.* --resume run"),
+    (killed_worker, RuntimeError, "is killed by signal"),
+])
+def test_a_run_whose_evaluation_is_interrupted_is_saved(happens, error, words, folder, monkeypatch):
+    handlers = {number: signal.getsignal(number) for number in (*train.machine.STOP_SIGNALS, signal.SIGCHLD)}
+    with monkeypatch.context() as patch, pytest.raises(error, match=words):
+        patch.setattr(train, "evaluate", happens)
         resume("--steps", 6)
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    assert weights_of(folder / "run")["step"] == before["step"] == 4
-    monkeypatch.setattr(train, "evaluate", evaluate)
-    resume("--steps", 6)
+    assert weights_of(folder / "run")["step"] == 6
+    resume()
     steps = [json.loads(line)["step"] for line in (folder / "run/log.jsonl").read_text().splitlines()]
     assert steps[-1] == 6 and steps.count(6) == 2, "a line of the training, and one of the evaluation"
+
+
+def test_an_image_that_cannot_be_read_ends_the_run_but_loses_nothing(folder, capsys):
+    """The message names the image; what was trained is saved, and the run resumes once the image is back."""
+    image = sorted((folder / "set/train").iterdir())[0]
+    content = image.read_bytes()
+
+    def step(self, *_, original=train.Run.log):
+        original(self, *_)
+        image.write_bytes(content[:50])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=image.name):
+        patch.setattr(train.Run, "log", step)
+        resume("--steps", 40, "--eval-every", 40, "--workers", 0)
+    assert "--resume run" in capsys.readouterr().err
+    reached = weights_of(folder / "run")["step"]
+    assert 4 < reached < 40
+    image.write_bytes(content)
+    resume("--steps", reached + 1, "--eval-every", 40)
 
 
 def test_rates_given_on_resume_take_effect_and_losses_may_have_changed(folder):
