@@ -61,7 +61,7 @@ def square_panels(rows, columns, title, side=3.0):
 
 
 def panel_grid(scene, title, rows, large, lines, columns):
-    """A figure, and for each of its rows `large` large axes and lines * columns small ones beside them."""
+    """A figure, and for each of its rows `large` large axes and lines * columns small ones next to them."""
     side = 1.7  # inches, the width of a small panel
     height = lines * (side * scene.size[0] / scene.size[1] + 0.3)  # of a row, with the titles
     figure = panel_figure((lines * large + columns) * side, rows * height, title)
@@ -220,7 +220,7 @@ def draw_parts(scene, parts):
 
 
 def draw_denoising(scene, out):
-    """DN-DETR and DINO: boxes with noise, and what the first and the last layer make of them."""
+    """DN-DETR and DINO: boxes with noise, and the boxes after the first and the last layer."""
     objects, target, S = scene.objects(), out["target"][0], len(out["boxes"])
     boxes = boxes_to_pixels(torch.cat([out["noisy"], out["boxes"][:, 0]]), scene.size)  # [1 + S, N, 4]
     steps = {0: "with noise", 1: "after layer 1", S: f"after layer {S}"}
@@ -260,7 +260,7 @@ def training_parts(trained, scene, softmax):
 
 
 # ---- The choice --------------------------------------------------------------------------------------------
-PICTURES = {  # the first is drawn whose array a module of the decoder has
+PICTURES = {  # draw_look takes the first entry whose array a module of the decoder has
     "samples": draw_samples,
     "points": draw_salient_points,
     "prior": partial(draw_factors, first="prior"),
