@@ -150,14 +150,17 @@ class Page:
     def write(self):
         edge, child = self.edge, self.edge.child
         body, listed = self.sections()
-        first = "".join(f'<li><a href="#{escape(change.id)}"><code>{escape(change.section)}</code></a>: '
-                        f"{escape(change.note)}</li>\n" for change in ideas(edge))
+        first = ""
+        for note, changes in ideas(edge):
+            names = ", ".join(f'<a href="#{escape(change.id)}"><code>{escape(change.section)}</code></a>'
+                              for change in changes)
+            first += f"<li>{names}: {escape(note)}</li>\n"
         legend = re.search(r"# (Shapes in comments:.*?)\n\n", edge.parent.text, re.S)
         legend = escape(re.sub("(?m)^# ", "", legend[1])) if legend else ""
         return page(title(edge), "diff", f"""<header><p><a href="index.html">The family</a></p>
 <h1>{escape(title(edge))}</h1><p>{escape(child.idea)}</p></header>
 <nav class="list" aria-label="Definitions of the file">{listed}</nav>
-<main><h2>The idea in {len(ideas(edge))} changes, in the order in which to read them</h2>
+<main><h2>The idea, in the order in which to read it</h2>
 <ol>{first}</ol>
 <p><code>{escape(command(edge))}</code>: {sizes(edge)} {RECIPE} Recipe and bookkeeping are folded.</p>
 <p>{" · ".join(links(child, self.source))}</p>
@@ -239,9 +242,9 @@ def card(file, source):
 
 def first_page(source):
     return page("DETR, side by side", "index", f"""<header><h1>DETR, side by side</h1></header>
-<main><p>Every detector is one file, and is compared with the file that its paper changed. A blue bar is a diff,
-and its length is the number of lines. Behind the bar is a page with a note at every change. A change is the idea
-of the paper, its recipe, or bookkeeping.</p>
+<main><p>Every detector is one file, and is compared with the file that its paper changed. A blue bar is a
+diff, and its length is the number of lines. Behind the bar is a page with a note at every change. A change is
+the idea of the paper, its recipe, or bookkeeping.</p>
 <h2>The family</h2>{tree()}
 <h2>The files</h2><div class="cards">{"".join(card(file, source) for file in family().values())}</div></main>
 <footer>AP is that of the laptop preset on the embedded shapes, with a line for each seed.</footer>""")
@@ -255,8 +258,9 @@ def markdown(edge):
     file = os.path.relpath(child.path, DOCS / "diffs").replace(os.sep, "/")
     out += [f"# {title(edge)}", child.idea, f"[The file]({file}){own_page} · [all diffs](README.md)"]
     out += [f"`{command(edge)}`: {sizes(edge)} {RECIPE}", "**The idea, in the order in which to read it**"]
-    out += ["\n".join(f"1. [`{change.section}`](#{slug(change.section)}): {change.note}"
-                      for change in ideas(edge))]
+    out += ["\n".join(
+        f"1. {', '.join(f'[`{change.section}`](#{slug(change.section)})' for change in changes)}: {note}"
+        for note, changes in ideas(edge))]
     for name, pieces in stream(edge):
         changes = [(change, rows) for change, rows in blocks(pieces) if change]
         out += [f"## `{name}`"] if changes else []

@@ -30,17 +30,18 @@ def read(path):
     text, page = path.read_text(encoding="utf-8"), DOCS / f"{path.stem}.md"
     title = page.read_text(encoding="utf-8").split("\n")[0].strip("# ") if page.exists() else path.stem
     doc = ast.get_docstring(ast.parse(text))
-    idea = re.search(r"^The idea: (.*?)\n\n", doc + "\n\n", re.S | re.M)
-    idea = idea[1] if idea else doc.split("\n")[0].partition(": ")[2] or doc.split("\n")[0]
     arxiv, diff = re.search(r"arXiv:(\d+\.\d+)", doc), re.search(r"^Diff me against: (\w+)\.py", doc, re.M)
     imported = re.findall(r"^(?:import|from) (\w+)", text, re.M)
     imported = sorted({n for n in imported if f"{n}.py" in doc}, key=lambda n: doc.index(f"{n}.py"))
     parents = [diff[1]] if diff else imported
-    idea = re.sub(r"\s+", " ", idea[0].upper() + idea[1:])
     tables = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/relatives.md"))
     row = re.search(rf"^\| \[{path.stem}\][^|]*\| ([^|]+?) \|", tables, re.M)
-    line = row[1] if row else idea.split(". ")[0]
-    return File(path.stem, path, text, title, idea, line, arxiv and arxiv[1], parents, bool(parents) and not diff)
+    line = row[1] if row else doc.split("\n")[0]  # the idea in a line
+    idea = re.search(r"^The idea: (.*?)\n\n", doc + "\n\n", re.S | re.M)
+    idea = re.sub(r"\s+", " ", idea[1] if idea else f"{line}.")
+    idea = idea[0].upper() + idea[1:]
+    imports = bool(parents) and not diff
+    return File(path.stem, path, text, title, idea, line, arxiv and arxiv[1], parents, imports)
 
 
 @lru_cache
@@ -267,10 +268,14 @@ def blocks(pieces):
 
 
 def ideas(edge):
-    """The changes that are the idea, in the order of their notes: the heart of the paper first."""
-    order = [entry[3] for entry in notes().get(f"{edge.parent.name} to {edge.child.name}", [])]
+    """[(note, [its first Change in each definition])] of the idea; the heart of the paper comes first."""
+    order = [note for *_, note in notes().get(f"{edge.parent.name} to {edge.child.name}", [])]
     found = [change for change in edge.changes if change.kind == "idea"]
-    return sorted(found, key=lambda change: order.index(change.note) if change.note in order else len(order))
+    found.sort(key=lambda change: order.index(change.note) if change.note in order else len(order))
+    groups = {}
+    for change in found:
+        groups.setdefault(change.note, {}).setdefault(change.section, change)
+    return [(note, list(group.values())) for note, group in groups.items()]
 
 
 def sizes(edge):
