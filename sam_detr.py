@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torchvision.ops import box_convert, roi_align
 
 # How the paper trains it; train.py reads this.
 RECIPE = dict(
@@ -269,6 +268,31 @@ def valid_size(mask):
     return torch.stack([(~mask[:, 0]).sum(1), (~mask[:, :, 0]).sum(1)], dim=-1)  # [B, 2]
 
 
+def linear_weights(places, cells):
+    """Weights of the cells 0, 1, ... in a linear interpolation at `places`: [...] -> [..., cells]."""
+    # Not relu(1 - |places - cell|), which has no gradient at the centre of a cell, where all points start
+    cell = torch.arange(cells, device=places.device)
+    left = places.floor()[..., None]
+    share = places[..., None] - left  # of the cell on the right
+    return (cell == left) * (1 - share) + (cell == left + 1) * share
+
+
+def bin_weights(centre, size, cells, bins):
+    """RoIAlign along one axis is a matrix: centre and size [B, Q] of boxes, in cells -> [B, Q, bins, cells].
+
+    A bin is the mean of ceil(its size) samples. Samples more than one cell outside of the map are 0, others
+    are moved to the centres of its outermost cells. Source: torchvision's roi_align with aligned=True.
+    """
+    size = size[..., None, None] / bins  # [B, Q, 1, 1], of a bin
+    n = size.ceil()  # of its samples; none in an empty box
+    i = torch.arange(2 * cells // bins + 2, device=size.device)  # enough for twice the map; export needs > 1
+    k = torch.arange(bins, device=size.device)[:, None] - bins / 2  # [bins, 1], from the box's centre
+    places = centre[..., None, None] - 0.5 + size * (k + (i + 0.5) / n.clamp(min=1))  # [B, Q, bins, samples]
+    counts = (i < n) & (places >= -1) & (places <= cells)
+    weights = linear_weights(places.clamp(0, cells - 1), cells) * counts[..., None]  # [.., samples, cells]
+    return weights.sum(-2) / n.clamp(min=1)  # [B, Q, bins, cells]
+
+
 class SemanticsAligner(nn.Module):
     """New content and position for every query and head, sampled from the image inside the reference box.
 
@@ -276,57 +300,52 @@ class SemanticsAligner(nn.Module):
     points [B, Q, M, 2] as (x, y) in [0, 1] of the image; scale [B, Q, M, 2] with smca, else None.
     """
 
-    roi_size = 7
+    bins = 7  # of a region, along each axis
 
     def __init__(self, hidden_dim, nheads, smca):
         super().__init__()
         self.nheads = nheads
         self.smca = smca
-        conv = nn.Conv2d(hidden_dim, hidden_dim // 4, kernel_size=1)
-        self.point_conv = nn.Sequential(conv, nn.ReLU(), nn.Flatten())
+        self.point_conv = nn.Conv2d(hidden_dim, hidden_dim // 4, kernel_size=1)
         self.point_mlp = nn.Sequential(
-            nn.Linear(hidden_dim // 4 * self.roi_size ** 2, hidden_dim),
-            nn.ReLU(),
-            nn.Linear(hidden_dim, 2 * hidden_dim),
-            nn.ReLU(),
-            nn.Linear(2 * hidden_dim, 2 * hidden_dim),
-            nn.ReLU(),
-            nn.Linear(2 * hidden_dim, nheads * (4 if smca else 2)),
-        )
+            nn.Linear(hidden_dim // 4 * self.bins ** 2, hidden_dim), nn.ReLU(),
+            nn.Linear(hidden_dim, 2 * hidden_dim), nn.ReLU(),
+            nn.Linear(2 * hidden_dim, 2 * hidden_dim), nn.ReLU(),
+            nn.Linear(2 * hidden_dim, nheads * (4 if smca else 2)))
         self.reweight_content = nn.Linear(hidden_dim, nheads * hidden_dim)
         self.reweight_position = nn.Linear(hidden_dim, nheads * hidden_dim)
 
     def centre_points(self):
-        """Start every point at the centre of its box; to be called after Xavier initialisation.
-
-        The official code means to, but in the other order: its points start anywhere in the box.
-        """
+        """Start every point at the centre of its box; for after Xavier initialisation (official: before)."""
         # Not the scales of smca: they are used squared, so that zeros would get no gradient
         nn.init.zeros_(self.point_mlp[-1].weight[:2 * self.nheads])
         nn.init.zeros_(self.point_mlp[-1].bias)
 
-    def regions(self, reference, memory, mask):
-        """F_R = RoIAlign(F, box), the reference boxes' contents: [B*Q, D, 7, 7]."""
-        feature_map = memory.transpose(1, 2).unflatten(2, mask.shape[1:])  # [B, D, h, w]
+    def forward(self, tgt, reference, memory, mask):
+        (B, Q, D), (h, w), bins = tgt.shape, mask.shape[1:], self.bins
         # Boxes are relative to the image, hence the valid size. Where one reaches over the image's edge, it
         # reads what the encoder wrote on padding (as in the official code): so padding changes numbers more.
-        size = valid_size(mask).repeat(1, 2)[:, None]  # [B, 1, 4]
-        boxes_xyxy = (box_convert(reference, "cxcywh", "xyxy") * size).flatten(0, 1)  # [B*Q, 4], in cells
-        image = torch.arange(memory.shape[0], device=memory.device).repeat_interleave(reference.shape[1])
-        rois = torch.cat([image[:, None], boxes_xyxy], dim=-1)  # [B*Q, 5]
-        return roi_align(feature_map, rois, output_size=self.roi_size, aligned=True)  # [B*Q, D, 7, 7]
-
-    def forward(self, tgt, reference, memory, mask):
-        B, Q, D = tgt.shape
-        regions = self.regions(reference, memory, mask)  # [B*Q, D, 7, 7]
+        boxes = reference.detach() * valid_size(mask).repeat(1, 2)[:, None]  # [B, Q, 4], in cells
+        columns = bin_weights(boxes[..., 0], boxes[..., 2], w, bins)  # [B, Q, 7, w]
+        rows = bin_weights(boxes[..., 1], boxes[..., 3], h, bins)  # [B, Q, 7, h]
+        # F_R = RoIAlign(F, box) = rows F columns^T in every channel. The 1x1 convolution is linear, too, and
+        # goes first, so that regions have D/4 channels. Its bias goes last: F is 0 outside of the map.
+        narrow = F.linear(memory, self.point_conv.weight.flatten(1)).view(B, h, w, D // 4)
+        regions = rows.flatten(1, 2)[:, None] @ narrow.transpose(1, 2)  # [B, w, Q*7, D/4]
+        regions = regions.transpose(1, 2).unflatten(1, (Q, bins))  # [B, Q, 7, w, D/4]
+        regions = columns[:, :, None] @ regions  # [B, Q, 7, 7, D/4]
+        regions = (regions + self.point_conv.bias).relu().movedim(-1, 2)  # [B, Q, D/4, 7, 7]
         # R_SP = MLP(ConvNet(F_R)): one point per head, in [-1, 1] of the box; with smca one scale as well
-        xy = self.point_mlp(self.point_conv(regions)).view(B, Q, -1, self.nheads, 2)  # [B, Q, 1 or 2, M, 2]
-        in_box = xy[:, :, 0].tanh()  # [B, Q, M, 2]
-        scale = xy[:, :, 1] if self.smca else None  # [B, Q, M, 2]
+        xy = self.point_mlp(regions.flatten(2)).view(B, Q, -1, self.nheads, 2)  # [B, Q, 1 or 2, M, 2]
+        in_box, scale = xy[:, :, 0].tanh(), xy[:, :, 1] if self.smca else None  # [B, Q, M, 2] twice
 
-        # A head's content is the feature at its point: all D channels, not D/M of them
-        content = F.grid_sample(regions, in_box.view(B * Q, 1, -1, 2), align_corners=False)  # [B*Q, D, 1, M]
-        content = content.view(B, Q, D, -1).transpose(2, 3)  # [B, Q, M, D]
+        # A head's content is F_R at its point: all D channels, not D/M of them. This is linear in F, too: the
+        # point's weights of the 7 bins, times the bins' weights of the cells, are a weight for every cell.
+        x, y = ((in_box.float() + 1) * bins / 2 - 0.5).unbind(-1)  # [B, Q, M] twice, in bins
+        x = linear_weights(x, bins) @ columns  # [B, Q, M, w]
+        y = linear_weights(y, bins) @ rows  # [B, Q, M, h]
+        weights = y[..., None] * x[..., None, :]  # [B, Q, M, h, w]
+        content = (weights.view(B, -1, h * w) @ memory).view(B, Q, self.nheads, D)
         centre, wh = reference[:, :, None].chunk(2, dim=-1)  # [B, Q, 1, 2] twice
         points = centre + in_box * wh / 2  # [B, Q, M, 2], in [0, 1] of the image
         position = sine_xy(points.detach(), D)  # [B, Q, M, D]; points learn through the content they sample
@@ -337,10 +356,7 @@ class SemanticsAligner(nn.Module):
 
 
 def gaussian_bias(points, scale, mask):
-    """SMCA: the logarithm of a Gaussian around every head's point, for its attention scores.
-
-    points [B, Q, M, 2] in [0, 1] of the image, scale [B, Q, M, 2], mask [B, h, w] -> [B, M, Q, h*w].
-    """
+    """SMCA's log-Gaussian around points [B, Q, M, 2], scale [B, Q, M, 2], mask [B, h, w]: [B, M, Q, h*w]."""
     h, w = mask.shape[1:]
     points = (points * valid_size(mask)[:, None, None]).transpose(1, 2)  # [B, M, Q, 2], in cells
     scale = scale.transpose(1, 2)  # [B, M, Q, 2]
@@ -348,6 +364,19 @@ def gaussian_bias(points, scale, mask):
     y = scale[..., 1:] * (torch.arange(h, device=mask.device) + 0.5 - points[..., 1:])  # [B, M, Q, h]
     squares = y.square()[..., None] + x.square()[..., None, :]  # [B, M, Q, h, w]
     return -squares.flatten(3) / 8  # [B, M, Q, h*w]; the 8 is SMCA-DETR's
+
+
+class SharedKeyAttention(Attention):
+    """Attention whose M heads, each D wide, share the key: q [B, Q, M*D], k [B, T, D]; else as Attention."""
+
+    def forward(self, q, k, v, mask, bias=None):
+        q = q.unflatten(-1, (self.nheads, -1)) / math.sqrt(k.shape[-1])  # [B, Q, M, D]
+        scores = torch.einsum("bqmd,btd->bmqt", q, k)  # [B, M, Q, T]
+        scores = scores if bias is None else scores + bias
+        weights = scores.masked_fill(mask[:, None, None], -math.inf).softmax(-1)
+        v = v.unflatten(-1, (self.nheads, -1)).transpose(1, 2)  # [B, M, T, D/M]
+        out = F.dropout(weights, self.dropout, self.training) @ v  # [B, M, Q, D/M]
+        return self.out_proj(out.transpose(1, 2).flatten(2))  # [B, Q, D]
 
 
 # ---- Decoder: queries look at each other, then at the image ------------------------------------------------
@@ -370,7 +399,7 @@ class DecoderLayer(nn.Module):
         self.ca_k_content = nn.Linear(hidden_dim, hidden_dim)
         self.ca_k_sine = MLP(hidden_dim, hidden_dim, hidden_dim, depth=2)
         self.ca_v = nn.Linear(hidden_dim, hidden_dim)
-        self.cross_attn = Attention(hidden_dim, nheads, dropout)
+        self.cross_attn = SharedKeyAttention(hidden_dim, nheads, dropout)
         self.norm2 = nn.LayerNorm(hidden_dim)
         self.ffn = FeedForward(hidden_dim, dim_feedforward, dropout)
         self.dropout = nn.Dropout(dropout)
@@ -388,9 +417,8 @@ class DecoderLayer(nn.Module):
         q = self.ca_q_content(content) + self.ca_q_sine(position)  # [B, Q, M, D]
         k = self.ca_k_content(memory) + self.ca_k_sine(pos)  # [B, T, D]
         v = self.ca_v(memory)  # [B, T, D]
-        q, k = q.flatten(2), k.repeat(1, 1, self.nheads)  # [B, Q, M*D], [B, T, M*D]
         bias = None if scale is None else gaussian_bias(points, scale, mask)  # [B, M, Q, T]
-        tgt = self.norm2(tgt + self.dropout(self.cross_attn(q, k, v, mask.flatten(1), bias)))
+        tgt = self.norm2(tgt + self.dropout(self.cross_attn(q.flatten(2), k, v, mask.flatten(1), bias)))
         return self.ffn(tgt)
 
 
@@ -444,30 +472,24 @@ class SAMDETR(nn.Module):
         if hidden_dim % nheads or hidden_dim % 4:  # equal heads; sin and cos of x and y
             raise ValueError(f"hidden_dim {hidden_dim} must be a multiple of nheads ({nheads}) and of 4")
         self.backbone = Backbone(backbone, pretrained_backbone, backbone_norm, dilation, last_stage)
-        conv = nn.Conv2d(self.backbone.channels[-1], hidden_dim, kernel_size=1)
+        self.input_proj = nn.Conv2d(self.backbone.channels[-1], hidden_dim, kernel_size=1)
         norm = nn.GroupNorm(32, hidden_dim) if input_norm else nn.Identity()
-        self.input_proj = nn.ModuleList([nn.Sequential(conv, norm)])  # one level
+        self.input_proj = nn.ModuleList([nn.Sequential(self.input_proj, norm)])  # one level
         self.encoder = Encoder(enc_layers, hidden_dim, nheads, dim_feedforward, dropout)
         self.query_embed = nn.Embedding(num_queries, 4)  # boxes, before the sigmoid
         self.decoder = Decoder(dec_layers, hidden_dim, nheads, dim_feedforward, dropout, smca)
-        self.make_heads(hidden_dim, num_classes, dec_layers)
-        self.reset_parameters()
-
-    def make_heads(self, hidden_dim, num_classes, dec_layers):
-        """A pair of heads for each layer."""
-        class_head = nn.Linear(hidden_dim, num_classes)
-        box_head = MLP(hidden_dim, hidden_dim, 4, depth=3)
-        nn.init.constant_(class_head.bias, -math.log(99))  # every class starts at p = 0.01
-        nn.init.zeros_(box_head.layers[-1].weight)
-        nn.init.zeros_(box_head.layers[-1].bias)
-        self.class_head = nn.ModuleList(copy.deepcopy(class_head) for _ in range(dec_layers))
-        self.box_head = nn.ModuleList(copy.deepcopy(box_head) for _ in range(dec_layers))
-
-    def reset_parameters(self):
+        self.class_head = nn.Linear(hidden_dim, num_classes)
+        self.box_head = MLP(hidden_dim, hidden_dim, 4, depth=3)
         xavier_uniform(self.encoder)
         xavier_uniform(self.decoder)
         for layer in self.decoder.layers:
             layer.aligner.centre_points()
+        nn.init.constant_(self.class_head.bias, -math.log(99))  # every class starts at p = 0.01
+        nn.init.zeros_(self.box_head.layers[-1].weight)
+        nn.init.zeros_(self.box_head.layers[-1].bias)
+        # Layers refine boxes, so each has a pair of heads
+        self.class_head = nn.ModuleList(copy.deepcopy(self.class_head) for _ in range(dec_layers))
+        self.box_head = nn.ModuleList(copy.deepcopy(self.box_head) for _ in range(dec_layers))
 
     def forward(self, images, mask):
         """images [B, 3, H, W], mask [B, H, W] -> {"logits": [S, B, Q, C], "boxes": [S, B, Q, 4]}."""
@@ -500,7 +522,7 @@ OFFICIAL_NAMES = (
     (r"\.(sa|ca)_([qk])pos_proj\.", r".\1_\2_pos."),
     (r"\.(sa|ca)_v_proj\.", r".\1_v."),
     (r"\.ca_([qk])pos_sine_proj\.", r".ca_\1_sine."),
-    (r"\.point1\.", ".aligner.point_conv."),
+    (r"\.point1\.0\.", ".aligner.point_conv."),
     (r"\.point2\.", ".aligner.point_mlp."),
     (r"\.attn1\.", ".aligner.reweight_content."),
     (r"\.attn2\.", ".aligner.reweight_position."),

@@ -72,11 +72,14 @@ class SetCriterion:
 
     @torch.no_grad()
     def match(self, logits, boxes, targets):
-        """One-to-one assignment of least cost: for every stage, per image (query index, target index), int64.
+        """One-to-one assignment of least cost: for every image (query index, target index), int64.
 
-        logits [S, B, Q, C], boxes [S, B, Q, 4]. Every stage is matched independently. With more targets than
-        queries the most expensive ones stay unmatched. Raises Diverged when a prediction is not finite.
+        logits [B, Q, C], boxes [B, Q, 4] of one stage; of [S, B, Q, .] every stage is matched independently,
+        and the result is a list of S such lists. With more targets than queries the most expensive ones stay
+        unmatched. Raises Diverged when a prediction is not finite.
         """
+        if logits.ndim == 3:
+            return self.match(logits[None], boxes[None], targets)[0]
         logits, boxes = logits.float(), boxes.float()
         if not (logits.isfinite().all() and boxes.isfinite().all()):
             raise Diverged("predictions are not finite")
@@ -100,9 +103,7 @@ class SetCriterion:
         row = counts.cumsum(0)[image] + target  # [P], among the objects of all images together
         labels = torch.cat([t["labels"] for t in targets])[row]  # [P]
         target_boxes = torch.cat([t["boxes"] for t in targets])[row]  # [P, 4]
-        num_boxes = max(sum(box_counts), 1)
-
-        matched = stage, image, query
+        matched, num_boxes = (stage, image, query), max(sum(box_counts), 1)
         matched_boxes = boxes[matched]  # [P, 4]
         xyxy, target_xyxy = (box_convert(b, "cxcywh", "xyxy") for b in (matched_boxes, target_boxes))
         giou = generalized_box_iou_loss(xyxy, target_xyxy, eps=0)  # [P], 1 - GIoU; targets are never empty
@@ -182,10 +183,8 @@ def make_optimizer(model, lr, lr_backbone, weight_decay):
     slow = model.recipe.get("slow_parameters") or ()
     parts = {"rest": [], "backbone": [], "slow": []}
     for name, parameter in model.named_parameters():
-        if name.startswith("backbone."):
-            part = "backbone"
-        else:
-            part = "slow" if any(word in name for word in slow) else "rest"
+        part = "slow" if any(word in name for word in slow) else "rest"
+        part = "backbone" if name.startswith("backbone.") else part
         if parameter.requires_grad:
             parts[part].append(parameter)
     rate = {"rest": lr, "backbone": lr_backbone, "slow": lr * 0.1}
@@ -301,6 +300,8 @@ def train(model, criterion, optimizer, datasets, args, run):
     loader = iter(machine.make_loader(datasets["train"], args, batch_sampler=batches))
     model.train()
     with run.underway():
+        if run.evaluation_is_due():  # the run was stopped before it
+            run.evaluated(*evaluate(model, criterion, datasets["val"], args))
         for step in range(run.step, args.steps):
             set_rates(optimizer, lr_factor(step, args, batches.steps_per_epoch))
             # Dropout, like the data order, is a function of seed and step: nothing else needs to be restored
@@ -308,8 +309,8 @@ def train(model, criterion, optimizer, datasets, args, run):
             run.parts = list(islice(loader, args.accumulate))
             losses = train_step(forward, criterion, optimizer, run.parts, args, run.scaler)
             run.log(step + 1, losses)
-            if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-                run.evaluated(step + 1, *evaluate(model, criterion, datasets["val"], args))
+            if run.evaluation_is_due():
+                run.evaluated(*evaluate(model, criterion, datasets["val"], args))
             if run.stopped():
                 break
 

@@ -1,9 +1,9 @@
-"""Line numbers in docs/*.md. Behind a link to a line is a piece of that line, by which it is found again:
+"""Line numbers in docs/*.md. A piece of the line follows each link to a line, so that it can be found again:
 
     [detr.py:285](../detr.py#L285) `torch.zeros_like(query_pos)`
 
     python docs/relink.py            corrects all numbers; fails if a piece is on no line or several
-    python docs/relink.py --check    changes nothing, names the links that are wrong
+    python docs/relink.py --check    changes nothing and prints the wrong links
 """
 import re
 import sys
@@ -21,7 +21,7 @@ def relink(text, folder=DOCS):
         label, path, piece = match.groups()
         file = folder / path
         if not piece or not file.is_file():
-            what = "no such file" if piece else "no `piece of the line` behind the link"
+            what = "no such file" if piece else "no `piece of the line` after the link"
             problems.append(f"{match[0]}: {what}")
             return match[0]
         lines = file.read_text(encoding="utf-8").splitlines()

@@ -403,17 +403,16 @@ def draw_noise(shape, num_classes, device):
     }
 
 
-def object_places(targets, copies):
-    """Where copies of the n objects of all images go: image [n], row [n], place [copies, n], and width W.
+def object_places(targets, width, copies):
+    """Where copies of the n objects of all images go: image [n], row [n] and place [copies, n].
 
-    W is the largest number of objects in one image. Copy c of the object in row i takes place c * W + i of
-    its image: copies are blocks. An image with fewer objects leaves places empty.
+    Copy c of the object in row i takes place c * width + i of its image, so that copies are blocks. width is
+    the largest number of objects in one image; an image with fewer objects leaves places empty.
     """
     counts, device = [len(t["labels"]) for t in targets], targets[0]["labels"].device
     image = torch.cat([torch.full((n,), b, device=device) for b, n in enumerate(counts)])  # [n]
     row = torch.cat([torch.arange(n, device=device) for n in counts])  # [n]
-    width = max(counts)
-    return image, row, torch.arange(copies, device=device)[:, None] * width + row, width
+    return image, row, torch.arange(copies, device=device)[:, None] * width + row
 
 
 def group_bias(groups, size, num_queries, device):
@@ -434,7 +433,7 @@ class Denoising(nn.Module):
     def __init__(self, num_classes, hidden_dim, number, label_noise, box_noise):
         super().__init__()
         self.label_embed = nn.Embedding(num_classes + 1, hidden_dim)  # the last row is unused (as official)
-        self.label_embed.weight.requires_grad_(number > 0)  # several processes need a gradient for all others
+        self.label_embed.weight.requires_grad_(number > 0)  # DDP waits for the gradient of all others
         self.number = number
         self.label_noise = label_noise
         self.box_noise = box_noise
@@ -442,7 +441,7 @@ class Denoising(nn.Module):
     def noisy_objects(self, targets, noise):
         """The objects [n] of all images -> labels [G, 2, n] and boxes [G, 2, n, 4] with noise."""
         labels, boxes = (torch.cat([t[key] for t in targets]) for key in ("labels", "boxes"))  # [n], [n, 4]
-        # Half of what the option says (as in the official code)
+        # The probability is half of label_noise (as in the official code)
         labels = torch.where(noise["flip"] < self.label_noise / 2, noise["label"], labels)  # [G, 2, n]
         # Corners move by up to box_noise of half the box, those of negatives by that and up to as much again
         corners = torchvision.ops.box_convert(boxes, "cxcywh", "xyxy")  # [n, 4]
@@ -459,14 +458,14 @@ class Denoising(nn.Module):
         target [B, N] is the row of the object to give back, or -1 for "no object".
         """
         B, Q, D = tgt.shape
-        most = max(len(t["labels"]) for t in targets)
-        G = max(1, self.number // max(1, most))
-        image, row, place, width = object_places(targets, 2 * G)  # [n], [n], [2G, n]
+        width = max(len(t["labels"]) for t in targets)
+        G = max(1, self.number // max(1, width))
+        image, row, place = object_places(targets, width, 2 * G)  # [n], [n], [2G, n]
         noise = draw_noise((G, 2, len(row)), self.label_embed.num_embeddings - 1, tgt.device)
         labels, boxes = self.noisy_objects(targets, noise)
-        content = tgt.new_zeros(B, 2 * G * width, D)
+        content = self.label_embed.weight.new_zeros(B, 2 * G * width, D)
         content[image, place] = self.label_embed(labels).flatten(0, 1)
-        noisy = reference.new_full((B, 2 * G * width, 4), 0.5)
+        noisy = boxes.new_full((B, 2 * G * width, 4), 0.5)
         noisy[image, place] = boxes.flatten(0, 1)
         target = torch.full((B, 2 * G * width), -1, device=tgt.device)
         target[image, place[::2]] = row  # positives; negatives and empty places say "no object"

@@ -320,17 +320,16 @@ def draw_noise(shape, num_classes, device):
     }
 
 
-def object_places(targets, copies):
-    """Where copies of the n objects of all images go: image [n], row [n], place [copies, n], and width W.
+def object_places(targets, width, copies):
+    """Where copies of the n objects of all images go: image [n], row [n] and place [copies, n].
 
-    W is the largest number of objects in one image. Copy c of the object in row i takes place c * W + i of
-    its image: copies are blocks. An image with fewer objects leaves places empty.
+    Copy c of the object in row i takes place c * width + i of its image, so that copies are blocks. width is
+    the largest number of objects in one image; an image with fewer objects leaves places empty.
     """
     counts, device = [len(t["labels"]) for t in targets], targets[0]["labels"].device
     image = torch.cat([torch.full((n,), b, device=device) for b, n in enumerate(counts)])  # [n]
     row = torch.cat([torch.arange(n, device=device) for n in counts])  # [n]
-    width = max(counts)
-    return image, row, torch.arange(copies, device=device)[:, None] * width + row, width
+    return image, row, torch.arange(copies, device=device)[:, None] * width + row
 
 
 def group_bias(groups, size, num_queries, device):
@@ -375,12 +374,13 @@ class Denoising(nn.Module):
         target [B, N] is the row of the object to give back, or -2 for an empty place, which no loss counts.
         """
         (B, Q, D), G = tgt.shape, self.groups
-        image, row, place, width = object_places(targets, G)  # [n], [n], [G, n]
+        width = max(len(t["labels"]) for t in targets)
+        image, row, place = object_places(targets, width, G)  # [n], [n], [G, n]
         noise = draw_noise(place.shape, self.label_embed.num_embeddings - 1, tgt.device)
         labels, boxes = self.noisy_objects(targets, noise)
-        content = tgt.new_zeros(B, G * width, D)
+        content = self.label_embed.weight.new_zeros(B, G * width, D)
         content[image, place] = F.pad(self.label_embed(labels), (0, 1), value=1.0)  # flag 1
-        noisy = reference.new_full((B, G * width, 4), 0.5)
+        noisy = boxes.new_full((B, G * width, 4), 0.5)
         noisy[image, place] = boxes
         target = torch.full((B, G * width), -2, device=tgt.device)
         target[image, place] = row

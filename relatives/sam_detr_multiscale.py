@@ -23,6 +23,7 @@ from sam_detr import (  # noqa: E402, F401
     resize_mask,
     sine_positions,
     sine_xy,
+    xavier_uniform,
 )
 
 LAPTOP = dict(last_stage=3)  # two levels, C3 and C4
@@ -60,9 +61,12 @@ class SAMDETRMultiscale(sam_detr.SAMDETR):
         self.encoder = deformable_detr.Encoder(
             len(self.encoder.layers), hidden_dim, nheads, dim_feedforward // 2, dropout, len(channels), 4)
         self.decoder = Decoder(len(self.decoder.layers), hidden_dim, nheads, dim_feedforward, dropout, smca)
-        self.reset_parameters()
+        xavier_uniform(self.encoder)
+        xavier_uniform(self.decoder)
         for layer in self.encoder.layers:
             layer.self_attn.reset_parameters()
+        for layer in self.decoder.layers:
+            layer.aligner.centre_points()
 
     def forward(self, images, mask):
         """images [B, 3, H, W], mask [B, H, W] -> {"logits": [S, B, Q, C], "boxes": [S, B, Q, 4]}."""

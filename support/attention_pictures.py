@@ -1,7 +1,7 @@
-"""A picture for each method: what its paper shows.
+"""A picture for each method: the figure of its paper.
 
-draw_look(model, scene) takes the first entry of PICTURES that fits. What decides is what look() found in the
-model and what the model returns in training, never a name: the file of another method needs no entry here.
+draw_look(model, scene) chooses it by the arrays that look() finds in the model, and by the outputs of the
+model in training. The model's name does not matter, so that the file of another method needs no entry here.
 """
 import math
 from functools import partial
@@ -71,7 +71,7 @@ def panel_grid(scene, title, rows, large, lines, columns):
                     for row in halves]
 
 
-# ---- What the decoder looks at -----------------------------------------------------------------------------
+# ---- Where the decoder looks -------------------------------------------------------------------------------
 def draw_attention(scene):
     """DETR: encoder attention from a box's centre; decoder attention of the query that predicts this box."""
     encoder, decoder = (scene.last_with(part, "weights")["weights"][0] for part in ("encoder", "decoder"))
@@ -180,7 +180,7 @@ def draw_salient_points(scene):
     return figure
 
 
-# ---- What training adds ------------------------------------------------------------------------------------
+# ---- Additional stages and queries of training -------------------------------------------------------------
 def draw_stages(scene):
     """SQR: the same query at every stage, marked where one was better than the last (fading positives)."""
     S, best = len(scene.scores), scene.detected_queries(20)
@@ -246,7 +246,7 @@ def draw_denoising(scene, out):
 
 
 def training_parts(trained, scene, softmax):
-    """What training has more of than inference, for draw_parts; [] if nothing. trained: what it returns."""
+    """The parts of the queries in training, for draw_parts; [] if there is one. trained: the outputs."""
     def part(name, logits, boxes):
         scores, labels = best_class(logits[0], softmax, len(scene.class_names))
         return name, scores, labels, boxes_to_pixels(boxes[0], scene.size)
@@ -263,7 +263,7 @@ def training_parts(trained, scene, softmax):
 
 
 def outputs_of_training(model, scene):
-    """What the model returns in training mode, but without dropout and with the batch norm of inference."""
+    """The model's outputs in training mode, but without dropout and with the batch norm of inference."""
     for module in model.modules():
         rate = getattr(module, "dropout", None)  # of our Attention; in a layer it is a module of its own
         noisy = isinstance(module, torch.nn.Dropout) or isinstance(rate, float)
@@ -282,9 +282,8 @@ def outputs_of_training(model, scene):
     return out
 
 
-# ---- Which picture -----------------------------------------------------------------------------------------
-# The first whose array a module of the decoder shows
-PICTURES = {
+# ---- The choice --------------------------------------------------------------------------------------------
+PICTURES = {  # the first is drawn whose array a module of the decoder has
     "samples": draw_samples,
     "points": draw_salient_points,
     "prior": partial(draw_factors, first="prior"),

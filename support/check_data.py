@@ -3,7 +3,6 @@ import argparse
 import hashlib
 import os
 import sys
-from collections import Counter
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -11,8 +10,8 @@ from tqdm import tqdm
 
 from support import UserError, visible
 from support.images import SizeUserError, as_user_error, images_in, load_image, nearly_black
-from support.readers import already_in, read_splits
 from support.report import one_line_errors
+from support.splits import already_in, read_splits
 
 
 def check_files(readings):
@@ -55,7 +54,7 @@ def find_unlisted(readings):
 
 
 def format_table(categories, readings):
-    """The Readings in numbers, a column for each, as text. With many classes it shows the most common."""
+    """The Readings in numbers, a column for each, as text. It shows the first 20 classes."""
     def spread(values):
         return f"{min(values):.0f} / {np.median(values):.0f} / {max(values):.0f}" if len(values) else "-"
 
@@ -74,16 +73,12 @@ def format_table(categories, readings):
             "  their width: min / median / max": spread(boxes[:, 2] - boxes[:, 0]),
             "  their height: min / median / max": spread(boxes[:, 3] - boxes[:, 1]),
             "  area to 32 x 32 / to 96 x 96 / above": " / ".join(f"{share:.0%}" for share in shares),
-        } | {f"  {name}": (labels == label).sum() for label, name in enumerate(categories.values())}
+        } | {f"  {name}": (labels == label).sum() for label, name in [*enumerate(categories.values())][:20]}
 
     columns = {split: column(reading.images) for split, reading in readings.items() if reading.images}
-    names = {f"  {name}": sum(column[f"  {name}"] for column in columns.values()) for name in categories.values()}
-    common = [name for name, count in Counter(names).most_common(15) if count]
-    rows = [("", *columns)] + [(key, *(column[key] for column in columns.values()))
-                               for key in next(iter(columns.values()), ()) if key not in names or key in common]
-    lines = [f"{key[:40]:<40}" + "".join(f"{cell:>22}" for cell in cells) for key, *cells in rows]
-    rest = sum(map(bool, names.values())) - len(common)
-    return "\n".join(lines + [f"  and {rest} more classes"] * (rest > 0))
+    rows = [("", *columns)] + [(key, *(one[key] for one in columns.values()))
+                               for key in next(iter(columns.values()), ())]
+    return "\n".join(f"{key[:40]:<40}" + "".join(f"{cell:>22}" for cell in cells) for key, *cells in rows)
 
 
 def main(argv=None):
@@ -95,7 +90,7 @@ def main(argv=None):
         p.add_argument(f"--{name}", metavar="PATH", help="instead of DIR: the four paths, or the two of val")
     p.add_argument("--split", type=float, metavar="SHARE", help="as in train.py: held out as val, e.g. 0.2")
     p.add_argument("--seed", type=int, default=0, help="of the split; default 0, as in train.py")
-    p.add_argument("--no-images", action="store_true", help="opens no image (of YOLO's the header, for its size)")
+    p.add_argument("--no-images", action="store_true", help="opens no image, except YOLO's for their size")
     args = p.parse_args(argv)
     given = {"train": (args.train_json, args.train_images), "val": (args.val_json, args.val_images)}
     if args.folder is None and not any(map(any, given.values())):

@@ -24,7 +24,7 @@ def save(path, content):
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
         part.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written, is the disk full? ({shorten(one_line(error), 100)}) "
-                        "What was saved before is still there: make room, then go on with --resume")
+                        "The checkpoint before it is still there: make room, then go on with --resume")
 
 
 def read_file(path):
@@ -62,11 +62,9 @@ def read_init(path):
     path = Path(path)
     path = path / "best.pt" if path.is_dir() else path
     checkpoint = read_file(path)
-    if isinstance(checkpoint, dict) and "model_options" in checkpoint:
-        return load_checkpoint(path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model", {}), dict):
-        raise UserError(f"{path}: holds no weights by name, so it is no checkpoint")
-    return checkpoint
+        raise UserError(f"{path}: not a checkpoint, because it has no weights by name")
+    return load_checkpoint(path) if "model_options" in checkpoint else checkpoint
 
 
 # ---- A run that goes on ------------------------------------------------------------------------------------

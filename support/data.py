@@ -1,7 +1,7 @@
 """Data for all detectors: a folder or the embedded shapes in, padded batches out.
 
     load()                      the embedded data set `shapes`: nothing to download, drawn when asked for
-    load("my/folder")           your own images; readers.LAYOUTS has the layouts of a folder
+    load("my/folder")           your own images; layouts.LAYOUTS has the layouts of a folder
     dataset[index]              one image and its target; dataset[epoch, index] also chooses the augmentation
     collate(batch)              images of different sizes -> one padded tensor and its mask
 
@@ -11,6 +11,7 @@ Whatever is wrong with somebody's data ends in a UserError, a single line for th
 """
 import contextlib
 import copy
+import itertools
 import os
 import shlex
 from pathlib import Path
@@ -27,6 +28,7 @@ from support.evaluation import to_coco
 from support.images import (
     IMAGE_SUFFIXES,
     AnnotatedImage,
+    as_user_error,
     file_size,
     images_in,
     load_image,
@@ -35,15 +37,15 @@ from support.images import (
     size_shown,
     to_input_and_target,
 )
-from support.readers import read_splits
 from support.shapes import Shapes
+from support.splits import read_splits
 
 LAPTOP_SIZE = {"shapes": 96, "folder": 256}  # longest side in pixels
 PAPER_SIZE, PAPER_LONGEST = 800, 1333  # DETR's: the short side, and the most for the long one
 
 
 class CocoFolder(Dataset):
-    """Images of one split, with the boxes that a reader found.
+    """The images of one split of a folder, in any of the three formats.
 
     class_names, category_ids   lists by class index 0..C-1: the name, and the id in the annotation file
     name, notes                 for messages; `notes` says what was repaired or left out, a line each
@@ -182,13 +184,8 @@ def collate(batch):
 
 def first_with_boxes(dataset, n, augment=False):
     """The first n images that have boxes, as a data set of their own; not augmented unless asked for."""
-    indices = []
-    for index in range(len(dataset)):
-        if len(indices) == n:
-            break
-        if dataset.count_boxes(index):
-            indices.append(index)
-    small = dataset.subset(indices)
+    with_boxes = (index for index in range(len(dataset)) if dataset.count_boxes(index))
+    small = dataset.subset(list(itertools.islice(with_boxes, n)))
     if not augment and isinstance(dataset, CocoFolder):  # shapes never are
         small.transform = make_transform(False, dataset.augment, dataset.size)
     return small
@@ -264,23 +261,23 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
         return {part: shapes[part] for part in splits}
 
     categories, readings = read_splits(folder, given, splits, class_names, split, seed)
-    for reading in readings.values():
-        if reading.errors:
-            message, *others = reading.errors.lines()
-            if reading.path is None:
-                raise UserError(message)
-            more = f" (and {len(others)} more kinds of errors)" if others else ""
-            same = shlex.quote(str(folder)) if folder else "with the same paths"
-            same += f" --split {split}" if split else ""
-            raise UserError(f"{reading.path}: {message}{more}; to see everything: "
-                            f"python -m support.check_data {same}")
+    for reading in (reading for reading in readings.values() if reading.errors):
+        message, *others = reading.errors.lines()
+        if reading.path is None:
+            raise UserError(message)
+        more = f" (and {len(others)} more kinds of errors)" if others else ""
+        same = shlex.quote(str(folder)) if folder else "with the same paths"
+        same += f" --split {split}" if split else ""
+        raise UserError(f"{reading.path}: {message}{more}; to see everything: "
+                        f"python -m support.check_data {same}")
     datasets = {}
     for part in splits:
         reading = readings[part]
         name = visible(f"{Path(reading.path).stem if folder is None else Path(folder).resolve().name} {part}")
-        with contextlib.suppress(Exception), open_image(reading.images[0]) as raw:  # damage is said later
+        first = reading.images[0]
+        with contextlib.suppress(UserError), as_user_error(first.path, first.id), open_image(first) as raw:
             if dark := nearly_black(raw):
-                reading.notes.add(dark, reading.images[0].path)
+                reading.note(dark, first.path)
         notes = [visible(f"{reading.path}: {line}") for line in reading.notes.lines()]
         datasets[part] = CocoFolder(name, reading.images, categories, notes, part == "train", augment, size,
                                     seed, flip, reading.held_out)

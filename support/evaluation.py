@@ -1,4 +1,4 @@
-"""From what a model says to the 12 COCO numbers: scored boxes in pixels, then pycocotools.
+"""From the outputs of a model to scored boxes in pixels, and from those to the 12 COCO numbers.
 
 Legend: B images, Q queries, C classes, k scored boxes in one image. Boxes are (cx, cy, w, h) in [0, 1] of the
 unpadded image; `boxes_xyxy` are two corners in pixels.
@@ -114,7 +114,7 @@ def coco_eval(dataset, predictions):
 
 
 def signs_of_collapse(all_boxes, predictions):
-    """Whether a model says the same everywhere, as numbers for the log.
+    """Numbers for the log that show whether a model predicts the same boxes everywhere.
 
     all_boxes: [Q, 4] of every image, in the same units; predictions: as for coco_eval.
     """

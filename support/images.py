@@ -15,9 +15,8 @@ from support import UserError, reason
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp",
                   ".avif", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".mpo", ".tga", ".pcx")
-OTHER_SUFFIXES = (".heic", ".heif", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".svg", ".exr", ".dcm")  # not Pillow's
+OTHER_SUFFIXES = (".heic", ".heif", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".svg", ".exr", ".dcm")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # half of what is refused
 THINNEST = 30  # an image longer than this many times its short side may have no pixels left when made small
 
 
@@ -43,7 +42,9 @@ class AnnotatedImage:
 def as_user_error(path, image_id):
     """Whatever PIL raises for a damaged file becomes a UserError: OSError, SyntaxError, struct.error, ..."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half of what is refused
+            yield
     except Exception as error:
         kind = SizeUserError if isinstance(error, SizeUserError) else UserError
         what = f"{reason(error)}; repair or remove it"
@@ -58,12 +59,12 @@ def what_is_it(path):
     """What a file that PIL does not know seems to be, from its first bytes."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         start = file.read(64)
-        known = {b"version https://git-lfs": "a pointer of Git LFS, run git lfs pull", b"<": "a web page or XML",
-                 start[:4] + b"ftyphe": "HEIC whatever its name says, save it as JPEG",
-                 start[:4] + b"ftypmif": "HEIC whatever its name says, save it as JPEG"}
-        for mark, text in known.items():
-            if start.lstrip().startswith(mark):
-                return text
+        if start.startswith(b"version https://git-lfs"):
+            return "a pointer of Git LFS, run git lfs pull"
+        if start[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
+            return "HEIC, whatever its name says; save it as JPEG"
+        if start.lstrip().startswith(b"<"):
+            return "a web page or XML"
     return "not an image, or damaged"
 
 

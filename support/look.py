@@ -1,4 +1,4 @@
-"""What a model looked at, as arrays; and a Scene, which is one image with all that the model says of it.
+"""Where a model looks, as arrays; and a Scene, which is one image with all predictions of the model.
 
     out, seen = look(model.eval(), images, mask)
     seen["decoder.layers.5.cross_attn"]["weights"]  # [B, M, Q, T]
@@ -21,8 +21,9 @@ from support.predict import answers, is_softmax, keep
 
 # ---- Arrays ------------------------------------------------------------------------------------------------
 def read_attention(nheads, q, k, v, mask=None, bias=None, **_):
-    # [B, T, E] -> [B, T, M, E/M] -> [B, M, T, E/M]
-    q, k = (x.unflatten(-1, (nheads, -1)).transpose(1, 2) for x in (q, k))
+    # [B, T, E] -> [B, T, M, E/M] -> [B, M, T, E/M]; a key that all heads share, E/M wide, -> [B, 1, T, E/M]
+    width = q.shape[-1] // nheads
+    q, k = (x.unflatten(-1, (-1, width)).transpose(1, 2) for x in (q, k))
     scale = q.shape[-1] ** -0.5  # for halves as well, so that content * spatial is proportional to weights
 
     def softmax(q, k, bias=None):
@@ -45,7 +46,7 @@ def read(name, module, given, output):
     kind = type(module).__name__
     if name.endswith("reference_head"):
         return {"reference": output.sigmoid()}
-    if kind == "Attention":
+    if kind in ("Attention", "SharedKeyAttention"):
         return read_attention(module.nheads, **given)
     if kind == "MSDeformAttn":
         query, reference, spatial_shapes = (given[key] for key in ("query", "reference", "spatial_shapes"))
@@ -67,7 +68,7 @@ def read(name, module, given, output):
 
 @torch.no_grad()
 def look(model, *inputs):
-    """Run the model as it is and keep what its parts looked at: (out, seen), `out` being model(*inputs).
+    """Run the model as it is and keep where its parts look: (out, seen), `out` is model(*inputs).
 
     images [B, 3, H, W], mask [B, H, W] bool, True on padding. seen: {name of the module: {name of the array:
     tensor on the CPU}}, in the order in which modules ran. By class of the module:
@@ -103,7 +104,7 @@ def look(model, *inputs):
             hook.remove()
 
 
-# ---- One image and what the model says of it ---------------------------------------------------------------
+# ---- One image and all predictions of the model ------------------------------------------------------------
 class CannotDraw(Exception):
     """The model lacks a part that the picture of its attention needs."""
 
@@ -115,7 +116,7 @@ class Scene:
     size: tuple  # (height, width) of the original
     image: torch.Tensor  # [3, H, W], as the network gets it
     class_names: list  # the model's
-    truth: list  # [(class name, box [4])]; empty if nobody knows
+    truth: list  # [(class name, box [4])]; empty if it is not known
     scores: torch.Tensor  # [S, Q], of the best class
     labels: torch.Tensor  # [S, Q]
     boxes: torch.Tensor  # [S, Q, 4]
@@ -140,7 +141,7 @@ class Scene:
         raise CannotDraw(f"{tokens} tokens are no feature map of {list(self.image.shape[1:])} pixels")
 
     def arrays_with(self, part, array):
-        """What the modules that have `array` saw, of those with `part` in their names: [{name: tensor}]."""
+        """Arrays of the modules with `part` in their names, of those that have `array`: [{name: tensor}]."""
         return [arrays for name, arrays in self.seen.items() if part in name and array in arrays]
 
     def last_with(self, part, array):
@@ -150,9 +151,9 @@ class Scene:
         return found[-1]
 
     def detected_queries(self, count):
-        """Detected queries, at least one, of different objects as far as boxes tell, by falling score.
+        """[(query, its last box [4], its class and score in words)], at least one, the highest score first.
 
-        Each is (query, its last box [4], what it says in words).
+        Of queries whose boxes overlap much, which mean the same object, only the best is there.
         """
         queries = nms(self.boxes[-1], self.scores[-1], 0.5)
         detected = (self.scores[-1, queries] > self.threshold).sum().item()
@@ -172,10 +173,10 @@ class Scene:
         return {"labels": torch.tensor(labels), "boxes": boxes / self.to_pixels(torch.ones(2)).repeat(2)}
 
     def fading_positives(self, query):
-        """What the last stage finds, and who was better: (true box [4] or None, IoU [S], better [S] bool).
+        """(true box [4] that the last stage finds or None, IoU [S], whether a stage was better [S]).
 
-        Found: an object of its class with IoU 0.5 or more. A stage was better with the same class, a higher
-        IoU and a higher score: the true positive fades (SQR, section 3).
+        An object of the same class with IoU 0.5 or more is found. A stage with the same class, a higher IoU
+        and a higher score was better: the true positive fades (SQR, section 3).
         """
         label, score = self.labels[:, query], self.scores[:, query]
         for name, box in self.truth:

@@ -44,16 +44,14 @@ def amp_dtype(device):
     return torch.bfloat16
 
 
-@contextlib.contextmanager
 def autocast(args):
     """The context of a forward pass: float32, or with --amp the short type of the device."""
-    kind = torch.device(args.device).type
-    with contextlib.ExitStack() as stack:
-        if args.amp:
-            stack.enter_context(torch.autocast(kind, amp_dtype(args.device) or torch.bfloat16))
-        if args.amp and kind == "cpu":  # the backward pass of a CPU's fused attention is slow in bfloat16
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        yield
+    kind, stack = torch.device(args.device).type, contextlib.ExitStack()
+    if args.amp:
+        stack.enter_context(torch.autocast(kind, amp_dtype(args.device) or torch.bfloat16))
+    if args.amp and kind == "cpu":  # the backward pass of a CPU's fused attention is slow in bfloat16
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    return stack
 
 
 def make_scaler(args):
@@ -72,7 +70,7 @@ def peak_memory(device):
     """The most memory that this process needed on the device so far, as text."""
     module = torch.get_device_module(torch.device(device).type)
     if hasattr(module, "max_memory_allocated"):
-        return f"{module.max_memory_allocated() / 2**30:.1f} GiB"
+        return f"{module.max_memory_allocated(torch.device(device)) / 2**30:.1f} GiB"
     try:
         import resource
     except ImportError:  # Windows

@@ -42,7 +42,7 @@ def load_model_file(name):
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:  # also an encoding that is not UTF-8
-        raise UserError(f"--model {name}: {path}, line {error.lineno}: {error.msg}")
+        raise UserError(f"--model {path}, line {error.lineno}: {error.msg}")
     except Exception as error:
         raise UserError(f"--model {name}: importing it fails; {describe(error, path)}")
     missing = [key for key in ("RECIPE", "build") if not hasattr(module, key)]
@@ -123,12 +123,11 @@ def build_model(module, num_classes, options):
         raise UserError(f"build() fails; {describe(error, file)}")
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "recipe"):
         raise UserError(f"{file}: build() must return an nn.Module with the attribute recipe = RECIPE")
-    if model.recipe.get("class_loss") not in ("softmax", "focal"):
-        raise UserError(f"{file}: RECIPE's class_loss is {model.recipe.get('class_loss')!r}, it must be "
-                        '"softmax" or "focal"')
-    for name in ("w_class", "w_l1", "w_giou"):
-        if not isinstance(model.recipe.get(name), (int, float)):
-            raise UserError(f"{file}: RECIPE's {name} is {model.recipe.get(name)!r}, it must be a number")
+    wrong = [name for name in ("w_class", "w_l1", "w_giou")
+             if not isinstance(model.recipe.get(name), (int, float))]
+    if wrong or model.recipe.get("class_loss") not in ("softmax", "focal"):
+        raise UserError(f'{file}: RECIPE needs class_loss="softmax" or "focal", and numbers w_class, w_l1 and '
+                        f'w_giou; it has {model.recipe}')
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"{file}: no parameter of the model requires a gradient")
     return model

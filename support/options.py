@@ -8,16 +8,8 @@ from pathlib import Path
 from types import ModuleType
 
 from support import UserError, machine, shorten
+from support import model_files as files
 from support.checkpoints import load_checkpoint, read_init
-from support.model_files import (
-    build_model,
-    check_options,
-    default_options,
-    known_files,
-    load_model_file,
-    load_model_of,
-    without_download,
-)
 
 # --preset laptop: learns from random weights on two CPU cores. LAPTOP of a model file goes on top.
 LAPTOP = dict(
@@ -58,7 +50,7 @@ class Request:
     init: dict  # the checkpoint of --init, or {}
 
     def build_model(self, num_classes):
-        return build_model(self.module, num_classes, self.model_options)
+        return files.build_model(self.module, num_classes, self.model_options)
 
 
 # ---- Flags -------------------------------------------------------------------------------------------------
@@ -90,59 +82,55 @@ NOT_NEGATIVE = between(float, 0, 1e38, "a number, 0 or greater")
 def make_parser(description):
     """Every flag. Those that depend on preset or run have no default here: parse() sets these."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                usage="python train.py [--FLAG VALUE ...]; --help explains every flag")
-    names = ", ".join(known_files())
-    p.add_argument("--model", type=name, help=f"one of {names} (default: detr), or a path to a .py file")
-    p.add_argument("--preset", choices=("laptop", "paper"), default="laptop",
-                   help="small and from scratch (default), or as in the paper")
-    p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
-                   help="an option of the model, as in its build(); may be given several times")
-    p.add_argument("--data", type=name, metavar="DIR",
-                   help="folder in COCO, VOC or YOLO format; default: the embedded shapes")
+                                usage="train.py [--FLAG VALUE ...]; --help explains every flag")
+    names = ", ".join(files.known_files())
+    add, one_of = p.add_argument, p.add_mutually_exclusive_group().add_argument
+    add("--model", type=name, help=f"one of {names} (default: detr), or a path to a .py file")
+    add("--preset", choices=("laptop", "paper"), default="laptop",
+        help="small and from scratch (default), or as in the paper")
+    add("--option", action="append", default=[], metavar="NAME=VALUE",
+        help="an option of the model, as in its build(); may be given several times")
+    add("--data", type=name, metavar="DIR",
+        help="folder in COCO, VOC or YOLO format; default: the embedded shapes")
     for path in ("train-json", "train-images", "val-json", "val-images"):
-        p.add_argument(f"--{path}", type=name, metavar="PATH",
-                       help="instead of --data: the four paths one by one")
-    p.add_argument("--split", type=between(float, 1e-9, 1 - 1e-9, "between 0 and 1, for example 0.2"),
-                   metavar="SHARE", help="hold this share of the training images out as val, e.g. 0.2; "
-                   "--seed determines which")
-    p.add_argument("--no-flip", action="store_true",
-                   help="mirror no image: for text, and where left and right are different classes")
-    p.add_argument("--size", type=between(int, 32, 8192, "32 to 8192 pixels"), help="pixels; laptop: longest "
-                   "side (96 for shapes, 256 for folders), paper: shortest side (800)")
-    p.add_argument("--out", type=name, help="folder for results; default runs/MODEL-DATA")
-    source = p.add_mutually_exclusive_group()
-    source.add_argument("--resume", type=name, metavar="RUN",
-                        help="continue a run exactly: its folder or a checkpoint")
-    source.add_argument("--init", type=name, metavar="FILE", help="start from the weights of another run "
-                        "(file or folder) or an official checkpoint; other classes and queries are fine")
-    source.add_argument("--eval", action="store_true", help="only evaluate --weights")
-    p.add_argument("--weights", type=name, metavar="FILE", help="checkpoint or run folder for --eval")
-    p.add_argument("--overfit", type=COUNT, metavar="N", help="train and evaluate on the same N images")
-    p.add_argument("--steps", type=COUNT, help="length of the run in optimiser steps")
-    p.add_argument("--epochs", type=COUNT, help="or in passes over the training images")
-    p.add_argument("--batch-size", type=COUNT, help="images per optimiser step, all parts together")
-    p.add_argument("--accumulate", type=COUNT, default=1, help="parts a batch is split into, to save memory")
-    p.add_argument("--eval-batch-size", type=COUNT, help="default 1 in paper: padding changes numbers")
-    p.add_argument("--lr", type=POSITIVE, help="peak learning rate, for exactly this batch size: not scaled")
-    p.add_argument("--lr-backbone", type=NOT_NEGATIVE, help="the same for the backbone")
-    p.add_argument("--weight-decay", type=NOT_NEGATIVE)
-    p.add_argument("--clip-norm", type=POSITIVE, help="gradients are scaled down to this norm")
-    p.add_argument("--schedule", choices=("step", "cosine"), help="one drop to a tenth, or cosine to zero")
-    p.add_argument("--lr-drop", type=COUNT, help="epoch of the drop (--schedule step)")
-    p.add_argument("--warmup", type=between(int, 0, 10**9, "0 or greater"),
-                   help="steps over which the learning rate grows from zero")
-    p.add_argument("--eval-every", type=COUNT, help="steps between evaluations and checkpoints; default a "
-                   "tenth of the run, in paper an epoch")
-    p.add_argument("--log-every", type=COUNT, default=20, help="steps between lines in log.jsonl")
-    p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False,
-                   help="autocast to bfloat16, on older CUDA cards to float16; the losses stay in float32")
-    p.add_argument("--compile", action="store_true", help="torch.compile the model")
-    p.add_argument("--device", type=name, default="auto", help="auto (default: cuda, mps or xpu if there is "
-                   "one, otherwise cpu), or as torch writes it: cuda:1")
-    p.add_argument("--workers", type=between(int, 0, 256, "0 to 256"), default=machine.default_workers(),
-                   help="processes that load images; 0: the main process does it")
-    p.add_argument("--seed", type=between(int, 0, 2**31, "0 to 2**31"), default=0,
-                   help="of initial weights, data order, augmentation and dropout; default 0")
+        add(f"--{path}", type=name, metavar="PATH", help="instead of --data: the four paths one by one")
+    add("--split", type=between(float, 1e-9, 1 - 1e-9, "between 0 and 1, for example 0.2"), metavar="SHARE",
+        help="hold this share of the training images out as val, e.g. 0.2; --seed determines which")
+    add("--no-flip", action="store_true",
+        help="mirror no image: for text, and where left and right are different classes")
+    add("--size", type=between(int, 32, 8192, "32 to 8192 pixels"), help="pixels; laptop: longest side "
+        "(96 for shapes, 256 for folders), paper: shortest side (800)")
+    add("--out", type=name, help="folder for results; default runs/MODEL-DATA")
+    one_of("--resume", type=name, metavar="RUN", help="continue a run exactly: its folder or a checkpoint")
+    one_of("--init", type=name, metavar="FILE", help="start from the weights of another run (file, or its "
+           "folder: best.pt) or of an official checkpoint; other classes and other numbers of queries fit")
+    one_of("--eval", action="store_true", help="only evaluate --weights")
+    add("--weights", type=name, metavar="FILE", help="for --eval: a checkpoint, or a run's folder: last.pt")
+    add("--overfit", type=COUNT, metavar="N", help="train and evaluate on the same N images")
+    add("--steps", type=COUNT, help="length of the run in optimiser steps")
+    add("--epochs", type=COUNT, help="or in passes over the training images")
+    add("--batch-size", type=COUNT, help="images per optimiser step, all parts together")
+    add("--accumulate", type=COUNT, default=1, help="parts a batch is split into, to save memory")
+    add("--eval-batch-size", type=COUNT, help="default 1 in paper: padding changes numbers a little")
+    add("--lr", type=POSITIVE, help="peak learning rate, for exactly this batch size: not scaled")
+    add("--lr-backbone", type=NOT_NEGATIVE, help="the same for the backbone")
+    add("--weight-decay", type=NOT_NEGATIVE)
+    add("--clip-norm", type=POSITIVE, help="gradients are scaled down to this norm")
+    add("--schedule", choices=("step", "cosine"), help="one drop to a tenth, or cosine to zero")
+    add("--lr-drop", type=COUNT, help="epoch of the drop (--schedule step)")
+    add("--warmup", type=between(int, 0, 10**9, "0 or greater"), help="steps of growing learning rate")
+    add("--eval-every", type=COUNT,
+        help="steps between evaluations and checkpoints; default a tenth of the run, in paper an epoch")
+    add("--log-every", type=COUNT, default=20, help="steps between lines in log.jsonl; default 20")
+    add("--amp", action=argparse.BooleanOptionalAction, default=False,
+        help="autocast to bfloat16, on older CUDA cards to float16; matching and losses stay in float32")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--device", type=name, default="auto",
+        help="auto (default: cuda, mps or xpu if there is one, otherwise cpu), or as torch writes it: cuda:1")
+    add("--workers", type=between(int, 0, 256, "0 to 256"), default=machine.default_workers(),
+        help="processes that load images; 0: the main process does it")
+    add("--seed", type=between(int, 0, 2**31, "0 to 2**31"), default=0,
+        help="of initial weights, data order, augmentation and dropout; default 0")
     return p
 
 
@@ -159,8 +147,8 @@ def parse(description, argv=None):
         parser.error("--eval and --weights FILE go together; --resume goes on with a run, --init starts a "
                      "new one from weights")
     request = (old_run if typed.eval or typed.resume else new_run)(parser, typed, argv)
-    args, path = request.args, Path(request.module.__file__).resolve()
-    args.model = path.stem if known_files().get(path.stem) == path else str(path)  # found from any folder
+    args, path = request.args, Path(request.module.__file__).resolve()  # found from any folder
+    args.model = path.stem if files.known_files().get(path.stem) == path else str(path)
     if typed.epochs and not typed.steps:
         args.steps = None  # follows from the epochs
     needed = ["batch_size", "lr", "lr_backbone", "weight_decay", "clip_norm", "schedule", "warmup"]
@@ -183,31 +171,26 @@ def new_run(parser, typed, argv):
     init = read_init(typed.init) if typed.init else {}
     inherited = dict(init.get("model_options", {}))
     inherited.pop("num_queries", None)  # depends on the data, see resolve
-    if "model_options" in init:
-        module = load_model_of(init, typed.model)
-    else:
-        module = load_model_file(typed.model or "detr")
+    ours = "model_options" in init
+    module = files.load_model_of(init, typed.model) if ours else files.load_model_file(typed.model or "detr")
     preset = preset_values(typed.preset, module)
     parser.set_defaults(**{key: preset.pop(key) for key in TRAINING if key in preset})
     args = parser.parse_args(argv)
     options = {**preset, **inherited, **parse_model_options(args.option)}
-    check_options(module, options)
-    return Request(args, module, without_download(module, options) if init else options, None, init)
+    files.check_options(module, options)
+    return Request(args, module, files.without_download(module, options) if init else options, None, init)
 
 
 def old_run(parser, typed, argv):
     """A run that goes on, or one that is evaluated."""
     checkpoint = load_checkpoint(typed.weights or typed.resume)
-    module, saved = load_model_of(checkpoint, typed.model), dict(checkpoint["args"])
-    defaults = {key: saved[key] for key in saved if key not in ("eval", "weights", "resume", "asked_device")}
-    defaults["device"] = saved["asked_device"]  # auto is what there is now
-    moved = any(getattr(typed, path) for path in PATHS)
-    if moved:  # the new place replaces the old one, however it is told
-        defaults |= dict.fromkeys(PATHS)
-    parser.set_defaults(**defaults)
+    module, saved = files.load_model_of(checkpoint, typed.model), checkpoint["args"]
+    once = {"eval": False, "weights": None, "resume": None, "device": saved["asked_device"]}
+    moved = any(getattr(typed, path) for path in PATHS)  # then the new place replaces the old one entirely
+    parser.set_defaults(**{**saved, **once, **(dict.fromkeys(PATHS) if moved else {})})
     args = parser.parse_args(argv)
     free = {"size": typed.eval, "split": typed.eval and not saved["split"],
-            "model": saved["model"] not in known_files()}
+            "model": saved["model"] not in files.known_files()}
     changed = [f"--{flag.replace('_', '-')}" for flag in FIXED
                if getattr(args, flag) != saved[flag] and not free.get(flag)]
     if changed:
@@ -218,15 +201,15 @@ def old_run(parser, typed, argv):
     copy = Path(checkpoint["path"]).with_name(Path(module.__file__).name)
     if typed.resume and copy.is_file() and copy.read_bytes() != Path(module.__file__).read_bytes():
         print(f"note     {module.__file__} has changed since this run began; {copy} is its first version")
-    return Request(args, module, without_download(module, checkpoint["model_options"]), checkpoint, {})
+    return Request(args, module, files.without_download(module, checkpoint["model_options"]), checkpoint, {})
 
 
 def preset_values(preset, module):
     """All that a preset decides: how to train (the names in TRAINING) and options of the model (the rest)."""
     recipe = {name: value for name, value in module.RECIPE.items() if name in TRAINING}
     if preset == "laptop":
-        known = (*TRAINING, *(default_options(module) or LAPTOP_OPTIONS))  # not every model has an encoder
-        small = {name: value for name, value in LAPTOP.items() if name in known}
+        known = files.default_options(module) or LAPTOP_OPTIONS  # not every model has an encoder
+        small = {name: value for name, value in LAPTOP.items() if name in TRAINING or name in known}
         return {**recipe, "epochs": None, **small, **getattr(module, "LAPTOP", {})}
     return {**recipe, "steps": None, "warmup": 0, "schedule": "step", **getattr(module, "PAPER", {})}
 
@@ -249,7 +232,7 @@ def parse_model_options(pairs):
 def resolve(request, train_set):
     """Fills in what depends on the data: queries, size, steps, when to evaluate; args are final after it."""
     args, parts, options = request.args, request.args.accumulate * machine.WORLD, request.model_options
-    known = default_options(request.module) or LAPTOP_OPTIONS
+    known = files.default_options(request.module) or LAPTOP_OPTIONS
     if args.preset == "laptop" and "num_queries" in known and "num_queries" not in options:
         # Room for every object and some more: too few lose boxes, many make learning slow
         room = max(20, 2 * train_set.max_boxes, request.init.get("model_options", {}).get("num_queries", 0))

@@ -110,7 +110,8 @@ def draw_predictions(dataset, predictions, path, count=8, threshold=0.3):
         for label, box in true_objects(annotated):
             draw_box(axes, box, TRUE, width=3)  # seen under a box that fits it
             draw_label(axes, box, names[label], TRUE, size)
-        for k in (found["scores"] > threshold).nonzero()[:, 0].tolist():
+        order = found["scores"].argsort()  # the best on top
+        for k in order[found["scores"][order] > threshold].tolist():
             box, text = found["boxes"][k], f"{names[found['labels'][k]]} {found['scores'][k]:.2f}"
             draw_box(axes, box, PREDICTED)
             draw_label(axes, box, text, PREDICTED, size, below=True)

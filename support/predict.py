@@ -26,7 +26,7 @@ from support.model_files import build_model, load_model_file, load_model_of, wit
 def load(source, model=None, device="cpu", **options):
     """A Detector from a run's folder (its last.pt), from a checkpoint, or from official weights.
 
-    model: a name or a .py file; official weights need it, a run knows its own. options: of the model, as in
+    model: a name or a .py file; official weights need it, a run has its own. options: of the model, as in
     train.py, e.g. two_stage=True for such official weights. Raises UserError.
     """
     if not all(isinstance(name, (str, Path)) for name in (source, model or "")):
@@ -45,7 +45,7 @@ def load(source, model=None, device="cpu", **options):
 # ---- Photos in, boxes out ----------------------------------------------------------------------------------
 @dataclass
 class Found:
-    """What a model finds on one photo, best first; iterating gives (name, score, box as a list)."""
+    """The objects that a model finds on a photo, best first; iterating gives (name, score, box as a list)."""
     file: str
     size: tuple  # (height, width) of the photo as viewers show it
     boxes: torch.Tensor  # [n, 4] xyxy in its pixels

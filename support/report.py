@@ -55,26 +55,24 @@ def divergence(error, run):
     where = where_it_went_bad(run.model, *(x.to(run.args.device) for x in run.parts[-1][:2]))
     amp = " or give --no-amp" if run.args.amp else ""
     lr = run.optimizer.param_groups[0]["lr"]
-    return (f"The model diverged at step {run.step} (lr {lr:.2g}): {error}; {where}. Lower --lr{amp}: "
-            f"--resume {shlex.quote(str(run.folder))} with it goes on from the last checkpoint.")
+    return (f"The model diverged at step {run.step} (lr {lr:.2g}): {error}; {where}. Lower --lr{amp}, and "
+            f"go on from the last checkpoint: python train.py --resume {shlex.quote(str(run.folder))} "
+            f"--lr {run.args.lr / 10:g}")
 
 
 @torch.no_grad()
 def where_it_went_bad(model, images, mask):
     """The first layer to return numbers that are not finite; if none does, where gradients are not finite."""
-    bad = []
+    names, bad = {module: name for name, module in model.named_modules() if name}, []
 
-    def check(name):
-        def hook(module, inputs, output):
-            outputs = output if isinstance(output, (tuple, list)) else [output]
-            if any(isinstance(x, torch.Tensor) and not x.isfinite().all() for x in outputs):
-                bad.append(name)
-        return hook
+    def check(module, inputs, output):
+        outputs = output if isinstance(output, (tuple, list)) else [output]
+        tensors = [x for x in outputs if isinstance(x, torch.Tensor)]
+        if module in names and not all(x.isfinite().all() for x in tensors):
+            bad.append(names[module])
 
-    hooks = [module.register_forward_hook(check(name)) for name, module in model.named_modules() if name]
-    model(images, mask)
-    for hook in hooks:
-        hook.remove()
+    with torch.nn.modules.module.register_module_forward_hook(check):
+        model(images, mask)
     if bad:
         return f"first bad layer {bad[0]}"
     # Backward runs from the end, so the last of them went bad first
@@ -94,15 +92,15 @@ def announce(model, datasets, request, train_step):
           f"on {args.device}{amp}")
     for split, d in datasets.items():
         print(f"{split:8} {d.name}: {len(d)} images, {d.num_boxes} boxes, at most {d.max_boxes} in an image")
-        for note in d.notes:
-            print(f"         note: {note}")
+        print("".join(f"         note: {note}\n" for note in d.notes), end="")
     print(f"classes  {len(train_set.class_names)}: {', '.join(train_set.class_names)}")
     print(f"run      {args.steps} steps of {args.batch_size} images = "
           f"{args.steps * args.batch_size / len(train_set):.1f} epochs, lr {args.lr:g} ({args.schedule}), "
           f"seed {args.seed}")
     seconds, queries = try_out(model, train_set, args, train_step, request.module.__file__)
-    print(f"time     about {math.ceil(seconds * (args.steps - done) / 60)} minutes, and the evaluations; "
-          f"memory {machine.peak_memory(args.device)} for the largest possible batch")
+    minutes = max(1, math.ceil(seconds * (args.steps - done) / 60))
+    print(f"time     about {minutes} minute{'s' * (minutes > 1)}, and the evaluations; memory "
+          f"{machine.peak_memory(args.device)} for the largest possible batch")
     for warning in warnings(model, train_set, args, queries):
         print(f"WARNING  {warning}")
 
@@ -114,8 +112,7 @@ def warnings(model, train_set, args, queries):
                "be found. Raise --option num_queries=N.")
     published = model.recipe.get("batch_size", 0)
     if args.preset == "paper" and args.lr == model.recipe.get("lr") and args.batch_size < published:
-        yield (f"lr {args.lr:g} was published for batches of {published} images, yours have "
-               f"{args.batch_size}: lower --lr.")
+        yield f"lr {args.lr:g} is for batches of {published} images; yours have {args.batch_size}: lower it."
     if args.preset == "paper" and args.steps < 100_000 and not args.init:
         yield (f"the transformer starts from random weights and gets {args.steps} steps. DETR needs "
                "more than 100,000 of them: expect AP near 0.")
@@ -166,7 +163,6 @@ def collapse_line(metrics, num_classes):
     images, queries, classes = (metrics[k] for k in ("spread_images", "spread_queries", "classes_predicted"))
     line = (f"boxes vary by {images:.3f} between images and {queries:.3f} between queries; {classes} of "
             f"{num_classes} classes reach a score of 0.3")
-    if min(images, queries) < 0.005:
-        line += ("\n  COLLAPSED: the same boxes everywhere. Usual early on; if it stays, the model is "
-                 "undertrained (see README) or its features do not depend on the image.")
-    return line
+    advice = ("\n  COLLAPSED: the same boxes everywhere. Usual early on; if it stays, the model is "
+              "undertrained (see README), or its features do not depend on the image.")
+    return line + advice * (min(images, queries) < 0.005)

@@ -29,7 +29,7 @@ class Run:
     best     the highest AP so far, -1 before the first evaluation
     metrics  of the last evaluation; {} before the first one
     window   what was logged of each step since the last line of log.jsonl
-    judged   the step of the last evaluation or of this start
+    judged   the step of the last evaluation
     learned  evaluations in a row, since this start, in which AP was as good as 1
     parts    the batch of this step, kept for the message of a divergence
     """
@@ -43,10 +43,10 @@ class Run:
         self.identity = {"class_names": train_set.class_names, "category_ids": train_set.category_ids,
                          "num_images": len(train_set), "held_out": datasets["val"].held_out}
         self.steps_per_epoch = len(train_set) // self.args.batch_size
-        start = resumed or dict(step=0, best=-1.0, seconds=0.0, window=[], metrics={}, scaler={})
-        self.step, self.best, self.window, self.metrics = (
-            start[name] for name in ("step", "best", "window", "metrics"))
-        self.judged, self.started = self.step, time.time() - start["seconds"]
+        start = resumed or dict(step=0, judged=0, best=-1.0, seconds=0.0, window=[], metrics={}, scaler={})
+        self.step, self.judged, self.best, self.window, self.metrics = (
+            start[name] for name in ("step", "judged", "best", "window", "metrics"))
+        self.started = time.time() - start["seconds"]
         if start["scaler"]:
             self.scaler.load_state_dict(start["scaler"])
         self.folder = Path(resumed["path"]).parent if resumed else None
@@ -55,11 +55,15 @@ class Run:
             self.describe()
             self.save("last.pt")  # so that there is always something to go on from
         self.folder = machine.gather(self.folder)[0]
-        self.log_file = open_log(self.folder / "log.jsonl", self.step) if machine.RANK == 0 else None
+        if machine.RANK == 0:
+            self.log_file = open_log(self.folder / "log.jsonl", self.step, self.judged)
 
     @contextlib.contextmanager
     def underway(self):
-        """Around the loop: a progress bar, Ctrl-C, and at the end what became of the run."""
+        """Around the loop: a progress bar, Ctrl-C, and at the end what became of the run.
+
+        A run that an error ends, such as an image that cannot be read, is saved first.
+        """
         self.bar = tqdm(total=self.args.steps, initial=self.step, unit="step", dynamic_ncols=True,
                         disable=True if machine.RANK else None)
         for number in machine.STOP_SIGNALS:
@@ -68,8 +72,11 @@ class Run:
             yield
         except FloatingPointError as error:
             raise UserError(divergence(error, self))
-        except (RuntimeError, EOFError, OSError):  # a scheduler may also end the processes that load images
-            if not self.signals:
+        except (UserError, RuntimeError, EOFError, OSError, MemoryError):
+            if not self.signals:  # a scheduler may also end the processes that load images
+                self.save("last.pt")
+                self.bar.write(f"Saved at step {self.step}. When the error below is fixed, resume with: "
+                               f"{self.command}", file=sys.stderr)
                 raise
         finally:
             self.bar.close()
@@ -92,21 +99,22 @@ class Run:
 
     def finish(self):
         """Prints how it ended. Raises UserError with the command to go on if the run was stopped."""
-        due = self.step % self.args.eval_every == 0 or self.step == self.args.steps
-        interrupted = due and self.judged != self.step  # then last.pt stays, and --resume evaluates again
-        if interrupted or self.step < self.args.steps and not self.is_learned():
-            if not interrupted:
-                self.save("last.pt")
-            message = (f"Stopped at step {self.step} of {self.args.steps}, nothing is lost. Go on with: "
-                       f"python train.py --resume {shlex.quote(str(self.folder))}")
-            raise UserError(message) if machine.RANK == 0 else SystemExit(1)
+        learned = self.is_learned()
+        if self.evaluation_is_due() or self.step < self.args.steps and not learned:
+            self.save("last.pt")
+            message = f"Stopped at step {self.step} of {self.args.steps}, nothing is lost. Resume with: "
+            raise UserError(message + self.command) if machine.RANK == 0 else SystemExit(1)
         print(metrics_table(self.metrics))
-        if self.is_learned():
+        if learned:
             print(f"Stopped at step {self.step} of {self.args.steps}: AP was 1 in {self.learned} evaluations "
                   "in a row, which is all that --overfit can show. Model and data are fine.")
         minutes = (time.time() - self.started) / 60
         print(f"{minutes:.1f} minutes, peak memory {machine.peak_memory(self.args.device)}. Best AP "
               f"{self.best:.3f}. In {self.folder}: best.pt, last.pt, log.jsonl, curves.png, predictions.png")
+
+    @property
+    def command(self):
+        return f"python train.py --resume {shlex.quote(str(self.folder))}"
 
     # ---- What happened ----
     def log(self, step, losses):
@@ -121,9 +129,14 @@ class Run:
             self.bar.set_postfix_str(f"loss {loss:.2f}, gradient {gradient:.1f}, AP {max(self.best, 0):.3f}")
             self.window = []
 
-    def evaluated(self, step, metrics, predictions):
+    def evaluation_is_due(self):
+        """Whether this step ends with an evaluation that has not been made yet."""
+        last = self.step % self.args.eval_every == 0 or self.step == self.args.steps
+        return last and self.judged != self.step
+
+    def evaluated(self, metrics, predictions):
         """Writes the numbers, keeps the best weights and the last, draws predictions and curves."""
-        self.metrics, self.judged = metrics, step
+        self.metrics, self.judged = metrics, self.step
         self.learned = self.learned + 1 if metrics["AP"] >= LEARNED[0] else 0
         self.write(eval=metrics)
         improved, self.best = metrics["AP"] >= self.best, max(self.best, metrics["AP"])
@@ -131,7 +144,7 @@ class Run:
             self.save("best.pt")
         self.save("last.pt")
         if machine.RANK == 0:
-            self.bar.write(f"step {step}: AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f}; "
+            self.bar.write(f"step {self.step}: AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f}; "
                            + collapse_line(metrics, len(self.val_set.class_names)))
             pictures.draw_predictions(self.val_set, predictions, self.folder / "predictions.png")
             pictures.draw_curves(self.folder / "log.jsonl", self.folder / "curves.png")
@@ -139,15 +152,16 @@ class Run:
     # ---- Files ----
     def write(self, **line):
         if machine.RANK == 0:
-            seconds = time.time() - self.started
-            self.log_file.write(json.dumps({"step": self.step, "seconds": seconds, **line}) + "\n")
+            line = {"step": self.step, "seconds": time.time() - self.started, **line}
+            self.log_file.write(json.dumps(line) + "\n")
 
     def save(self, name):
         if machine.RANK == 0:
             save(self.folder / name, {
                 "format": FORMAT, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "step": self.step, "best": self.best,
-                "seconds": time.time() - self.started, "window": self.window, "metrics": self.metrics,
+                "scaler": self.scaler.state_dict(), "step": self.step, "judged": self.judged,
+                "best": self.best, "seconds": time.time() - self.started, "window": self.window,
+                "metrics": self.metrics,
                 "args": vars(self.args), "model_options": self.model_options, **self.identity})
 
     def describe(self):
@@ -163,14 +177,11 @@ class Run:
 def means(window):
     """{name: mean} of what steps logged; "skipped" is the share of them that --amp skipped in float16.
 
-    Not every step has all: a skipped one has no gradient norm, and a model file may have been changed, and
-    have other losses, since the run was stopped.
+    A step need not have every name: a skipped one has no gradient norm.
     """
-    means = {}
-    for name in window[-1]:
-        values = [step[name] for step in window if math.isfinite(step.get(name, math.inf))]
-        if values:
-            means[name] = sum(values) / len(values)
+    values = {name: [step[name] for step in window if math.isfinite(step.get(name, math.inf))]
+              for name in window[-1]}
+    means = {name: sum(numbers) / len(numbers) for name, numbers in values.items() if numbers}
     if skipped := sum(not math.isfinite(step.get("grad_norm", 0)) for step in window):
         means["skipped"] = skipped / len(window)
     return means
@@ -194,13 +205,14 @@ def claim_folder(args, module):
                     "--resume, or give another folder")
 
 
-def open_log(path, step):
-    """log.jsonl to write on, without what a killed run wrote after the checkpoint it now goes on from."""
+def open_log(path, step, judged):
+    """log.jsonl to write on, without what a killed run wrote after the checkpoint that it resumes from."""
     kept = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError):  # cut off, or not ours
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            line = json.loads(text)
+            if line["step"] <= (judged if "eval" in line else step):
+                kept.append(text + "\n")
     Path(f"{path}.tmp").write_text("".join(kept))
     os.replace(f"{path}.tmp", path)
     return open(path, "a", buffering=1)

@@ -1,12 +1,19 @@
-"""Small data sets written on the spot, for tests of any topic."""
+"""Data sets written on the spot: small ones for tests of any topic, large ones to measure.
+
+    python -m tests.folders COCO DIR    writes a set of COCO's size and measures how it is read; or YOLO
+"""
 import json
+import resource
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torchvision.ops import box_convert
 
-from support import one_line
+from support import data, one_line
 
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]  # not sorted, not from 0, not without gaps
 TRAIN = [[10, 8, 20, 16], [30, 4, 12, 30], None]  # the box of each image, [x, y, width, height]
@@ -43,8 +50,7 @@ def write_split(json_path, image_folder, boxes):
     contents = annotations_of(boxes)
     for image, box in zip(contents["images"], boxes):
         write_image(image_folder / image["file_name"], box=box)
-    json_path.parent.mkdir(parents=True, exist_ok=True)
-    json_path.write_text(json.dumps(contents))
+    write_json(json_path, contents)
 
 
 def coco_folder(folder, train=TRAIN, val=VAL):
@@ -88,55 +94,6 @@ def small_coco(folder, images=3, bbox=(4, 4, 20, 20), **changes):
     return folder
 
 
-# ---- VOC -------------------------------------------------------------------------------------------------
-def voc_box(x0, y0, x1, y1):
-    return f"<bndbox><xmax>{x1}</xmax><xmin>{x0}</xmin><ymin>{y0}</ymin><ymax>{y1}</ymax></bndbox>"
-
-
-def voc_text(objects, filename="b.png", width=64, height=48):
-    """One VOC file; objects: (class, xmin, ymin, xmax, ymax), perhaps "difficult". Each also has a part."""
-    part = f"<part><name>head</name>{voc_box(1, 1, 3, 3)}</part>"
-    items = [f"<object><name>{name}</name><difficult>{len(rest)}</difficult>{voc_box(*box)}{part}</object>"
-             for name, *box, rest in ((*thing[:5], thing[5:]) for thing in objects)]
-    size = f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
-    return f"<annotation><filename>{filename}</filename>{size}{''.join(items)}</annotation>"
-
-
-VOC_TRAIN = {
-    "b": [("dog", 11, 9, 30, 24)],
-    "a.x": [("cat", 1, 1, 64, 48), ("dog", 3, 3, 9, 9, "difficult")],
-    "c": [],
-}
-VOC_VAL = {"d": [("cat", 5, 6, 14, 25)]}
-
-
-def write_voc(xml_folder, image_folder, contents):
-    for stem, objects in contents.items():
-        write_image(image_folder / f"{stem}.png", box=[10, 8, 20, 16] if stem == "b" else None)
-        xml_folder.mkdir(parents=True, exist_ok=True)
-        (xml_folder / f"{stem}.xml").write_text(voc_text(objects, f"{stem}.png"))
-
-
-# ---- YOLO ------------------------------------------------------------------------------------------------
-def yolo_folder(folder, train="images/train", val="images/val", data_yaml="names: [dog, cat]"):
-    """The data set of coco_folder as YOLO's; train, val: where the images are, None: not at all."""
-    for place, boxes in ((train, TRAIN), (val, VAL)):
-        for k, box in enumerate(boxes if place else (), 1):
-            write_image(folder / place / f"{k}.png", box=box)
-            if box:
-                x, y, w, h = box
-                shares = (x + w / 2) / 64, (y + h / 2) / 48, w / 64, h / 48
-                write_label(folder / place.replace("images", "labels") / f"{k}.txt", [(k + 1) % 2, *shares])
-    (folder / "data.yaml").write_text(data_yaml)
-    return folder
-
-
-def write_label(path, *lines):
-    """A label file of these lines, each a list of numbers."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(" ".join(map(str, line)) + "\n" for line in lines))
-
-
 # ---- What comes out --------------------------------------------------------------------------------------
 def bright(image):
     """(x0, y0, x1, y1) around the pixels that are nearer to white than to black; None without any."""
@@ -168,13 +125,54 @@ def assert_one_line(error, *words):
         assert word in message, f"the message should name {word!r}: {message}"
 
 
-def mutate_bytes(content, rng):
-    """Cut short, a part left out or repeated, some bytes replaced, or nothing but zeros."""
-    kind, a, b = rng.random(), *sorted(rng.randrange(len(content) + 1) for _ in range(2))
-    if kind < 0.6:
-        changed = bytearray(content)
-        for _ in range(rng.choice([1, 1, 2, 5, 50])):
-            changed[rng.randrange(len(content))] = rng.randrange(256)
-        return bytes(changed)
-    return content[:a] if kind < 0.75 else content[:a] + content[b:] if kind < 0.85 else \
-        content[:b] + content[a:] if kind < 0.97 else bytes(len(content))
+# ---- As large as COCO ------------------------------------------------------------------------------------
+def write_large(folder, form):
+    """COCO: as many images, boxes and outlines as train2017 has. YOLO: 50,000 images with 7 boxes each."""
+    sizes = {"COCO": (118_000, 860_000, "{}2017"), "YOLO": (50_000, 350_000, "images/{}")}
+    images, boxes, place = sizes[form]
+    write_image(folder / "x.jpg")
+    photo, draw = (folder / "x.jpg").read_bytes(), np.random.default_rng(0)
+    corners = draw.uniform(0, 20, (boxes, 4)).round(2).tolist()
+    outline = draw.uniform(100, 480, 50).round(2).tolist()
+    for split, n in (("train", images), ("val", 1)):
+        (folder / place.format(split)).mkdir(parents=True)
+        for i in range(n):
+            (folder / place.format(split) / f"{i:012d}.jpg").write_bytes(photo)
+        some = list(enumerate(corners if split == "train" else corners[:1]))
+        if form == "COCO":
+            write_json(folder / f"annotations/instances_{split}2017.json", {
+                "images": [{"id": i, "file_name": f"{i:012d}.jpg", "width": 64, "height": 48,
+                            "coco_url": f"http://images.cocodataset.org/{i:012d}.jpg"} for i in range(n)],
+                "annotations": [{"segmentation": [outline], "area": 9.5, "iscrowd": 0, "image_id": k % n,
+                                 "bbox": [*box[:2], box[2] + 1, box[3] + 1], "category_id": k % 80, "id": k}
+                                for k, box in some],
+                "categories": [{"id": k, "name": f"class {k}"} for k in range(80)]})
+            continue
+        lines = [[] for _ in range(n)]
+        for k, (x, y, w, h) in some:
+            lines[k % n].append([k % 80, 0.2 + x / 64, 0.2 + y / 48, w / 64 + 0.01, h / 48 + 0.01])
+        for i, found in enumerate(lines):
+            write_label(folder / f"labels/{split}/{i:012d}.txt", *found)
+    if form == "YOLO":
+        (folder / "data.yaml").write_text(f"names: {[f'class {k}' for k in range(80)]}")
+
+
+def write_json(path, contents):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(contents))
+
+
+def write_label(path, *lines):
+    """A label file of YOLO: each line a list of numbers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(" ".join(map(str, line)) + "\n" for line in lines))
+
+
+if __name__ == "__main__":
+    form, folder = sys.argv[1], Path(sys.argv[2])
+    if not folder.exists():
+        write_large(folder, form)
+    start = time.process_time()
+    count, seconds = len(data.load(folder)["train"]), time.process_time() - start
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"{count} images in {seconds:.1f} CPU seconds, at most {memory:.2f} GB of memory")

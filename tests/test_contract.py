@@ -155,8 +155,7 @@ def test_a_real_backbone_sees_padding_only_in_the_cells_near_the_images_edge():
 # ---- torch.compile and torch.export: one model of each family ----------------------------------------------
 FAMILIES = {
     "detr": {"last_stage": 3, "dec_layers": 1},  # with a real backbone, which is the same text in all files
-    "smca_detr": {"dec_layers": 1},
-    "sqr": {"recurrent": True, "two_stage": True, "num_feature_levels": 1, "enc_points": 1, "dec_points": 1},
+    "deformable_detr": {"two_stage": True, "num_feature_levels": 1, "enc_points": 1, "dec_layers": 1},
     "sam_detr": {"smca": True, "dec_layers": 1},
     "adamixer": {"dec_layers": 1},
 }
@@ -166,7 +165,7 @@ def of_family(name):
     return shake((tiny if name == "detr" else quick)(name, **FAMILIES[name])).eval()
 
 
-@pytest.mark.parametrize("name", ["detr", "smca_detr", "sqr"])
+@pytest.mark.parametrize("name", ["detr", "deformable_detr", "sam_detr"])
 def test_torch_compile_gives_the_same_numbers_in_one_graph(name):
     model, inputs = of_family(name), batch()
     expected = predict(model)
@@ -176,7 +175,7 @@ def test_torch_compile_gives_the_same_numbers_in_one_graph(name):
         torch.testing.assert_close(compiled[key], expected[key], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sqr", "sam_detr", "adamixer"])
+@pytest.mark.parametrize("name", ["deformable_detr", "sam_detr", "adamixer"])
 def test_torch_export_takes_any_number_of_images_of_any_size(name):
     """As long as the maps have more than one cell. DETR is in test_export.py."""
     model = of_family(name)

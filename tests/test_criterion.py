@@ -64,7 +64,7 @@ def test_every_stage_is_matched_by_itself():
     criterion, out, wanted = train.SetCriterion(FOCAL), predictions(S=5), targets([2, 0, 3])
     together = criterion.match(out["logits"], out["boxes"], wanted)
     for stage in range(5):
-        alone, = criterion.match(out["logits"][stage:stage + 1], out["boxes"][stage:stage + 1], wanted)
+        alone = criterion.match(out["logits"][stage], out["boxes"][stage], wanted)
         assert [[a.tolist() for a in p] for p in together[stage]] == [[a.tolist() for a in p] for p in alone]
 
 

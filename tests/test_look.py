@@ -30,7 +30,7 @@ def run(name, option=""):
 
 
 def layers(model, kind):
-    return {part: module for part, module in model.named_modules() if type(module).__name__ == kind}
+    return {part: module for part, module in model.named_modules() if type(module).__name__.endswith(kind)}
 
 
 # ---- Arrays ------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import random
 import shutil
 import signal
 import time
-from functools import partial
 
 import pytest
 import torch
@@ -42,21 +41,18 @@ def straight(tmp_path_factory):
     return weights_of(folder / "run")
 
 
-def stop_after_three_steps(process, log, group):
-    """Sends it SIGINT, as Ctrl-C does, or SIGTERM to its whole process group, as a scheduler does."""
-    while not (log.exists() and log.read_text().count("\n") >= 3) and process.is_alive():
-        time.sleep(0.02)
-    if group:
-        os.killpg(process.pid, signal.SIGTERM)
-    else:
-        os.kill(process.pid, signal.SIGINT)
+@pytest.mark.parametrize("kill, number", [(os.kill, signal.SIGINT), (os.killpg, signal.SIGTERM)])
+def test_a_stopped_run_saves_and_resume_gives_the_very_same_weights(kill, number, straight, tmp_path):
+    """To the last bit (CPU): Ctrl-C, and a scheduler's signal, which ends the loading processes as well."""
+    log = tmp_path / "stopped/log.jsonl"
 
+    def stop_after_three_steps(process):
+        while not (log.exists() and log.read_text().count("\n") >= 3) and process.is_alive():
+            time.sleep(0.02)
+        kill(process.pid, number)
 
-@pytest.mark.parametrize("group", [False, True])
-def test_a_stopped_run_saves_and_resume_gives_the_very_same_weights(group, straight, tmp_path):
-    """As if it had never been stopped, to the last bit (CPU), also if the loading processes ended."""
-    done = run(*FLAGS, "--out", "stopped", "--log-every", "1", cwd=tmp_path, meanwhile=partial(
-        stop_after_three_steps, log=tmp_path / "stopped/log.jsonl", group=group))
+    flags = [*FLAGS, "--out", "stopped", "--log-every", "1"]
+    done = run(*flags, cwd=tmp_path, meanwhile=stop_after_three_steps)
     assert done.returncode == 1 and "--resume stopped" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
     assert weights_of(tmp_path / "stopped")["step"] >= 3
@@ -132,26 +128,52 @@ def test_a_run_that_was_killed_after_its_last_checkpoint_prints_its_table(folder
     assert f"AP         {weights_of(folder / 'run')['metrics']['AP']:6.3f}" in capsys.readouterr().out
 
 
-def test_an_evaluation_that_a_scheduler_interrupts_comes_again(folder, monkeypatch):
-    before, evaluate = weights_of(folder / "run"), train.evaluate
-    handlers = {number: signal.getsignal(number) for number in (*train.machine.STOP_SIGNALS, signal.SIGCHLD)}
+def killed_worker(*_):
+    raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
 
-    def interrupted(*_):
-        os.kill(os.getpid(), signal.SIGTERM)
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
-    monkeypatch.setattr(train, "evaluate", interrupted)
-    with pytest.raises(UserError, match="Stopped at step 6 of 6.* --resume run"):
+
+def terminated(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    killed_worker()
+
+
+@pytest.mark.parametrize("happens, error, words", [
+    (terminated, UserError, "Stopped at step 6 of 6.* --resume run"),
+    (killed_worker, RuntimeError, "is killed by signal"),
+])
+def test_a_run_whose_evaluation_is_interrupted_is_saved(happens, error, words, folder, monkeypatch):
+    handlers = {number: signal.getsignal(number) for number in (*train.machine.STOP_SIGNALS, signal.SIGCHLD)}
+    with monkeypatch.context() as patch, pytest.raises(error, match=words):
+        patch.setattr(train, "evaluate", happens)
         resume("--steps", 6)
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    assert weights_of(folder / "run")["step"] == before["step"] == 4
-    monkeypatch.setattr(train, "evaluate", evaluate)
-    resume("--steps", 6)
+    assert weights_of(folder / "run")["step"] == 6
+    resume()
     steps = [json.loads(line)["step"] for line in (folder / "run/log.jsonl").read_text().splitlines()]
     assert steps[-1] == 6 and steps.count(6) == 2, "a line of the training, and one of the evaluation"
 
 
-def test_rates_given_on_resume_take_effect(folder):
+def test_an_image_that_cannot_be_read_ends_the_run_but_loses_nothing(folder, capsys):
+    """The message names the image; what was trained is saved, and the run resumes once the image is back."""
+    image = sorted((folder / "set/train").iterdir())[0]
+    content = image.read_bytes()
+
+    def step(self, *_, original=train.Run.log):
+        original(self, *_)
+        image.write_bytes(content[:50])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=image.name):
+        patch.setattr(train.Run, "log", step)
+        resume("--steps", 40, "--eval-every", 40, "--workers", 0)
+    assert "--resume run" in capsys.readouterr().err
+    reached = weights_of(folder / "run")["step"]
+    assert 4 < reached < 40
+    image.write_bytes(content)
+    resume("--steps", reached + 1, "--eval-every", 40)
+
+
+def test_rates_given_on_resume_take_effect_and_losses_may_have_changed(folder):
+    torch.save({**weights_of(folder / "run"), "window": [{"total": 1.0}, {"new": 3}]}, "run/last.pt")
     resume("--steps", 5, "--lr", 1e-5, "--lr-backbone", 2e-6, "--weight-decay", 0.5, "--warmup", 0)
     last = weights_of(folder / "run")
     groups = {group["part"]: group for group in last["optimizer"]["param_groups"]}
@@ -229,12 +251,6 @@ def test_weights_and_optimisers_of_another_model_are_refused(folder):
     torch.save(content, "run/last.pt")
     with pytest.raises(UserError, match="its optimiser is for other groups of parameters"):
         resume("--steps", 9)
-
-
-def test_losses_may_change_between_two_logged_lines(folder):
-    """The model file was edited after the run was stopped."""
-    torch.save({**weights_of(folder / "run"), "window": [{"total": 1.0}, {"new": 3}]}, "run/last.pt")
-    resume("--steps", 5)
 
 
 def test_a_save_that_fails_leaves_the_old_file_and_no_half_one(folder, monkeypatch):

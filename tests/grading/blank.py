@@ -1,12 +1,10 @@
 """Take a block out of a file, for somebody to write it again.
 
-    python -m tests.grading.blank conditional_detr.py SpatialQuery > my_detr.py
+    python -m tests.grading.blank conditional_detr.py concat_heads > work/my_detr.py
 
-A function or method (CLASS.METHOD) keeps its docstring and loses the rest; of a class all methods do but
-__init__, because parameters must exist for weights to be loaded. Several blocks may be named.
-docs/exercises.md proposes some.
+A function or method (CLASS.METHOD) keeps its docstring and loses the rest. Of a class all methods do, except
+for __init__, because parameters must exist for weights to be loaded. docs/exercises.md proposes some blocks.
 """
-
 import argparse
 import ast
 from pathlib import Path
@@ -16,10 +14,9 @@ def functions(tree, name):
     """The functions that a block consists of. Raises ValueError that lists what there is."""
     found = {node.name: node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
     of, _, method = name.partition(".")
-    block = found.get(of)
-    if isinstance(block, ast.FunctionDef) and not method:
-        return [block]
-    methods = [node for node in getattr(block, "body", []) if isinstance(node, ast.FunctionDef)]
+    if isinstance(found.get(of), ast.FunctionDef) and not method:
+        return [found[of]]
+    methods = [node for node in getattr(found.get(of), "body", []) if isinstance(node, ast.FunctionDef)]
     chosen = [node for node in methods if (node.name == method if method else node.name != "__init__")]
     if not chosen:
         raise ValueError(f"no block {name!r}; there are {', '.join(found)}, and methods as CLASS.METHOD")
@@ -42,9 +39,7 @@ def blank(text, *names):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("file")
     parser.add_argument("block", nargs="+", help="function, class, or CLASS.METHOD")
     args = parser.parse_args()

@@ -1,29 +1,25 @@
 """Grade a folder of submissions:  python -m tests.grading.class_of FOLDER --like conditional_detr
 
-Every .py file in FOLDER is one submission, and so is every folder in it that holds one (or one called
---name). Results go to FOLDER/grades.csv and FOLDER/grades/STUDENT.json, the latter as Gradescope's
-results.json. A file that is broken, hangs or crashes costs its own marks; the others go on. Every student
-has other weights and images, drawn from the name and --seed, so that the same student gets the same ones
-again.
+Every .py file in FOLDER is one submission, and so is every folder in it with one such file (or one called
+--name). Results go to FOLDER/grades.csv and, as Gradescope's results.json, to FOLDER/grades/STUDENT.json.
+Broken files cost their own marks; the others go on. Weights and images are drawn from the student's name and
+--seed, so that the same student gets the same ones again.
 """
-
 import argparse
 import csv
-import json
 import os
-import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tqdm import tqdm
 
-from tests.grading.grader import Grade, Verdict, grade, gradescope, marks_of
+from tests.grading.grader import SECONDS, all_lost, grade, marks_of, write_results
 from tests.grading.repeats import identical, repeated
 
 
 def submissions(folder, name=None):
-    """{student: file}; a folder with several files and none called `name` is left to a sentence."""
+    """({student: file}, {student: sentence about a folder that has several files or none})."""
     found, unclear = {}, {}
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name == "grades":
@@ -45,92 +41,64 @@ def seed_of(student, seed):
 
 def graded(student, file, args):
     try:
-        found = grade(
-            file, args.like, seed_of(student, args.seed), args.marks, args.seconds, threads=args.threads
-        )
-        warnings = repeated(file, args.like, args.exercise) if args.exercise else []
-        return found._replace(warnings=found.warnings + warnings)
+        found = grade(file, args.like, seed_of(student, args.seed), args.marks, args.seconds)
+        return found._replace(warnings=repeated(file, args.like, args.exercise))
     except Exception as error:  # whatever a file can do to us, the others are graded
-        return failed(file, args, f"{type(error).__name__}: {error}")
-
-
-def failed(file, args, why):
-    names = args.marks or marks_of(args.like)
-    return Grade(str(file), args.like, 0, {name: Verdict("lost", why) for name in names}, [], 0)
+        return all_lost(file, args.like, f"{type(error).__name__}: {error}", args.marks)
 
 
 def row(student, found):
     """A line of the table."""
-    same = identical(found.file, found.like) if os.path.isfile(found.file) else {}
-    marks = {
-        mark: points
-        if found.verdicts[mark].status == "met"
-        else (0 if found.verdicts[mark].status == "lost" else "not judged")
-        for mark, points in found.marks().items()
-    }
-    return {
-        "student": student,
-        "earned": found.points("met"),
-        "lost": found.points("lost"),
-        "not judged": found.points("unjudged"),
-        **marks,
-        "seed": found.seed,
-        "seconds": round(found.seconds),
-        "blocks like ours": f"{sum(same.values())} of {len(same)}",
-        "please look": "; ".join(found.warnings),
-    }
+    same = identical(found.file, found.like)
+    points = {mark: {"met": points, "lost": 0, "unjudged": "not judged"}[found.verdicts[mark].status]
+              for mark, points in found.marks().items()}
+    return {"student": student, "earned": found.points("met"), "lost": found.points("lost"),
+            "not judged": found.points("unjudged"), **points, "seed": found.seed,
+            "seconds": round(found.seconds), "blocks like ours": f"{sum(same.values())} of {len(same)}",
+            "please look": "; ".join(found.warnings)}
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def options(argv):
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--like", required=True, help="the file of ours that they are meant to equal")
-    parser.add_argument("--name", help="what the file is called, where submissions are folders")
+    parser.add_argument("--name", help="name of the file, where submissions are folders")
     parser.add_argument("--marks", nargs="+", help="only these marks (default: all)")
-    parser.add_argument(
-        "--exercise",
-        nargs="+",
-        default=[],
-        metavar="BLOCK",
-        help="what was to be written: warn where it is our code, word for word",
-    )
+    parser.add_argument("--exercise", nargs="+", default=[], metavar="BLOCK",
+                        help="blocks that were to be written: warn where they are our code, word for word")
     parser.add_argument("--seed", type=int, default=0, help="other weights and images for everybody")
-    parser.add_argument("--seconds", type=int, default=120, help="time for each mark (default 120)")
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="files at a time (default: a core each)"
-    )
+    parser.add_argument("--seconds", type=int, default=SECONDS, help="processor time of a mark (default 60)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="files at a time (default: cores)")
     args = parser.parse_args(argv)
-    args.threads = max(1, (os.cpu_count() or 1) // max(1, args.jobs))
     try:
         known = marks_of(args.like)
     except ValueError as error:
         parser.error(f"--like {error}")
     if unknown := set(args.marks or ()) - set(known):
         parser.error(f"--marks {', '.join(sorted(unknown))}: {args.like} has {', '.join(known)}")
-    if not args.folder.is_dir():
-        parser.error(f"{args.folder} is no folder")
-    files, unclear = submissions(args.folder, args.name)
-    if not files and not unclear:
+    args.files, args.unclear = submissions(args.folder, args.name) if args.folder.is_dir() else ({}, {})
+    if not args.files and not args.unclear:
         parser.error(f"{args.folder} has no submissions: neither .py files nor folders with one")
+    return args
+
+
+def main(argv=None):
+    args = options(argv)
     out = args.folder / "grades"
     out.mkdir(exist_ok=True)
-    found = {student: failed(args.folder / student, args, why) for student, why in unclear.items()}
+    found = {student: all_lost(args.folder / student, args.like, why, args.marks)
+             for student, why in args.unclear.items()}
     with ThreadPoolExecutor(max(1, args.jobs)) as pool:
-        running = {pool.submit(graded, student, file, args): student for student, file in files.items()}
+        running = {pool.submit(graded, student, file, args): student for student, file in args.files.items()}
         for future in tqdm(as_completed(running), total=len(running), unit="file", disable=None):
             found[running[future]] = future.result()
+        for student, one in found.items():
+            write_results(out / f"{student}.json", one)
     rows = [row(student, found[student]) for student in sorted(found)]
-    for student, one in found.items():
-        (out / f"{student}.json").write_text(json.dumps(gradescope(one), indent=1) + "\n", encoding="utf-8")
     with open(args.folder / "grades.csv", "w", newline="", encoding="utf-8") as table:
         writer = csv.DictWriter(table, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    for line in rows:
-        if line["please look"]:
-            print(f"please look at {line['student']}: this file {line['please look']}", file=sys.stderr)
     print(f"{len(rows)} submissions: {args.folder / 'grades.csv'}, and one JSON each in {out}")
 
 

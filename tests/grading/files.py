@@ -9,6 +9,7 @@ RECIPE = re.compile(r"^(from .*|    )?\bRECIPE\b", re.M)  # written here, or imp
 BUILD = re.compile(r"^def build\(", re.M)
 
 
+@lru_cache
 def model_files():
     """{name: path} of all files that keep the contract: they have a RECIPE and a build."""
     paths = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "relatives").glob("*.py"))]
@@ -33,5 +34,5 @@ def ours_named(name):
 def parent_of(name):
     """The file that a file is to be compared with or imports, according to its docstring, or None."""
     text = path_of(name).read_text(encoding="utf-8")
-    found = re.search(r"(?:Diff me against:?|imports its parents?,) (?:\w+/)*(\w+)\.py", text)
+    found = re.search(r"(?:Diff me against|imports its parents?)\b.*?(\w+)\.py", text, re.S)
     return found[1] if found else None

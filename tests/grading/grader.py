@@ -1,4 +1,4 @@
-"""Run the marks of tests/grading/marks.py on somebody's file, in a process of its own (tests/grading/child.py).
+"""Run the marks on somebody's file, in a process of its own (child.py).
 
 The file may hang, leave Python, print without end or ask for all memory. That costs one mark, and the next
 process judges the others. Nothing here stops a person who means to cheat: docs/teaching.md says what helps.
@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.grading.files import ROOT, model_files, path_of
-from tests.grading.judge import BUILDS_ON, Failure, Verdict, settle
+from tests.grading.judge import BUILDS_ON, TOGETHER, Failure, Verdict, settle
 from tests.grading.repeats import repeated
 
 GIGABYTES = 4  # of memory beyond what torch itself takes
 SECONDS = 60  # of processor time for each mark; by the clock it may take four times as long
 
 # The marks of every file and their points. The first sentence of a mark's docstring describes it.
-SHARED = {"shapes": 1, "loading": 1, "independence": 1, "start": 1, "backbone": 1, "padding": 2, "positions": 2}
+SHARED = {"shapes": 1, "loading": 1, "independence": 1, "start": 1, "backbone": 1, "padding": 2,
+          "positions": 2}
 WHOLE = {"training": 1, "gradients": 2, "everything": 2, "official": 2}
 MARKS = {
     "detr": {**SHARED, "attention": 3, "queries": 1, "heads": 2, **WHOLE},
@@ -32,13 +33,13 @@ MARKS = {
     "deformable_detr": {**SHARED, "attention": 1, "sampling": 4, "references": 2, "heads": 2, "refinement": 3,
                         "two_stage": 3, **WHOLE},
     "sam_detr": {**SHARED, "attention": 2, "aligner": 4, "references": 2, "heads": 2, "smca": 2, **WHOLE},
-    "sqr": {**SHARED, "attention": 1, "sampling": 2, "references": 1, "heads": 1, "refinement": 2, "two_stage": 2,
-            "recollection": 4, "recurrent": 2, **WHOLE},
+    "sqr": {**SHARED, "attention": 1, "sampling": 2, "references": 1, "heads": 1, "refinement": 2,
+            "two_stage": 2, "recollection": 4, "recurrent": 2, **WHOLE},
     "train": {"matcher": 4, "pairing": 2, "class_loss": 4, "l1_loss": 2, "giou_loss": 2, "box_counts": 1,
               "stages": 1, "total": 1, "empty": 2, "proposals": 1, "criterion": 2},
 }
-RELATIVE = {"shapes": 1, "loading": 1, "independence": 1, "start": 2, "training": 2, "groups": 4, "gradients": 4,
-            "everything": 6, "official": 3}
+RELATIVE = {"shapes": 1, "loading": 1, "independence": 1, "start": 2, "training": 2, "groups": 4,
+            "gradients": 4, "everything": 6, "official": 3}
 
 
 def marks_of(like):
@@ -46,12 +47,10 @@ def marks_of(like):
     if like in MARKS:
         return MARKS[like]
     text = path_of(like).read_text(encoding="utf-8")
-    found = dict(RELATIVE)
-    if not re.search(r"num_groups|num_one2many", text):
-        del found["groups"]
+    without = {"groups"} if not re.search(r"num_groups|num_one2many", text) else set()
     if not (ROOT / "tests" / "golden" / f"{like}.json").exists():
-        del found["official"]
-    return found
+        without.add("official")
+    return {mark: points for mark, points in RELATIVE.items() if mark not in without}
 
 
 class Grade(NamedTuple):
@@ -69,42 +68,50 @@ class Grade(NamedTuple):
         return {mark: points for mark, points in marks_of(self.like).items() if mark in self.verdicts}
 
 
-def all_lost(file, like, why, names=None, seed=0):
+def all_lost(file, like, why, names=None):
     """The Grade of a file that cannot be judged."""
-    return Grade(str(file), like, seed, {name: Verdict("lost", why) for name in names or marks_of(like)}, [], 0)
+    return Grade(str(file), like, 0, {name: Verdict("lost", why) for name in names or marks_of(like)}, [], 0)
 
 
 def missing(file):
     """One sentence about a file that is not there."""
-    others = sorted(path.name for path in Path(file).parent.glob("*.py"))
-    there = f"there is {', '.join(others[:5])}" if others else "its folder has no .py file"
-    return f"{file}: no such file; {there}"
+    others = sorted(path.name for path in Path(file).parent.glob("*.py"))[:5]
+    return f"{file}: no such file; " + (f"there is {', '.join(others)}" if others else "there is no .py file")
 
 
-def grade(file, like, seed=0, names=None, seconds=SECONDS, threads=2):
+def grade(file, like, seed=0, names=None, seconds=SECONDS):
     """The Grade of a file. A mark is judged together with those that it builds on."""
     started, asked = time.monotonic(), list(names or marks_of(like))
     if not Path(file).is_file():
-        return all_lost(file, like, missing(file), asked, seed)
-    names = [mark for mark in marks_of(like) if mark in with_bases(asked)]
-    failures = {}  # {mark: None where it is met}
-    with tempfile.TemporaryDirectory() as folder:
-        copy = copied(Path(file).resolve(), Path(folder) / "submission")
-        while left := [name for name in names if name not in failures]:
-            job = dict(file=str(copy), like=like, seed=seed, names=left, seconds=seconds, threads=threads)
-            failures.update(judged_by_child(job, Path(folder)))
-    verdicts = settle({name: failures[name] for name in names})
+        return all_lost(file, like, missing(file), asked)
+    names = [mark for mark in marks_of(like) if mark in with_bases(asked, like)]
+    verdicts = settle(failures_of(file, like, seed, names, seconds))
+    for name, verdict in verdicts.items():  # the reason may be a mark that nobody asked for
+        reasons = [f": {v.why}" for other, v in verdicts.items() if v.status == "lost" and other not in asked]
+        if verdict.status == "unjudged" and reasons:
+            verdicts[name] = Verdict("unjudged", verdict.why + reasons[0])
     return Grade(str(file), like, seed, {name: verdicts[name] for name in asked}, repeated(file, like),
                  time.monotonic() - started)
 
 
-def with_bases(names):
+def failures_of(file, like, seed, names, seconds=SECONDS):
+    """{mark: Failure, or None where it is met}, from as many processes as the file ends."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copied(Path(file).resolve(), Path(folder) / "submission")
+        while left := [name for name in names if name not in found]:
+            job = dict(file=str(copy), like=like, seed=seed, names=left, seconds=seconds)
+            found.update(judged_by_child(job, Path(folder)))
+    return {name: found[name] for name in names}
+
+
+def with_bases(names, like):
     """These marks, and all that they build on."""
     found, left = set(), list(names)
     while left:
-        if (name := left.pop()) not in found:
+        if (name := left.pop().rstrip("!")) not in found:
             found.add(name)
-            left += BUILDS_ON.get(name, ())
+            left += marks_of(like) if name in TOGETHER else BUILDS_ON.get(name, ())
     return found
 
 
@@ -124,22 +131,21 @@ def judged_by_child(job, folder):
     with open(output, "wb") as sink:
         child = subprocess.Popen(
             [sys.executable, "-m", "tests.grading.child"], cwd=ROOT, stdin=subprocess.PIPE, stdout=sink,
-            stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+            stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
         try:
             child.communicate(json.dumps({**job, "report": str(report)}).encode(),
                               timeout=4 * job["seconds"] * (len(job["names"]) + 2))
         except (subprocess.TimeoutExpired, BrokenPipeError):
             pass
         kill(child)
-    found, names = {}, iter(job["names"])
-    for line in report.read_text(encoding="utf-8", errors="replace").splitlines():
-        failure = json.loads(line)
-        found[next(names)] = Failure(*failure) if failure else None
+    lines = [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()]
     why = why_ended(child.returncode, output, job["seconds"])
-    if not found and (folder / "cannot").exists():  # importing it has failed, and would fail again
-        return dict.fromkeys(job["names"], Failure((folder / "cannot").read_text(encoding="utf-8"), "stops"))
-    if len(found) < len(job["names"]):
-        found[next(names)] = Failure(why, "stops")
+    if not lines or lines[0]:  # the file cannot be imported, and that would not change
+        return dict.fromkeys(job["names"], Failure(lines[0] if lines else why, "stops"))
+    found = {name: line and Failure(*line) for name, line in zip(job["names"], lines[1:])}
+    for name in job["names"][len(found):][:1]:
+        found[name] = Failure(why, "stops")
     return found
 
 
@@ -147,10 +153,8 @@ def kill(child):
     """The process and whatever it has started."""
     try:
         os.killpg(child.pid, signal.SIGKILL)
-    except AttributeError:  # Windows has no groups
+    except (AttributeError, ProcessLookupError):  # Windows has no groups; or it has ended
         child.kill()
-    except ProcessLookupError:
-        pass
     child.wait()
 
 
@@ -158,11 +162,9 @@ def why_ended(code, output, seconds):
     """One sentence about a process that ended before its time."""
     if code in (-getattr(signal, name, 99) for name in ("SIGPROF", "SIGALRM", "SIGKILL", "SIGXCPU")):
         return f"takes longer than {seconds} seconds of processor time, or four times as long by the clock"
-    with open(output, "rb") as file:
-        file.seek(max(0, output.stat().st_size - 2000))
-        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    last = output.read_bytes()[-2000:].decode(errors="replace").strip().rpartition("\n")[2]
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
-    return f"ends Python ({how})" + (f"; its last line: {lines[-1][:200]}" if lines else "")
+    return f"ends Python ({how})" + (f"; its last line: {last[:200]}" if last else "")
 
 
 # ---- Results for people and programs -----------------------------------------------------------------------
@@ -173,39 +175,33 @@ def table(grade):
     columns = ("met", "lost", "unjudged")
     for mark, points in grade.marks().items():
         status, why = grade.verdicts[mark]
-        numbers = [points if status == column else "" for column in columns]
-        lines.append(f"  {mark:14}{numbers[0]:>7}{numbers[1]:>6}{numbers[2]:>12}   {why}".rstrip())
-    earned, lost, unjudged = (grade.points(column) for column in columns)
-    lines.append(f"  {'total':14}{earned:>7}{lost:>6}{unjudged:>12}   "
-                 f"{earned} of {earned + lost + unjudged} points")
+        a, b, c = (points if status == column else "" for column in columns)
+        lines.append(f"  {mark:14}{a:>7}{b:>6}{c:>12}   {why}".rstrip())
+    a, b, c = (grade.points(column) for column in columns)
+    lines.append(f"  {'total':14}{a:>7}{b:>6}{c:>12}   {a} of {a + b + c} points")
     return "\n".join(lines + [f"  please look: this file {warning}" for warning in grade.warnings])
 
 
 def asked_for():
     """{mark: the first paragraph of its docstring}, read and not imported: torch takes seconds."""
-    found = {}
-    for name in ("marks.py", "criterion_marks.py"):
-        for node in ast.parse((ROOT / "tests" / "grading" / name).read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.FunctionDef):
-                found[node.name] = " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
-    return found
+    texts = [(ROOT / "tests" / "grading" / f"{name}.py").read_text(encoding="utf-8")
+             for name in ("marks", "criterion_marks")]
+    return {node.name: " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
+            for text in texts for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
 
 
-def gradescope(grade, visibility="visible"):
+def gradescope(grade):
     """The dict of Gradescope's results.json: a test with points, sentence and visibility for every mark."""
     sentences, tests = asked_for(), []
     for mark, points in grade.marks().items():
         status, why = grade.verdicts[mark]
-        met = status == "met"
-        why = {"met": "met", "lost": f"lost: {why}", "unjudged": why}[status]
-        tests.append({"name": mark, "score": points if met else 0, "max_score": points,
-                      "status": "passed" if met else "failed", "output": f"{sentences[mark]}\n{why}",
-                      "visibility": visibility})
+        tests.append({"name": mark, "score": points if status == "met" else 0, "max_score": points,
+                      "status": "passed" if status == "met" else "failed", "visibility": "visible",
+                      "output": f"{sentences[mark]}\n{'lost: ' * (status == 'lost')}{why or 'met'}"})
     if grade.warnings:  # only the course's staff sees these
         tests.append({"name": "please look", "score": 0, "max_score": 0, "visibility": "hidden",
                       "output": "\n".join(f"This file {warning}." for warning in grade.warnings)})
     return {"score": grade.points("met"), "execution_time": round(grade.seconds), "tests": tests,
-            "visibility": visibility,
             "output": f"like {grade.like}, seed {grade.seed}; {grade.points('unjudged')} points not judged"}
 
 

@@ -5,40 +5,41 @@ only the first of them is lost, and those that build on it are not judged. Their
 """
 from typing import NamedTuple
 
-CONTRACT = ["shapes", "loading", "independence"]
+CONTRACT = ["shapes", "loading", "independence", "training!"]
 # These need all parts at once, so that they say nothing new where another mark fails
 TOGETHER = ("gradients", "everything", "official", "criterion")
+LOSSES = ("class_loss", "l1_loss", "giou_loss")
 # What a mark needs before it can be judged. "attention!" counts only if that failure is sure: a view without
 # any other part has shown it. So two marks may need each other's part, and the evidence decides.
+HEADS = [*CONTRACT, "heads"]
 BUILDS_ON = {
     "loading": ["shapes"],
     "independence": ["shapes"],
     "start": CONTRACT,
-    "training": CONTRACT,
+    "training": [*CONTRACT, "attention"],
     "heads": CONTRACT,
-    "queries": [*CONTRACT, "heads", "attention!", "positions!"],
-    "attention": [*CONTRACT, "heads", "queries", "backbone", "references"],
-    "backbone": [*CONTRACT, "heads", "attention!", "sampling"],
-    "sampling": [*CONTRACT, "heads", "attention!", "backbone!"],
-    "padding": [*CONTRACT, "heads", "attention", "backbone", "sampling"],
-    "positions": [*CONTRACT, "heads", "attention", "backbone", "sampling", "queries"],
-    "references": [*CONTRACT, "heads", "attention!"],
-    "spatial_query": [*CONTRACT, "heads", "attention", "backbone", "positions", "references!"],
-    "aligner": [*CONTRACT, "heads", "attention", "backbone", "references"],
-    "smca": [*CONTRACT, "aligner", "heads", "backbone", "attention", "references"],
-    "refinement": [*CONTRACT, "heads", "references", "attention", "training", "sampling", "recollection"],
-    "two_stage": [*CONTRACT, "heads", "references", "refinement", "backbone", "attention!", "training"],
-    "recollection": [*CONTRACT, "heads", "attention!", "training"],
-    "recurrent": [*CONTRACT, "heads", "attention!", "training", "recollection"],
+    "queries": [*HEADS, "attention!"],
+    "attention": [*HEADS, "queries", "backbone", "references"],
+    "backbone": [*HEADS, "attention!", "sampling"],
+    "sampling": [*HEADS, "attention!", "backbone!", "references"],
+    "references": [*HEADS, "attention!"],
+    "padding": [*HEADS, "attention", "backbone", "sampling"],
+    "positions": [*HEADS, "attention", "backbone", "sampling", "queries", "references", "spatial_query!"],
+    "spatial_query": [*HEADS, "attention", "backbone", "positions", "references"],
+    "aligner": [*HEADS, "attention", "backbone", "references", "positions"],
+    "smca": [*HEADS, "padding", "aligner", "backbone", "attention", "references"],
+    "recollection": [*HEADS, "attention!", "training"],
+    "recurrent": [*HEADS, "attention!", "training", "recollection"],
+    "refinement": [*HEADS, "references", "attention", "training", "sampling", "recollection"],
+    "two_stage": [*HEADS, "refinement", "backbone", "attention!", "training", "padding", "positions"],
     "groups": [*CONTRACT, "training"],
-    "class_loss": ["pairing"],
-    "l1_loss": ["pairing"],
-    "giou_loss": ["pairing"],
-    "stages": ["pairing", "l1_loss"],
-    "box_counts": ["pairing", "class_loss", "l1_loss", "giou_loss"],
-    "total": ["class_loss", "l1_loss", "giou_loss"],
-    "empty": ["class_loss", "l1_loss", "giou_loss"],
-    "proposals": ["total", "pairing", "class_loss", "l1_loss", "giou_loss"],
+    "pairing": ["matcher"],
+    **dict.fromkeys(LOSSES, ["pairing"]),
+    "stages": ["pairing", *LOSSES],
+    "total": [*LOSSES],
+    "empty": ["stages", *LOSSES],
+    "box_counts": ["pairing", "empty", *LOSSES],
+    "proposals": ["pairing", "total", "empty", *LOSSES],
 }
 
 
@@ -72,24 +73,27 @@ def settle(failures):
             return [belongs] if belongs != mark else []
         if mark in TOGETHER:
             return [name for name in failed if name not in TOGETHER]
-        bases = [*CONTRACT, "heads"] if kind == "sure" else BUILDS_ON.get(mark, ())
+        bases = BUILDS_ON.get(mark, ())
+        if kind == "sure":
+            bases = CONTRACT if mark == "training" else HEADS
         if kind == "loading" and mark != "loading":
             bases = CONTRACT
-        return [base for base in map(str, bases) if base.rstrip("!") in failed and base != mark
+        return [base.rstrip("!") for base in bases if base.rstrip("!") in failed and base.rstrip("!") != mark
                 and (base[-1] != "!" or failed[base[:-1]].kind == "sure")]
+
+    def roots(mark, seen=()):
+        """The marks that are lost themselves and come before it, or it alone."""
+        first = [base for base in before(mark) if base not in seen]
+        return list(dict.fromkeys(root for base in first for root in roots(base, (*seen, mark)))) or [mark]
 
     verdicts = {}
     for mark in failures:
-        first = [base.rstrip("!") for base in before(mark)] if mark in failed else []
-        while again := [base for base in first if before(base)]:  # down to those that are lost themselves
-            first = [base for base in first if base not in again] + [
-                base.rstrip("!") for name in again for base in before(name)]
-        if mark not in failed:
+        first = roots(mark) if mark in failed else []
+        if not first:
             verdicts[mark] = Verdict("met")
-        elif first:
-            names = list(dict.fromkeys(f"`{base}`" for base in first))
-            verdicts[mark] = Verdict("unjudged", f"not judged before {', '.join(names[:3])} "
-                                                 f"{'is' if len(names) == 1 else 'are'} met")
-        else:
+        elif first == [mark]:
             verdicts[mark] = Verdict("lost", failed[mark].sentence)
+        else:
+            names = ", ".join(f"`{name}`" for name in first[:3]) + (" is" if len(first) == 1 else " are")
+            verdicts[mark] = Verdict("unjudged", f"not judged before {names} met")
     return verdicts

@@ -2,7 +2,6 @@
 
 Not a sixth model, but a file to be graded: the marks must not depend on how our own files are built.
 """
-
 import math
 
 import torch
@@ -30,38 +29,29 @@ class Layer(nn.Module):
         return (self.norm3 if cross else self.norm2)(x + self.drop(y))
 
 
-class Stack(nn.Module):
-    def __init__(self, count, *sizes, cross):
-        super().__init__()
-        self.layers = nn.ModuleList([Layer(*sizes, cross) for _ in range(count)])
-        if cross:
-            self.norm = nn.LayerNorm(sizes[0])
-
-
 class Detector(nn.Module):
     def __init__(self, classes, backbone, width, heads, enc, dec, hidden, dropout, queries):
         super().__init__()
-        body = torchvision.models.get_model(
-            backbone, weights=None, norm_layer=torchvision.ops.FrozenBatchNorm2d
-        )
+        frozen = torchvision.ops.FrozenBatchNorm2d
+        body = torchvision.models.get_model(backbone, weights=None, norm_layer=frozen)
         channels = body.fc.in_features
         del body.fc, body.avgpool
-        for part in (body.conv1, body.layer1):
-            part.requires_grad_(False)
+        body.conv1.requires_grad_(False)
+        body.layer1.requires_grad_(False)
         self.backbone = nn.ModuleList([nn.ModuleDict({"body": body})])
         self.input_proj = nn.Conv2d(channels, width, 1)
         self.query_embed = nn.Embedding(queries, width)
-        sizes = (width, heads, hidden, dropout)
-        stacks = {"encoder": Stack(enc, *sizes, cross=False), "decoder": Stack(dec, *sizes, cross=True)}
-        self.transformer = nn.ModuleDict(stacks)
+        self.transformer = nn.ModuleDict({"encoder": nn.Module(), "decoder": nn.Module()})
+        for (name, part), count in zip(self.transformer.items(), (enc, dec)):
+            layers = [Layer(width, heads, hidden, dropout, cross=name == "decoder") for _ in range(count)]
+            part.layers = nn.ModuleList(layers)
+        self.transformer["decoder"].norm = nn.LayerNorm(width)
         for p in self.transformer.parameters():
             if p.dim() > 1:
                 nn.init.xavier_uniform_(p)
         self.class_embed = nn.Linear(width, classes + 1)
         self.bbox_embed = nn.Module()
-        self.bbox_embed.layers = nn.ModuleList(
-            [nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 4)]
-        )
+        self.bbox_embed.layers = nn.ModuleList([nn.Linear(width, size) for size in (width, width, 4)])
 
     def position(self, valid, width):
         halves = []
@@ -75,17 +65,8 @@ class Detector(nn.Module):
 
     def forward(self, images, mask):
         x, body = images, self.backbone[0]["body"]
-        for part in (
-            body.conv1,
-            body.bn1,
-            body.relu,
-            body.maxpool,
-            body.layer1,
-            body.layer2,
-            body.layer3,
-            body.layer4,
-        ):
-            x = part(x)
+        for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            x = getattr(body, name)(x)
         rows, columns = (torch.arange(n) * whole // n for n, whole in zip(x.shape[-2:], mask.shape[-2:]))
         small = mask[:, rows][:, :, columns]
         pos = self.position(~small, self.input_proj.out_channels).flatten(1, 2).transpose(0, 1)
@@ -105,18 +86,8 @@ class Detector(nn.Module):
         return {"logits": torch.stack(logits), "boxes": torch.stack(boxes)}
 
 
-def build(
-    num_classes,
-    backbone="resnet50",
-    pretrained_backbone=False,
-    hidden_dim=256,
-    nheads=8,
-    enc_layers=6,
-    dec_layers=6,
-    dim_feedforward=2048,
-    dropout=0.1,
-    num_queries=100,
-):
+def build(num_classes, backbone="resnet50", pretrained_backbone=False, hidden_dim=256, nheads=8, enc_layers=6,
+          dec_layers=6, dim_feedforward=2048, dropout=0.1, num_queries=100):
     layers = enc_layers, dec_layers, dim_feedforward, dropout
     return Detector(num_classes, backbone, hidden_dim, nheads, *layers, num_queries)
 

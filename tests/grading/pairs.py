@@ -1,18 +1,15 @@
 """Two models with the same weights, our own and somebody's: the tool of all marks.
 
-A student's file is seen only through the contract: build, forward, load_official. We may change our own model,
-whose names we know, and hand its weights over as an official checkpoint. So no mark needs a name of the
-student's, and weights are chosen so that little but one concept matters.
+A student's file is seen only through the contract: build, forward, load_official. We may change our own
+model, whose names we know (weights.py), and hand its weights over as an official checkpoint. So no mark needs
+a name of the student's.
 """
-import re
-import traceback
 from functools import lru_cache
 
 import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from tests.golden import FOLDER, Case, fill, options_of, our_name
+from tests.grading import weights
 from tests.grading.files import parent_of, path_of
 
 # Variants of our files: a golden case with the official names of their parameters, and options
@@ -22,7 +19,8 @@ VARIANTS = {
     "two_stage": ("deformable_detr_two_stage", {"two_stage": True}),
     "smca": ("sam_detr_smca", {"input_norm": True, "smca": True}),
 }
-TINY = dict(backbone="resnet18", pretrained_backbone=False, hidden_dim=32, nheads=4, dim_feedforward=32,
+# 64 is the least width for which each of the 32 groups of a GroupNorm has two channels
+TINY = dict(backbone="resnet18", pretrained_backbone=False, hidden_dim=64, nheads=4, dim_feedforward=32,
             dropout=0.0, num_queries=6)
 SMALL = dict(num_groups=3, num_one2many=5, in_points=4, out_points=4)  # options of relatives
 FULL = ((96, 128), (96, 128))  # (height, width) of the images: no padding
@@ -36,7 +34,7 @@ class NotWritten(Exception):
 
 
 class NotLoaded(Exception):
-    """load_official does not take a checkpoint."""
+    """load_official does not take our checkpoint."""
 
 
 class NotFinite(Exception):
@@ -53,7 +51,7 @@ def file_of(ours):
 
 
 def case_name(file):
-    """(golden case, options) of a file, or of a variant of one: its own, or that of the file it is made from."""
+    """(golden case, options) of a file or a variant: its own, or that of the file it is made from."""
     while file not in VARIANTS and not (FOLDER / f"{file}.json").exists():
         file = parent_of(file)
     return VARIANTS.get(file, (file, {}))
@@ -79,7 +77,7 @@ built = lru_cache(maxsize=24)(build_both)
 class Pair:
     """Our model and the student's, built alike; `variant` is a key of VARIANTS, the file itself by default.
 
-    With `calm` an error in norms and feed-forward blocks changes nothing, so that only the mark `heads` sees it.
+    With `calm` an error in norms and feed-forward blocks changes nothing: only the mark `heads` sees it.
     """
 
     def __init__(self, student, ours, seed, variant=None, calm=True, **options):
@@ -100,7 +98,7 @@ class Pair:
     def load(self, *changes):
         """Fill both models by the golden set's rule, with this seed, after `changes` of ours."""
         if self.calm:
-            changes = (plain_norms, lift_feed_forward, *changes, lift_mlps)
+            changes = (weights.plain_norms, weights.lift_feed_forward, *changes, weights.lift_mlps)
         state, ours = {}, self.ours.state_dict()
         for official, _, kind, used, _ in self.case.json["state"]:
             name = name_of(self.file, official)
@@ -109,9 +107,10 @@ class Pair:
                 ours[name].copy_(fresh(tuple(ours[name].shape), kind, used, self.seed))
         for change in changes:
             change(self.ours)
-        self.checkpoint = {official: x.clone() for official, x in state.items()}
+        # Nothing but zeros is ever written into the backbone, and its weights are most of a small model
+        self.checkpoint = {name: x if name.startswith("backbone") else x.clone() for name, x in state.items()}
         if self.load_official is None:
-            raise NotWritten("not written yet: load_official, and this mark has to give the model our weights")
+            raise NotWritten("not written yet: load_official, and this mark must give the model our weights")
         try:
             self.load_official(self.student, {"model": self.checkpoint})
         except NotImplementedError:
@@ -119,22 +118,30 @@ class Pair:
         except Exception as error:
             raise NotLoaded("load_official does not take our checkpoint, see the mark `loading`") from error
 
+    def loads(self):
+        """Load our weights, if that is possible; without them the model's first ones must do."""
+        try:
+            self.load()
+            return True
+        except (NotLoaded, NotWritten):
+            return False
+
     def run(self, sizes, train=False, gradients=False):
         """(the student's output, ours) on random images of these sizes."""
         with torch.set_grad_enabled(gradients):
             theirs = finite(self.student.train(train), *batch(self.seed, sizes))
             return theirs, self.ours.train(train)(*batch(self.seed, sizes))
 
-    def compare(self, what, sizes, *changes, keys=("logits",), train=False):
+    def compare(self, what, *changes, sizes=FULL, keys=("logits",), train=False):
         """Raises a sentence that begins with `what` unless the two models agree."""
         self.load(*changes)
         theirs, ours = self.run(sizes, train)
         for key in keys:
             same(f"{what}: {key}", theirs[key], ours[key])
 
-    def agree(self, sizes, *changes, **options):
+    def agree(self, *changes, **options):
         try:
-            self.compare("", sizes, *changes, **options)
+            self.compare("", *changes, **options)
         except (AssertionError, NotFinite):
             return False
         return True
@@ -159,14 +166,12 @@ def checked(out):
     """The output, if it keeps the contract."""
     assert isinstance(out, dict), f"forward returns {type(out).__name__}, not a dict of logits and boxes"
     for key in BOTH:
-        assert key in out, f"forward returns no {key!r}"
-        kind = type(out[key]).__name__
-        assert isinstance(out[key], torch.Tensor), f"{key} is {kind}, not one tensor of all stages"
+        assert isinstance(out.get(key), torch.Tensor), f"forward returns no {key!r}, one tensor of all stages"
     return out
 
 
 def finite(model, images, mask):
-    """The output, if it has only numbers; raises NotFinite that says where the first NaN comes from."""
+    """The output, if it has only numbers; raises NotFinite that says whether padding is the reason."""
     inputs = images.clone(), mask.clone()
     out = checked(model(images, mask))
     if any(out[key].isnan().any() for key in BOTH):
@@ -180,182 +185,23 @@ def same(what, theirs, ours, tolerance=1e-3, rows="stage"):
     assert theirs.shape == ours.shape, f"{what}: shape is {list(theirs.shape)}, not {list(ours.shape)}"
     assert theirs.isfinite().all(), f"{what}: some numbers are not finite"
     allowed = tolerance * max(1, ours[ours.isfinite()].abs().max().item())
-    off = (theirs - ours).abs().nan_to_num(0).flatten(1).amax(1)
+    off = (theirs - ours).abs().nan_to_num(0).reshape(len(ours) if ours.dim() else 1, -1).amax(1)
     wrong = [str(row + 1) for row in (off > allowed).nonzero().flatten().tolist()]
     where = f" in {rows}{'s' * (len(wrong) > 1)} {', '.join(wrong)}" if rows else ""
     assert not wrong, f"{what} differ by up to {off.max():.2g}{where} (allowed {allowed:.1g})"
 
 
-class FirstNaN(TorchFunctionMode):
-    """Stops at the first operation whose result has a NaN in it."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and out.is_floating_point() and out.detach().isnan().any():
-            # Positions and masks depend on neither image nor parameters
-            raise NotFinite("", "shapes" if out.requires_grad else "positions")
-        return out
-
-
 def first_not_finite(model, images, mask):
-    """The exception that says where in the student's file the first NaN is made, and which mark that costs."""
-    broken = [name for name, p in model.named_parameters() if p.isnan().any()]
-    if broken:
-        return NotFinite(f"load_official leaves NaN in {broken[0]}", "loading")
+    """The exception that says what the NaN depends on, and which mark that costs."""
+    for name, p in model.named_parameters():
+        if p.isnan().any():
+            return NotFinite(f"load_official leaves NaN in {name}", "loading")
     with torch.no_grad():
-        for other, when in [(mask & False, "as soon as an image is padded"), (~mask, "where the mask is False")]:
+        for other, when in [(mask & False, "as soon as an image is padded"),
+                            (~mask, "where the mask is False")]:
             if not other.equal(mask) and not model(images, other)["logits"].isnan().any():
                 return NotFinite(f"some numbers are not finite {when}", "padding")
-    try:
-        with torch.enable_grad(), FirstNaN():
-            model(images.clone().requires_grad_(), mask)
-    except NotFinite as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        source = type(model).forward.__code__.co_filename
-        last = ([frame for frame in frames if frame.filename == source] or frames[:1])[-1]
-        return NotFinite(f"some numbers are not finite; the first NaN is made in {last.name}, "
-                         f"line {last.lineno}", error.mark)
     return NotFinite("some numbers are not finite", "shapes")
-
-
-def few(values):
-    """Some numbers of a tensor for a message."""
-    values = values.flatten().unique().tolist()
-    return ", ".join(f"{v:.3g}" for v in values[:4]) + (" ..." if len(values) > 4 else "")
-
-
-# ---- Changes of our model that leave one concept -----------------------------------------------------------
-def scaled(factor, *patterns):
-    def change(model):
-        for name, p in model.named_parameters():
-            if re.search("|".join(patterns), name):
-                p.data *= factor
-
-    return change
-
-
-def zero(*patterns):
-    return scaled(0, *patterns)
-
-
-mute = zero(r"(out|output)_proj\.weight")  # attention adds a constant, wherever it looks
-mute_encoder = zero(r"^encoder.*(out|output)_proj\.weight")
-mute_cross = zero(r"cross_attn\.(out|output)_proj\.weight")
-mute_among = zero(r"^decoder.*self_attn\.out_proj\.weight")  # attention among queries adds a constant
-mute_deformable = zero(r"output_proj\.weight")
-alike = zero(r"^reference\w*\.|reference_points|query_embed")  # queries are all the same, references (0.5, 0.5)
-still = zero(r"^box_head.*layers\.2")  # reference boxes stay where they are
-REFERENCES = r"^reference\w*\.layers\.1\.|reference_points\.", r"^query_embed"
-
-
-def plain(*patterns):
-    """Norms of these names neither scale nor shift: then one too many, or the last one missing, changes nothing."""
-    def change(model):
-        for name, module in model.named_modules():
-            if isinstance(module, nn.LayerNorm) and module.elementwise_affine and re.search("|".join(patterns), name):
-                module.weight.data.fill_(1)
-                module.bias.data.fill_(0)
-
-    return change
-
-
-plain_norms = plain("")
-
-
-def same_answer(model):
-    """In each layer of the decoder both attentions give one large constant: what comes in does not matter."""
-    mute(model)
-    plain(r"decoder\.layers\.\d+\.norm[12]")(model)
-    for i, layer in enumerate(model.decoder.layers):
-        noise = torch.randn(layer.norm1.bias.shape, generator=torch.Generator().manual_seed(i))
-        for name, p in layer.named_parameters():
-            if re.search(r"attn\.(out|output)_proj\.bias", name):
-                p.data.copy_(1e4 * noise)
-
-
-HIGH = 30.0  # above everything that hidden layers see with golden weights
-
-
-def lifted(layers):
-    """Hidden layers see large numbers, which ReLU and GELU leave alone; the next bias takes them off again."""
-    for first, second in zip(layers, layers[1:]):
-        first.bias.data += HIGH
-        second.bias.data -= second.weight.data.sum(1) * HIGH
-
-
-def lift_feed_forward(model):
-    for module in model.modules():
-        if hasattr(module, "linear1") and hasattr(module, "linear2"):
-            lifted([module.linear1, module.linear2])
-
-
-def lift_mlps(model):
-    for module in model.modules():
-        if isinstance(getattr(module, "layers", None), nn.ModuleList):
-            lifted([layer for layer in module.layers if isinstance(layer, nn.Linear)])
-
-
-def packed(model, part):
-    """The maps that make q, k, v in one matrix, as (weight [3, D, D], bias [3, D]) that can be written to."""
-    for name, module in model.named_modules():
-        if name.endswith("in_proj") and part in name:
-            yield module.weight.data.unflatten(0, (3, -1)), module.bias.data.unflatten(0, (3, -1))
-
-
-def faint(factor):
-    """Queries and keys are scaled: attention becomes faint, and with 0 looks everywhere alike."""
-    def change(model):
-        for weight, bias in packed(model, ""):
-            weight[:2] *= factor
-            bias[:2] *= factor
-        scaled(factor, r"[sc]a_[qk]_(content|pos)\.|ca_[qk]_sine\.(weight|bias|layers\.1)|attention_weights\."
-               )(model)
-
-    return change
-
-
-def flat(model):
-    """Nothing is looked for: dot products average over all tokens, points stay at their reference."""
-    faint(0)(model)
-    zero("sampling_offsets")(model)
-
-
-def among_by_content(model):
-    """Positions do not matter for attention among queries, but queries enter cross-attention as they are."""
-    zero(r"sa_[qk]_pos")(model)
-    embed = dict(model.named_parameters()).get("queries.query_embed.weight")
-    if embed is not None:  # deformable: position and content, side by side
-        embed.data.chunk(2, -1)[0].mul_(1e-4)
-    elif any("ca_proj" in name for name, _ in model.named_parameters()):  # DETR: one map for both
-        scaled(1e-4, "query_embed")(model)
-        zero(r"decoder\.layers\.0\.self_attn\.out_proj\.bias")(model)
-        weight, _ = next(packed(model, "decoder.layers.0.ca_proj"))
-        weight[0] *= 1e4
-
-
-def louder(factor):
-    """Contents are scaled, positions are not. Whatever depends only on contents stays the same.
-
-    With a large factor positions that are added to contents vanish, in the values as well.
-    """
-    def change(model):
-        norm = any(re.match(r"input_proj\.\d\.1\.", name) for name, _ in model.named_parameters())
-        scaled(factor, r"^input_proj\.\d\.1\." if norm else r"^input_proj\.", r"^encoder.*(norm1|ffn\.norm)\.",
-               r"^encoder.*((out|output|value)_proj|linear[12])\.bias")(model)
-        scaled(1 / factor, r"^encoder.*(sampling_offsets|attention_weights)\.weight",
-               r"^decoder.*(ca_k_content|ca_v|value_proj|point_conv\.0)\.weight", r"enc_output\.weight")(model)
-        for weight, bias in packed(model, "encoder"):
-            weight[:2] /= factor
-            bias[2] *= factor
-        for weight, _ in packed(model, "ca_proj"):
-            weight[1:] /= factor
-        if any("aligner" in name for name, _ in model.named_modules()):  # SAM-DETR makes queries of contents
-            scaled(1 / factor, r"ca_q_content\.weight")(model)
-
-    return change
-
-
-loud = louder(1e4)
 
 
 # ---- Parameters and gradients ------------------------------------------------------------------------------
@@ -364,22 +210,16 @@ def named(model):
     return [(name, p) for name, p in model.named_parameters() if not name.startswith("backbone.")]
 
 
-def index(model, parameter):
-    return next(i for i, p in enumerate(model.parameters()) if p is parameter)
-
-
 def origin(pair):
-    """Where the student keeps our parameters: [(which of its parameters, for each number the index into named)].
+    """Where the student keeps our parameters: [(which of its own, for each number the index into named)].
 
-    Every number of a checkpoint gets a value of its own, and load_official shows where it went. So it does
-    not matter how the student names, splits or packs parameters.
+    Every number of a checkpoint gets a value of its own: names, splitting and packing do not matter.
     """
     first, bounds = 1000, []
     checkpoint = pair.checkpoint  # goes back into both when the origins are known
 
     def tag(model):
         nonlocal first
-        zero("^backbone")(model)
         for _, p in named(model):
             p.data.copy_(torch.arange(first, first + p.numel(), dtype=torch.float32).view_as(p))
             first += p.numel()
@@ -400,9 +240,14 @@ def origin(pair):
         load(model, {"model": checkpoint})
     for (name, p), count in zip(named(pair.ours), seen.tolist()):
         assert count >= p.numel(), f"load_official loses an entry of the checkpoint: it is {name} in our file"
-        assert count == p.numel(), (f"load_official fills {count // p.numel()} parameters with one entry of the "
-                                    f"checkpoint: it is {name} in our file, which has it once")
+        assert count == p.numel(), (
+            f"load_official fills {count // p.numel()} parameters with one entry of the checkpoint: our file "
+            f"has it once, as {name}")
     return found
+
+
+def lengths(gradients):
+    return torch.tensor([0 if g is None else g.double().norm() for g in gradients], dtype=torch.float64)
 
 
 def norms(pair, theirs, gradients):
@@ -417,7 +262,7 @@ def norms(pair, theirs, gradients):
 def outputs(out):
     """The parts of an output whose gradients are looked at one by one."""
     parts = [(f"{key} of stage {s + 1}", out[key][s]) for key in BOTH for s in range(len(out[key]))]
-    return parts + [(f"{key} of the proposals", x) for key, x in out.get("proposals", {}).items()]
+    return parts + [(f"{key} of the proposals", out["proposals"][key]) for key in BOTH if "proposals" in out]
 
 
 def upstream(x, generator=1):
@@ -446,9 +291,9 @@ def gradient_pattern(pair, theirs):
         least = expected.max().item()
         for (name, _), a, b in zip(named(pair.ours), found.tolist(), expected.tolist()):
             assert a < 1e-5 * least or b > 0, (
-                f"the gradient of {what} must not reach the parameter that is {name} in our file: a detach is missing")
+                f"the gradient of {what} must not reach the parameter that is {name} in our file (detach)")
             assert a > 1e-7 * least or b < 1e-4 * least, (
-                f"the gradient of {what} must reach the parameter that is {name} in our file: something is detached")
+                f"the gradient of {what} must reach the parameter that is {name} in our file (detached?)")
 
 
 def gradient_sizes(pair, theirs):
@@ -462,7 +307,3 @@ def gradient_sizes(pair, theirs):
         assert abs(a - b) < 0.02 * b + 1e-4 * expected.norm(), (
             f"the gradient of the parameter that is {name} in our file has norm {a:.3g}, not {b:.3g}: "
             f"something is detached, or is not")
-
-
-def lengths(gradients):
-    return torch.tensor([0 if g is None else g.double().norm() for g in gradients], dtype=torch.float64)

@@ -1,47 +1,41 @@
-"""What the tests of the grading share: a small backbone, and the marks that a module loses."""
+"""Shared by the tests of the grading: a small backbone, and the marks that a module loses."""
+from collections import OrderedDict
 
 from torch import nn
 
-from tests.grading import marks
 from tests.grading.files import ours_named
-from tests.grading.grader import MARKS, marks_of
+from tests.grading.grader import marks_of
+from tests.grading.judge import settle
+from tests.grading.marks import failure_of
 
-CHEAP = {file: [m for m in names if m != "official"] for file, names in MARKS.items()}
 
-
-class Block(nn.Module):
-    def __init__(self, in_dim, out_dim, stride, norm_layer):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_dim, out_dim, 3, stride, 1, bias=False)
-        self.bn1 = norm_layer(out_dim)
-
-    def forward(self, x):
-        return self.bn1(self.conv1(x)).relu()
+def block(a, b, stride, norm_layer):
+    conv = nn.Conv2d(a, b, 3, stride, 1, bias=False)
+    return nn.Sequential(nn.Sequential(OrderedDict(conv1=conv, bn1=norm_layer(b), relu=nn.ReLU())))
 
 
 class SmallResNet(nn.Module):
-    """What our Backbone takes of a ResNet, with one convolution for each part: a tenth of the time."""
+    """The parts of a ResNet that our Backbone takes, with one convolution for each: a tenth of the time."""
 
     def __init__(self, norm_layer):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False), norm_layer(8)
         self.relu, self.maxpool, self.avgpool = nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Identity()
         for i, (a, b) in enumerate([(8, 8), (8, 16), (16, 32), (32, 64)]):
-            setattr(self, f"layer{i + 1}", nn.Sequential(Block(a, b, 1 + (i > 0), norm_layer)))
+            setattr(self, f"layer{i + 1}", block(a, b, 1 + (i > 0), norm_layer))
         self.fc = nn.Linear(64, 10)
 
 
-def lost(student, file, names):
-    """{mark: sentence} of the marks that a module does not get."""
-    ours, found = ours_named(file), {}
-    for name in names:
-        try:
-            getattr(marks, name)(student, ours, 0)
-        except Exception as error:
-            found[name] = f"{type(error).__name__}: {error}"
-    return found
-
-
 def cheap(file):
-    """The marks of a file but for the one that builds a ResNet-50."""
+    """The marks of a file except for the one that builds a ResNet-50."""
     return [mark for mark in marks_of(file) if mark != "official"]
+
+
+def failing(student, file, names=None):  # {mark: sentence}
+    found = {name: failure_of(name, student, ours_named(file), 0) for name in names or cheap(file)}
+    return {name: failure.sentence for name, failure in found.items() if failure}
+
+
+def lost(student, file):  # {mark: sentence}
+    verdicts = settle({name: failure_of(name, student, ours_named(file), 0) for name in cheap(file)})
+    return {name: verdict.why for name, verdict in verdicts.items() if verdict.status == "lost"}

@@ -1,10 +1,7 @@
-"""pytest tests --file my_detr.py --like conditional_detr [--points] [--seed 1]: the marks, each a test."""
-import json
-from pathlib import Path
-
+"""pytest tests/grading --file work/my_detr.py --like conditional_detr [--points]: each mark is a test."""
 import pytest
 
-from tests.grading.grader import grade, gradescope
+from tests.grading.grader import grade, write_results
 
 
 def pytest_generate_tests(metafunc):
@@ -13,18 +10,16 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session")
 def verdicts(request):
-    """The marks run one by one in a process of their own, before the first test says what came out."""
+    """The marks run one by one in a process of their own, before the first test reports its result."""
     option = request.config.getoption
     names = [item.callspec.params["mark"] for item in request.session.items]
     found = grade(option("--file"), option("--like"), option("--seed"), names, option("--seconds"))
     request.config.grade = found
     if option("--json"):
-        Path(option("--json")).write_text(json.dumps(gradescope(found), indent=1) + "\n", encoding="utf-8")
+        write_results(option("--json"), found)
     return found.verdicts
 
 
 def test_mark(mark, verdicts):
-    if verdicts[mark].status == "lost":
+    if verdicts[mark].status != "met":
         pytest.fail(verdicts[mark].why, pytrace=False)
-    if verdicts[mark].status == "unjudged":
-        pytest.skip(verdicts[mark].why)
