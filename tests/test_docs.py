@@ -101,7 +101,7 @@ def test_parameter_counts_are_those_of_the_official_code(name):
     counts = {value for path in (ROOT / "tests/golden").glob("params_*.json")
               for model in json.loads(path.read_text())["counts"].values()
               for key, value in model.items() if key.startswith("n_params")}
-    ours = TEXT[f"{name}.md"].partition("## Our numbers")[2].partition("\n## ")[0]
+    ours = TEXT[f"{name}.md"].partition("## Parameters")[2].partition("\n## ")[0]
     ours = {int(number.replace(",", "")) for number in re.findall(r"\d+(?:,\d{3})+", ours)}
     assert ours and ours <= counts, f"docs/{name}.md: {ours - counts} are no official counts"
 
