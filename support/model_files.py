@@ -126,8 +126,8 @@ def build_model(module, num_classes, options):
     wrong = [name for name in ("w_class", "w_l1", "w_giou")
              if not isinstance(model.recipe.get(name), (int, float))]
     if wrong or model.recipe.get("class_loss") not in ("softmax", "focal"):
-        raise UserError(f'{file}: RECIPE needs class_loss="softmax" or "focal", and numbers w_class, w_l1 and '
-                        f'w_giou; it has {model.recipe}')
+        raise UserError(f'{file}: RECIPE needs class_loss="softmax" or "focal", and the numbers w_class, '
+                        f'w_l1 and w_giou; it has {model.recipe}')
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"{file}: no parameter of the model requires a gradient")
     return model
