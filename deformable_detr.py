@@ -517,7 +517,7 @@ class DeformableDETR(nn.Module):
             self.class_head = nn.ModuleList(copy.deepcopy(class_head) for _ in range(count))
             self.box_head = nn.ModuleList(copy.deepcopy(box_head) for _ in range(count))
         if not two_stage:
-            # The first boxes have no size to start from: sigmoid(-2) = 0.12 (the paper says 0.1)
+            # The first boxes have no size to start from: sigmoid(-2) = 0.12 (0.1 in the paper)
             nn.init.constant_(self.box_head[0].layers[-1].bias[2:], -2.0)
 
     def reset_parameters(self):

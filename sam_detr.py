@@ -328,7 +328,7 @@ class SemanticsAligner(nn.Module):
         boxes = reference.detach() * valid_size(mask).repeat(1, 2)[:, None]  # [B, Q, 4], in cells
         columns = bin_weights(boxes[..., 0], boxes[..., 2], w, bins)  # [B, Q, 7, w]
         rows = bin_weights(boxes[..., 1], boxes[..., 3], h, bins)  # [B, Q, 7, h]
-        # F_R = RoIAlign(F, box) = rows F columns^T in every channel. The 1x1 convolution is linear, too, and
+        # F_R = RoIAlign(F, box) = rows F columns^T in every channel. The 1x1 convolution is also linear and
         # goes first, so that regions have D/4 channels. Its bias goes last: F is 0 outside of the map.
         narrow = F.linear(memory, self.point_conv.weight.flatten(1)).view(B, h, w, D // 4)
         regions = rows.flatten(1, 2)[:, None] @ narrow.transpose(1, 2)  # [B, w, Q*7, D/4]
@@ -339,7 +339,7 @@ class SemanticsAligner(nn.Module):
         xy = self.point_mlp(regions.flatten(2)).view(B, Q, -1, self.nheads, 2)  # [B, Q, 1 or 2, M, 2]
         in_box, scale = xy[:, :, 0].tanh(), xy[:, :, 1] if self.smca else None  # [B, Q, M, 2] twice
 
-        # A head's content is F_R at its point: all D channels, not D/M of them. This is linear in F, too: the
+        # A head's content is F_R at its point: all D channels, not D/M of them. This is also linear in F: the
         # point's weights of the 7 bins, times the bins' weights of the cells, are a weight for every cell.
         x, y = ((in_box.float() + 1) * bins / 2 - 0.5).unbind(-1)  # [B, Q, M] twice, in bins
         x = linear_weights(x, bins) @ columns  # [B, Q, M, w]
@@ -385,7 +385,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, hidden_dim, nheads, dim_feedforward, dropout, smca):
         super().__init__()
-        # Content and position have their own maps in self-attention, too; the paper shows cross-attention.
+        # Content and position also have separate maps in self-attention; the paper shows cross-attention.
         self.sa_q_content = nn.Linear(hidden_dim, hidden_dim)
         self.sa_q_pos = nn.Linear(hidden_dim, hidden_dim)
         self.sa_k_content = nn.Linear(hidden_dim, hidden_dim)

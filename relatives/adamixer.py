@@ -328,7 +328,7 @@ class DecoderLayer(nn.Module):
         self.box_head = Head(hidden_dim, 4)
 
     def forward(self, tgt, xyzr, maps, strides):
-        # x and y in thousands of pixels; values get the position, too, and so does the residual (as official)
+        # x and y in thousands of pixels; values and the residual also get the position (as official)
         place = xyzr / xyzr.new_tensor([1000, 1000, 1, 1])  # [B, Q, 4]
         tgt = tgt + sine(place / (2 * math.pi), tgt.shape[-1] // 4).flatten(-2)  # [B, Q, D]
         q, k, v = self.sa_proj(tgt, tgt, tgt)  # 3 x [B, Q, D]

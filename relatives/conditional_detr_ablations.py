@@ -55,7 +55,7 @@ class SpatialQuery(MLP):
             return f
         if self.form == "csq-t":
             return super().forward(f)
-        if first or self.layers is None:  # in layer 1 nothing is known yet
+        if first or self.layers is None:  # in layer 1 content is still zero
             return p_s
         t = super().forward(f)  # [B, Q, size of T]
         if t.shape[-1] <= p_s.shape[-1]:

@@ -266,7 +266,7 @@ class Encoder(nn.Module):
 
     def forward(self, src, pos, mask):
         for layer in self.layers:
-            # Positions are scaled by content here, too (as in the official code); the decoder's keys are not
+            # Positions are also scaled by content here (as in the official code); the decoder's keys are not
             src = layer(src, self.query_scale(src) * pos, mask)
         return src
 
@@ -394,7 +394,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, hidden_dim, nheads, dim_feedforward, dropout, first):
         super().__init__()
-        # Content and position have their own maps in self-attention, too; the paper shows cross-attention.
+        # Content and position also have separate maps in self-attention; the paper shows cross-attention.
         self.sa_q_content = nn.Linear(hidden_dim, hidden_dim)
         self.sa_q_pos = nn.Linear(hidden_dim, hidden_dim)
         self.sa_k_content = nn.Linear(hidden_dim, hidden_dim)
@@ -444,7 +444,7 @@ class Decoder(nn.Module):
             DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, first=(i == 0))
             for i in range(num_layers))
         self.norm = nn.LayerNorm(hidden_dim)
-        # One for all layers but the first, in which queries know nothing yet and p_q is p_s
+        # One for all layers but the first, in which content is still zero and p_q is p_s
         self.query_scale = MLP(hidden_dim, hidden_dim, hidden_dim, depth=2) if num_layers > 1 else None
         self.box_positions = BoxPositions(hidden_dim)
 

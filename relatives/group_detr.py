@@ -269,7 +269,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, hidden_dim, nheads, dim_feedforward, dropout, first):
         super().__init__()
-        # Content and position have their own maps in self-attention, too; the paper shows cross-attention.
+        # Content and position also have separate maps in self-attention; the paper shows cross-attention.
         self.sa_q_content = nn.Linear(hidden_dim, hidden_dim)
         self.sa_q_pos = nn.Linear(hidden_dim, hidden_dim)
         self.sa_k_content = nn.Linear(hidden_dim, hidden_dim)
@@ -323,7 +323,7 @@ class Decoder(nn.Module):
             DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, first=(i == 0))
             for i in range(num_layers))
         self.norm = nn.LayerNorm(hidden_dim)
-        # One for all layers but the first, in which queries know nothing yet and p_q is p_s
+        # One for all layers but the first, in which content is still zero and p_q is p_s
         self.query_scale = MLP(hidden_dim, hidden_dim, hidden_dim, depth=2) if num_layers > 1 else None
 
     def forward(self, query_pos, p_s, memory, pos, mask, groups):

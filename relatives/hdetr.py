@@ -413,7 +413,7 @@ class MixedSelection(Proposals):
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
 
     def forward(self, *inputs):
-        # The norm in Proposals runs over the half of its content, too, which is not used otherwise
+        # The norm in Proposals also runs over the half of its content, which has no other use
         _, query_pos, reference, proposals = super().forward(*inputs)
         tgt = self.query_embed.weight[:query_pos.shape[1]].expand_as(query_pos)  # [B, Q, D]
         return tgt, query_pos, reference, proposals
@@ -562,7 +562,7 @@ class HDETR(nn.Module):
             self.class_head = nn.ModuleList(copy.deepcopy(class_head) for _ in range(count))
             self.box_head = nn.ModuleList(copy.deepcopy(box_head) for _ in range(count))
         if not two_stage:
-            # The first boxes have no size to start from: sigmoid(-2) = 0.12 (the paper says 0.1)
+            # The first boxes have no size to start from: sigmoid(-2) = 0.12 (0.1 in the paper)
             nn.init.constant_(self.box_head[0].layers[-1].bias[2:], -2.0)
 
     def reset_parameters(self):

@@ -18,7 +18,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 # ---- Device and --amp --------------------------------------------------------------------------------------
 def choose_device(name):
-    """The device behind --device: "auto", or any name that torch knows. Raises UserError."""
+    """The device behind --device: "auto", or any name of torch. Raises UserError."""
     here = torch.accelerator.current_accelerator(check_available=True)  # None if there is only the CPU
     if name == "auto":
         return here.type if here else "cpu"

@@ -69,7 +69,7 @@ class Detector:
     device: str = "cpu"
 
     def to(self, device):
-        """Moves it to a device: "auto", or any that torch knows. Raises UserError."""
+        """Moves it to a device: "auto", or any of torch. Raises UserError."""
         self.device = machine.choose_device(str(device))
         self.model = self.model.to(self.device)
         return self
