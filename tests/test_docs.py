@@ -1,5 +1,4 @@
 """docs/: links, commands, flags and options that the pages name exist; numbers are those of the records."""
-import html
 import importlib.util
 import json
 import re
@@ -24,7 +23,7 @@ def load(name, folder=DOCS):
     return module
 
 
-relink, side_by_side = load("relink"), load("side_by_side")
+relink = load("relink")
 TEXT = {path.name: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
 METHODS = [name for name in known_files() if f"{name}.md" in TEXT]
 PAGES = TEXT | {f"../{name}.md": (ROOT / f"{name}.md").read_text(encoding="utf-8")
@@ -90,7 +89,8 @@ PROGRAMS = {"options.md": make_parser(""), "predict.md": visualize_parser()}
 @pytest.mark.parametrize("page", PROGRAMS)
 def test_a_page_explains_every_flag_of_its_program_and_no_other_one(page):
     flags = {flag for action in PROGRAMS[page]._actions for flag in action.option_strings}
-    named = set(re.findall(r"--[a-z][a-z-]*", TEXT[page])) - {"--nproc-per-node", "--help", "--no-images"}
+    of_others = {"--nproc-per-node", "--help", "--no-images"}  # torchrun's and check_data's
+    named = set(re.findall(r"--[a-z][a-z-]*", TEXT[page])) - of_others
     assert named == {flag for flag in flags if flag.startswith("--")} - {"--help"}
 
 
@@ -131,7 +131,7 @@ def test_parameter_counts_are_those_of_the_official_code(name):
     counts = {value for path in (ROOT / "tests/golden").glob("params_*.json")
               for model in json.loads(path.read_text())["counts"].values()
               for key, value in model.items() if key.startswith("n_params")}
-    ours = TEXT[f"{name}.md"].partition("## Our numbers")[2].partition("\n## ")[0]
+    ours = TEXT[f"{name}.md"].partition("## Parameters")[2].partition("\n## ")[0]
     ours = {int(number.replace(",", "")) for number in re.findall(r"\d+(?:,\d{3})+", ours)}
     assert ours and ours <= counts, f"docs/{name}.md: {ours - counts} are no official counts"
 
@@ -143,41 +143,3 @@ def test_the_results_show_the_numbers_in_race_json():
         ap = race.spread([entry["evals"][-1]["AP"] for entry in entries])
         assert re.search(rf"^\| {name}\b.* \| {ap} \|", TEXT["results.md"], re.M), f"{name} should have {ap}"
     assert trained
-
-
-# ---- Side by side in a browser -----------------------------------------------------------------------------
-PAIRS = list(side_by_side.NOTES)
-
-
-def rows_of(page):
-    """The rows of a page, as [left number, left text, right number, right text]."""
-    rows = re.findall(r"<tr>(.*?)(?=<tr>|</table>)", page, re.S)
-    return [[html.unescape(re.sub("<[^>]*>", "", cell)) for cell in re.split("<t[hd][^>]*>", row)[1:]]
-            for row in rows]
-
-
-@pytest.mark.parametrize("a, b", PAIRS)
-def test_a_page_shows_every_line_once_in_order_and_a_note_at_every_change(a, b):
-    left, right = known_files()[a], known_files()[b]
-    rows = rows_of(side_by_side.page(left, right))
-    for side, path in ((0, left), (2, right)):
-        shown = [(row[side], row[side + 1]) for row in rows if row[side]]
-        lines = path.read_text(encoding="utf-8").splitlines()
-        assert shown == [(str(n), line) for n, line in enumerate(lines, 1)]
-    used = []
-    for *_, found in side_by_side.compare(left.read_text(), right.read_text()):
-        for hunk in (hunk for hunk in found if not hunk.equal and hunk.text.strip()):
-            used.append(side_by_side.note(a, b, hunk))
-            assert used[-1], f"{a} -> {b}: docs/side_by_side_notes.py says nothing of the hunk in {hunk.key}"
-    unused = [note[:2] for note in side_by_side.NOTES[a, b] if note not in used]
-    assert not unused, f"{a} -> {b}: no hunk left for {unused[0]} in docs/side_by_side_notes.py"
-
-
-def test_the_command_writes_a_page_and_says_where(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.py").write_text("x = 1\n")
-    (tmp_path / "b.py").write_text("x = 2\n\n\nclass B:\n    pass\n")
-    side_by_side.main(["a.py", "b.py"])
-    assert "<title>a.py and b.py</title>" in (tmp_path / "pictures/a--b.html").read_text()
-    with pytest.raises(SystemExit, match="gone.py"):
-        side_by_side.main(["a.py", "gone.py"])
