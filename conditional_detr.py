@@ -3,14 +3,14 @@
 Depu Meng, Xiaokang Chen, Zejia Fan, Gang Zeng, Houqiang Li, Yuhui Yuan, Lei Sun, Jingdong Wang.
 ICCV 2021, arXiv:2108.06152. Official code: github.com/Atten4Vis/ConditionalDETR (Apache-2.0).
 
-The idea: in DETR one dot product mixes what a query wants with where it looks, so good content has to be
-learned before attention finds the extremities of a box. Here the two are concatenated; the spatial part is
-a reference point, scaled by what the previous layer knows: every head soon looks at its own side of the box.
+The idea: DETR mixes the content and the position of a query in one dot product, so it has to learn good
+content before attention finds the sides of a box. Here the two are concatenated. The spatial part is a
+reference point, scaled by the previous layer's output, so that each head soon looks at one side of the box.
 
 Diff me against: detr.py. Independent of the idea are 300 queries and the focal loss, which came with it.
 
 Departures from the official code; tests/test_golden.py checks that the numbers are the same:
-    those of all files: see Backbone.
+    Backbone lists those of all files.
 Left out on purpose: segmentation heads; pre-norm layers, which the official code refuses to run.
 """
 import math
@@ -47,7 +47,7 @@ LAPTOP = dict(last_stage=2, temperature=20)
 
 # ---- Shared blocks: the same text in all files -------------------------------------------------------------
 class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
-    """torchvision's, but reads x once, not twice (8 % of DETR's inference), and leaves bfloat16 as it is."""
+    """torchvision's, but it reads x once, not twice (8 % of DETR's inference), and keeps bfloat16."""
 
     def forward(self, x):
         scale = self.weight * (self.running_var + self.eps).rsqrt()
@@ -76,7 +76,7 @@ class Backbone(nn.Module):
             raise ValueError(f"last_stage is {last_stage!r}, it must be 4 (C5, as in the papers), 3 or 2")
         norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
         weights = "IMAGENET1K_V1" if pretrained else None
-        # DC5: the last stage keeps C4's resolution; torchvision has none for ResNet-18 and -34 and raises
+        # DC5: the last stage keeps C4's resolution; for ResNet-18 and -34 torchvision raises an error
         body = torchvision.models.get_model(name, weights=weights, norm_layer=norm_layer,
                                             replace_stride_with_dilation=[False, False, dilation])
         c5 = body.fc.in_features
@@ -86,7 +86,7 @@ class Backbone(nn.Module):
         for unused in ["layer3", "layer4"][last_stage - 2:]:
             delattr(body, unused)
         if norm == "frozen":
-            # A batch of one or two images has useless statistics: ImageNet's stay, and so do the first layers
+            # Statistics of one or two images are useless, so ImageNet's stay fixed; so do the first layers
             body.conv1.requires_grad_(False)
             body.layer1.requires_grad_(False)
         self.body = body.to(memory_format=torch.channels_last)  # same numbers, faster convolutions
@@ -103,7 +103,7 @@ class Backbone(nn.Module):
 
 
 def check_input(images, mask):
-    """Raises ValueError unless images are [B, 3, H, W] and mask [B, H, W] bool; only shapes are looked at."""
+    """Raises ValueError unless images are [B, 3, H, W] and mask [B, H, W] bool. It reads no values."""
     if images.ndim != 4 or images.shape[1] != 3 or mask.shape != (images.shape[0], *images.shape[2:]):
         raise ValueError(f"images {tuple(images.shape)} and mask {tuple(mask.shape)} must be [B, 3, H, W] "
                          f"and [B, H, W]; put a single image into a batch with image[None]")
@@ -126,9 +126,9 @@ def sine(x, dim, temperature=10000):
 def sine_positions(mask, dim, offset, temperature=10000):
     """Position of every cell of a feature map, relative to the part of the map that is not padding.
 
-    mask [B, h, w] bool -> [B, h*w, dim]: the first half encodes y, the second x. With `offset` 0 cells count
-    1 to N, as in DETR; 0.5 moves them to their centres, because some papers sample features at points. In a
-    row of padding N is 0, and the order of the additions decides. Source: official position_encoding.py.
+    mask [B, h, w] bool -> [B, h*w, dim]: the first half encodes y, the second x. With `offset` 0 cells are
+    counted from 1 to N, as in DETR; 0.5 moves them to their centres, because some papers sample features at
+    points. In padding N may be 0, so the order of sums counts. Source: official position_encoding.py.
     """
     def normalised(n, axis):
         last = n.narrow(axis, -1, 1)
@@ -158,7 +158,7 @@ class Attention(nn.Module):
     """softmax(q k^T / sqrt(E/M)) v in M heads, and the output projection; q, k, v come in already projected.
 
     q [B, Q, E], k [B, T, E], v [B, T, D], mask [B, T] bool, bias [B, M, Q, T] added to scores -> [B, Q, D].
-    E may differ from D: the score needs equal widths of q and k only.
+    E may differ from D, because only q and k need equal widths.
     """
 
     def __init__(self, hidden_dim, nheads, dropout):
@@ -204,7 +204,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
-        # As dropout(relu(...)), but backward stores one tensor less: 8 % of Deformable DETR at 480 x 640
+        # Equals dropout(relu(...)), but backward stores 8 % less for Deformable DETR at 480 x 640
         y = self.linear2(self.dropout(self.linear1(x)).relu())
         return self.norm(x + self.dropout(y))
 
@@ -268,7 +268,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, hidden_dim, nheads, dim_feedforward, dropout, first):
         super().__init__()
-        # Content and position have their own maps in self-attention, too; the paper shows cross-attention.
+        # Content and position also have separate maps in self-attention; the paper shows cross-attention.
         self.sa_q_content = nn.Linear(hidden_dim, hidden_dim)
         self.sa_q_pos = nn.Linear(hidden_dim, hidden_dim)
         self.sa_k_content = nn.Linear(hidden_dim, hidden_dim)
@@ -319,7 +319,7 @@ class Decoder(nn.Module):
             DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, first=(i == 0))
             for i in range(num_layers))
         self.norm = nn.LayerNorm(hidden_dim)
-        # One for all layers but the first, in which queries know nothing yet and p_q is p_s
+        # One for all layers but the first, in which content is still zero and p_q is p_s
         self.query_scale = MLP(hidden_dim, hidden_dim, hidden_dim, depth=2) if num_layers > 1 else None
 
     def forward(self, query_pos, p_s, memory, pos, mask):
@@ -354,7 +354,7 @@ class ConditionalDETR(nn.Module):
         dim_feedforward=2048,
         dropout=0.1,
         num_queries=300,
-        temperature=10000,  # of sine positions; for small maps less is better (DAB-DETR, section 4.5)
+        temperature=10000,  # of sine positions; lower is better for small maps (DAB-DETR, section 4.5)
     ):
         super().__init__()
         if hidden_dim % nheads or hidden_dim % 4:  # equal heads; sin and cos of x and y
@@ -431,7 +431,7 @@ def load_official(model, checkpoint):
     model.load_state_dict(rename_official(checkpoint.get("model", checkpoint)))
 
 
-# ---- python THIS_FILE.py: what the parts weigh, and what comes out for two random images -------------------
+# ---- python THIS_FILE.py: the size of each part, and the outputs for two random images ---------------------
 if __name__ == "__main__":
     model = build(num_classes=91, pretrained_backbone=False).eval()
     for name, part in [*model.named_children(), ("together", model)]:

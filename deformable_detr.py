@@ -10,7 +10,7 @@ with the square of the pixels, so the encoder can work on several resolutions, w
 Diff me against: detr.py. Independent of the idea are 300 queries, the focal loss and the shorter schedule.
 
 Departures from the official code; tests/test_golden.py checks that the numbers are the same:
-    those of all files: see Backbone.
+    Backbone lists those of all files.
     sampling is grid_sample, point by point, instead of a CUDA extension; it runs everywhere.
     boxes are computed once per layer; the official code computes them twice, to refine and to report.
 Left out on purpose: segmentation heads.
@@ -51,7 +51,7 @@ LAPTOP = dict(steps=1800, batch_size=8, lr=8e-4, lr_backbone=8e-4, last_stage=2,
 
 # ---- Shared blocks: the same text in all files -------------------------------------------------------------
 class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
-    """torchvision's, but reads x once, not twice (8 % of DETR's inference), and leaves bfloat16 as it is."""
+    """torchvision's, but it reads x once, not twice (8 % of DETR's inference), and keeps bfloat16."""
 
     def forward(self, x):
         scale = self.weight * (self.running_var + self.eps).rsqrt()
@@ -80,7 +80,7 @@ class Backbone(nn.Module):
             raise ValueError(f"last_stage is {last_stage!r}, it must be 4 (C5, as in the papers), 3 or 2")
         norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
         weights = "IMAGENET1K_V1" if pretrained else None
-        # DC5: the last stage keeps C4's resolution; torchvision has none for ResNet-18 and -34 and raises
+        # DC5: the last stage keeps C4's resolution; for ResNet-18 and -34 torchvision raises an error
         body = torchvision.models.get_model(name, weights=weights, norm_layer=norm_layer,
                                             replace_stride_with_dilation=[False, False, dilation])
         c5 = body.fc.in_features
@@ -90,7 +90,7 @@ class Backbone(nn.Module):
         for unused in ["layer3", "layer4"][last_stage - 2:]:
             delattr(body, unused)
         if norm == "frozen":
-            # A batch of one or two images has useless statistics: ImageNet's stay, and so do the first layers
+            # Statistics of one or two images are useless, so ImageNet's stay fixed; so do the first layers
             body.conv1.requires_grad_(False)
             body.layer1.requires_grad_(False)
         self.body = body.to(memory_format=torch.channels_last)  # same numbers, faster convolutions
@@ -107,7 +107,7 @@ class Backbone(nn.Module):
 
 
 def check_input(images, mask):
-    """Raises ValueError unless images are [B, 3, H, W] and mask [B, H, W] bool; only shapes are looked at."""
+    """Raises ValueError unless images are [B, 3, H, W] and mask [B, H, W] bool. It reads no values."""
     if images.ndim != 4 or images.shape[1] != 3 or mask.shape != (images.shape[0], *images.shape[2:]):
         raise ValueError(f"images {tuple(images.shape)} and mask {tuple(mask.shape)} must be [B, 3, H, W] "
                          f"and [B, H, W]; put a single image into a batch with image[None]")
@@ -130,9 +130,9 @@ def sine(x, dim, temperature=10000):
 def sine_positions(mask, dim, offset, temperature=10000):
     """Position of every cell of a feature map, relative to the part of the map that is not padding.
 
-    mask [B, h, w] bool -> [B, h*w, dim]: the first half encodes y, the second x. With `offset` 0 cells count
-    1 to N, as in DETR; 0.5 moves them to their centres, because some papers sample features at points. In a
-    row of padding N is 0, and the order of the additions decides. Source: official position_encoding.py.
+    mask [B, h, w] bool -> [B, h*w, dim]: the first half encodes y, the second x. With `offset` 0 cells are
+    counted from 1 to N, as in DETR; 0.5 moves them to their centres, because some papers sample features at
+    points. In padding N may be 0, so the order of sums counts. Source: official position_encoding.py.
     """
     def normalised(n, axis):
         last = n.narrow(axis, -1, 1)
@@ -162,7 +162,7 @@ class Attention(nn.Module):
     """softmax(q k^T / sqrt(E/M)) v in M heads, and the output projection; q, k, v come in already projected.
 
     q [B, Q, E], k [B, T, E], v [B, T, D], mask [B, T] bool, bias [B, M, Q, T] added to scores -> [B, Q, D].
-    E may differ from D: the score needs equal widths of q and k only.
+    E may differ from D, because only q and k need equal widths.
     """
 
     def __init__(self, hidden_dim, nheads, dropout):
@@ -208,7 +208,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
-        # As dropout(relu(...)), but backward stores one tensor less: 8 % of Deformable DETR at 480 x 640
+        # Equals dropout(relu(...)), but backward stores 8 % less for Deformable DETR at 480 x 640
         y = self.linear2(self.dropout(self.linear1(x)).relu())
         return self.norm(x + self.dropout(y))
 
@@ -381,7 +381,7 @@ class Proposals(nn.Module):
         side = [torch.full((h * w, 2), 0.05 * 2 ** level) for level, (h, w) in enumerate(spatial_shapes)]
         anchor = torch.cat([centre, torch.cat(side).to(centre).expand_as(centre)], dim=-1)  # [B, T, 4]
         invalid = mask | ~((anchor > 0.01) & (anchor < 0.99)).all(-1)  # [B, T]
-        # Infinite logits make the box (1, 1, 1, 1). The loss has it; its score must keep it out of the top Q.
+        # Infinite logits make the box (1, 1, 1, 1). The loss has it; a low score keeps it out of the top Q.
         anchor = anchor.logit().masked_fill(invalid[..., None], math.inf)
         tokens = self.enc_output_norm(self.enc_output(memory.masked_fill(invalid[..., None], 0)))  # [B, T, D]
         logits = class_head(tokens)  # [B, T, C]
@@ -415,7 +415,7 @@ class DecoderLayer(nn.Module):
         q, k, v = self.sa_proj(tgt + query_pos, tgt + query_pos, tgt)  # 3 x [B, Q, D]
         tgt = self.norm1(tgt + self.dropout(self.self_attn(q, k, v)))
 
-        # No keys: the query alone decides where to look and how much it counts
+        # No keys: where to look, and the weight of each point, depend only on the query
         attended = self.cross_attn(tgt + query_pos, reference, memory, spatial_shapes, mask)  # [B, Q, D]
         tgt = self.norm2(tgt + self.dropout(attended))
         return self.ffn(tgt)
@@ -437,7 +437,7 @@ class Decoder(nn.Module):
             ratios = valid_ratios.repeat(1, 1, reference.shape[-1] // 2)  # [B, L, 2 or 4]
             tgt = layer(tgt, query_pos, reference[:, :, None] * ratios[:, None], memory, spatial_shapes, mask)
             outputs.append(tgt)  # no final norm (DETR has one)
-            # A.3: relative to the reference, in logit space; a point says nothing about width and height.
+            # A.3: relative to the reference, in logit space; a point has no width and height.
             # eps keeps the logit finite for a reference on the image's edge, 0 or 1.
             logit = reference.logit(eps=1e-5)
             boxes.append((box_head(tgt) + F.pad(logit, (0, 4 - logit.shape[-1]))).sigmoid())
@@ -467,7 +467,7 @@ class DeformableDETR(nn.Module):
         dim_feedforward=1024,
         dropout=0.1,
         num_queries=300,
-        temperature=10000,  # of sine positions; for small maps less is better (DAB-DETR, section 4.5)
+        temperature=10000,  # of sine positions; lower is better for small maps (DAB-DETR, section 4.5)
         num_feature_levels=4,
         enc_points=4,
         dec_points=4,
@@ -505,7 +505,7 @@ class DeformableDETR(nn.Module):
         self.level_embed = nn.Parameter(torch.randn(levels, hidden_dim))
 
     def make_heads(self, hidden_dim, num_classes, count, box_refine, two_stage):
-        """`count` pairs of heads, which are different ones with refinement and one and the same without."""
+        """`count` pairs of heads: different ones with refinement, otherwise one pair for all layers."""
         class_head = nn.Linear(hidden_dim, num_classes)
         box_head = MLP(hidden_dim, hidden_dim, 4, depth=3)
         nn.init.constant_(class_head.bias, -math.log(99))  # every class starts at p = 0.01
@@ -517,7 +517,7 @@ class DeformableDETR(nn.Module):
             self.class_head = nn.ModuleList(copy.deepcopy(class_head) for _ in range(count))
             self.box_head = nn.ModuleList(copy.deepcopy(box_head) for _ in range(count))
         if not two_stage:
-            # The first boxes have no size to start from: sigmoid(-2) = 0.12 (the paper says 0.1)
+            # The first boxes have no size to start from: sigmoid(-2) = 0.12 (0.1 in the paper)
             nn.init.constant_(self.box_head[0].layers[-1].bias[2:], -2.0)
 
     def reset_parameters(self):
@@ -596,7 +596,7 @@ def load_official(model, checkpoint):
     model.load_state_dict(rename_official(checkpoint.get("model", checkpoint)))
 
 
-# ---- python THIS_FILE.py: what the parts weigh, and what comes out for two random images -------------------
+# ---- python THIS_FILE.py: the size of each part, and the outputs for two random images ---------------------
 if __name__ == "__main__":
     model = build(num_classes=91, pretrained_backbone=False).eval()
     for name, part in [*model.named_children(), ("together", model)]:

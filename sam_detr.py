@@ -3,16 +3,16 @@
 Gongjie Zhang, Zhipeng Luo, Yingchen Yu, Kaiwen Cui, Shijian Lu.
 CVPR 2022, arXiv:2203.06883. Official code: github.com/ZhangGongjie/SAM-DETR (Apache-2.0).
 
-The idea: the numbers in a query and in the features mean different things, so that cross-attention takes long
-to learn what matches. Here every decoder layer makes its queries anew, out of the image: each head takes the
-feature at one salient point inside the query's reference box, and the old query only re-weighs what it took.
+The idea: the numbers in a query and in the features mean different things, so cross-attention takes long to
+learn what matches. Here every decoder layer builds new queries from the image: each head takes the feature at
+one salient point inside the query's reference box, and the old query only re-weights its channels.
 
-Diff me against: conditional_detr.py. Independent of the idea are the boxes that each layer refines with heads
-of its own (as in Deformable DETR), smca (from SMCA-DETR) and the fixed temperature of positions. More levels:
-relatives/sam_detr_multiscale.py.
+Diff me against: conditional_detr.py. Independent of the idea are the boxes that each layer refines with its
+own heads (as in Deformable DETR), smca (from SMCA-DETR) and the fixed temperature of positions.
+relatives/sam_detr_multiscale.py has more levels.
 
 Departures from the official code; tests/test_golden.py checks that the numbers are the same:
-    those of all files: see Backbone.
+    Backbone lists those of all files.
     RoIAlign runs once per layer and boxes are computed once; the official code does both twice.
     any number of heads and decoder layers works; the official code stops at 6 layers and has 8 hard-coded.
     salient points start at the centre of their box; the official ones, by mistake, anywhere in it.
@@ -54,7 +54,7 @@ LAPTOP = dict(last_stage=2)
 
 # ---- Shared blocks: the same text in all files -------------------------------------------------------------
 class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
-    """torchvision's, but reads x once, not twice (8 % of DETR's inference), and leaves bfloat16 as it is."""
+    """torchvision's, but it reads x once, not twice (8 % of DETR's inference), and keeps bfloat16."""
 
     def forward(self, x):
         scale = self.weight * (self.running_var + self.eps).rsqrt()
@@ -83,7 +83,7 @@ class Backbone(nn.Module):
             raise ValueError(f"last_stage is {last_stage!r}, it must be 4 (C5, as in the papers), 3 or 2")
         norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
         weights = "IMAGENET1K_V1" if pretrained else None
-        # DC5: the last stage keeps C4's resolution; torchvision has none for ResNet-18 and -34 and raises
+        # DC5: the last stage keeps C4's resolution; for ResNet-18 and -34 torchvision raises an error
         body = torchvision.models.get_model(name, weights=weights, norm_layer=norm_layer,
                                             replace_stride_with_dilation=[False, False, dilation])
         c5 = body.fc.in_features
@@ -93,7 +93,7 @@ class Backbone(nn.Module):
         for unused in ["layer3", "layer4"][last_stage - 2:]:
             delattr(body, unused)
         if norm == "frozen":
-            # A batch of one or two images has useless statistics: ImageNet's stay, and so do the first layers
+            # Statistics of one or two images are useless, so ImageNet's stay fixed; so do the first layers
             body.conv1.requires_grad_(False)
             body.layer1.requires_grad_(False)
         self.body = body.to(memory_format=torch.channels_last)  # same numbers, faster convolutions
@@ -110,7 +110,7 @@ class Backbone(nn.Module):
 
 
 def check_input(images, mask):
-    """Raises ValueError unless images are [B, 3, H, W] and mask [B, H, W] bool; only shapes are looked at."""
+    """Raises ValueError unless images are [B, 3, H, W] and mask [B, H, W] bool. It reads no values."""
     if images.ndim != 4 or images.shape[1] != 3 or mask.shape != (images.shape[0], *images.shape[2:]):
         raise ValueError(f"images {tuple(images.shape)} and mask {tuple(mask.shape)} must be [B, 3, H, W] "
                          f"and [B, H, W]; put a single image into a batch with image[None]")
@@ -133,9 +133,9 @@ def sine(x, dim, temperature=10000):
 def sine_positions(mask, dim, offset, temperature=10000):
     """Position of every cell of a feature map, relative to the part of the map that is not padding.
 
-    mask [B, h, w] bool -> [B, h*w, dim]: the first half encodes y, the second x. With `offset` 0 cells count
-    1 to N, as in DETR; 0.5 moves them to their centres, because some papers sample features at points. In a
-    row of padding N is 0, and the order of the additions decides. Source: official position_encoding.py.
+    mask [B, h, w] bool -> [B, h*w, dim]: the first half encodes y, the second x. With `offset` 0 cells are
+    counted from 1 to N, as in DETR; 0.5 moves them to their centres, because some papers sample features at
+    points. In padding N may be 0, so the order of sums counts. Source: official position_encoding.py.
     """
     def normalised(n, axis):
         last = n.narrow(axis, -1, 1)
@@ -165,7 +165,7 @@ class Attention(nn.Module):
     """softmax(q k^T / sqrt(E/M)) v in M heads, and the output projection; q, k, v come in already projected.
 
     q [B, Q, E], k [B, T, E], v [B, T, D], mask [B, T] bool, bias [B, M, Q, T] added to scores -> [B, Q, D].
-    E may differ from D: the score needs equal widths of q and k only.
+    E may differ from D, because only q and k need equal widths.
     """
 
     def __init__(self, hidden_dim, nheads, dropout):
@@ -211,7 +211,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
-        # As dropout(relu(...)), but backward stores one tensor less: 8 % of Deformable DETR at 480 x 640
+        # Equals dropout(relu(...)), but backward stores 8 % less for Deformable DETR at 480 x 640
         y = self.linear2(self.dropout(self.linear1(x)).relu())
         return self.norm(x + self.dropout(y))
 
@@ -328,7 +328,7 @@ class SemanticsAligner(nn.Module):
         boxes = reference.detach() * valid_size(mask).repeat(1, 2)[:, None]  # [B, Q, 4], in cells
         columns = bin_weights(boxes[..., 0], boxes[..., 2], w, bins)  # [B, Q, 7, w]
         rows = bin_weights(boxes[..., 1], boxes[..., 3], h, bins)  # [B, Q, 7, h]
-        # F_R = RoIAlign(F, box) = rows F columns^T in every channel. The 1x1 convolution is linear, too, and
+        # F_R = RoIAlign(F, box) = rows F columns^T in every channel. The 1x1 convolution is also linear and
         # goes first, so that regions have D/4 channels. Its bias goes last: F is 0 outside of the map.
         narrow = F.linear(memory, self.point_conv.weight.flatten(1)).view(B, h, w, D // 4)
         regions = rows.flatten(1, 2)[:, None] @ narrow.transpose(1, 2)  # [B, w, Q*7, D/4]
@@ -339,7 +339,7 @@ class SemanticsAligner(nn.Module):
         xy = self.point_mlp(regions.flatten(2)).view(B, Q, -1, self.nheads, 2)  # [B, Q, 1 or 2, M, 2]
         in_box, scale = xy[:, :, 0].tanh(), xy[:, :, 1] if self.smca else None  # [B, Q, M, 2] twice
 
-        # A head's content is F_R at its point: all D channels, not D/M of them. This is linear in F, too: the
+        # A head's content is F_R at its point: all D channels, not D/M of them. This is also linear in F: the
         # point's weights of the 7 bins, times the bins' weights of the cells, are a weight for every cell.
         x, y = ((in_box.float() + 1) * bins / 2 - 0.5).unbind(-1)  # [B, Q, M] twice, in bins
         x = linear_weights(x, bins) @ columns  # [B, Q, M, w]
@@ -385,7 +385,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, hidden_dim, nheads, dim_feedforward, dropout, smca):
         super().__init__()
-        # Content and position have their own maps in self-attention, too; the paper shows cross-attention.
+        # Content and position also have separate maps in self-attention; the paper shows cross-attention.
         self.sa_q_content = nn.Linear(hidden_dim, hidden_dim)
         self.sa_q_pos = nn.Linear(hidden_dim, hidden_dim)
         self.sa_k_content = nn.Linear(hidden_dim, hidden_dim)
@@ -412,7 +412,7 @@ class DecoderLayer(nn.Module):
         v = self.sa_v(tgt)  # [B, Q, D]
         tgt = self.norm1(tgt + self.dropout(self.self_attn(q, k, v)))
 
-        # Every head compares whole features, D wide: each has a query of its own, all have the same key
+        # Every head compares whole features of width D: each has its own query, and all share the key
         content, position, points, scale = self.aligner(tgt, reference, memory, mask)
         q = self.ca_q_content(content) + self.ca_q_sine(position)  # [B, Q, M, D]
         k = self.ca_k_content(memory) + self.ca_k_sine(pos)  # [B, T, D]
@@ -549,7 +549,7 @@ def load_official(model, checkpoint):
     model.load_state_dict(rename_official(checkpoint.get("model", checkpoint)))
 
 
-# ---- python THIS_FILE.py: what the parts weigh, and what comes out for two random images -------------------
+# ---- python THIS_FILE.py: the size of each part, and the outputs for two random images ---------------------
 if __name__ == "__main__":
     model = build(num_classes=91, pretrained_backbone=False).eval()
     for name, part in [*model.named_children(), ("together", model)]:

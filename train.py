@@ -1,17 +1,17 @@
-"""Train, evaluate and resume any of the detectors here, or your own file that keeps their contract.
+"""Train, evaluate and resume any of the detectors here, or your own file with the same contract.
 
-    python train.py --model detr                   embedded data set, small model, ends by itself
+    python train.py --model detr                   the default run: embedded shapes, laptop preset
     python train.py --model detr --data DIR        your folder: COCO, VOC or YOLO
     python train.py --model detr --overfit 2       two images: AP must come close to 1, or something is broken
-    python train.py --resume runs/detr-shapes      go on after Ctrl-C or a crash, exactly where it stopped
+    python train.py --resume runs/detr-shapes      continues exactly after Ctrl-C or a crash
     python train.py --data DIR --init runs/detr-shapes    a new run that starts from the weights of another
     python train.py --eval --weights runs/detr-shapes/best.pt
     python train.py --model detr --preset paper --data COCO --batch-size 16 --accumulate 4
     torchrun --nproc-per-node 8 train.py ...       the same on 8 GPUs: same total batch, same gradients
 
-Reading order: SetCriterion (matching and losses), train_step, train. What no paper describes is in support/.
-A model file gives RECIPE (how the paper trains it), LAPTOP (what the small preset changes) and build();
-nothing here asks for a model's name.
+Reading order: SetCriterion (matching and losses), train_step, train. support/ has everything that no paper
+describes. A model file gives RECIPE (the paper's training), LAPTOP (changes of the laptop preset), build();
+train.py depends on no model's name.
 """
 import math
 from itertools import islice
@@ -35,12 +35,12 @@ class Diverged(FloatingPointError):
 class SetCriterion:
     """Hungarian matching and set losses of all papers here, for all supervised stages at once.
 
-    The model's recipe says which: class_loss is "softmax" (DETR; the last logit is "no object") or "focal" (C
+    The model's recipe decides: class_loss is "softmax" (DETR; the last logit is "no object") or "focal" (C
     independent sigmoids); w_class, w_l1 and w_giou weigh both cost and loss, unless cost_class weighs classes
     differently in the cost. Source: DETR section 3.1, appendix A.2; official models/matcher.py, SetCriterion.
     """
 
-    no_object_weight = 0.1  # softmax: most queries match nothing and would drown the rest
+    no_object_weight = 0.1  # softmax: most queries match nothing and would dominate the loss
     alpha, gamma = 0.25, 2.0  # focal
 
     def __init__(self, model):
@@ -49,13 +49,13 @@ class SetCriterion:
         self.weights = {name: recipe[f"w_{name}"] for name in ("class", "l1", "giou")}
         self.cost_weights = {**self.weights, "class": recipe.get("cost_class", recipe["w_class"])}
         self.corner_l1 = recipe.get("corner_l1", False)  # AdaMixer: L1 between corners
-        self.denoising = recipe.get("denoising", False)  # the model is given the targets in training
+        self.denoising = recipe.get("denoising", False)  # the model gets the targets in training
 
     def cost(self, logits, boxes, target):
         """Matching cost of one image: logits [S, Q, C], boxes [S, Q, 4], target with G boxes -> [S, Q, G]."""
         labels, target_boxes = target["labels"], target["boxes"]
         if self.softmax:
-            # A probability, not its logarithm as in the loss: then it is of the size of the box costs (A.2).
+            # A probability, not its logarithm as in the loss, so that it has the size of the box costs (A.2).
             cost_class = -logits.softmax(-1)[..., labels]  # [S, Q, G]
         else:
             p = logits.sigmoid()[..., labels]  # [S, Q, G]
@@ -74,7 +74,7 @@ class SetCriterion:
     def match(self, logits, boxes, targets):
         """One-to-one assignment of least cost: for every image (query index, target index), int64.
 
-        logits [B, Q, C], boxes [B, Q, 4] of one stage; of [S, B, Q, .] every stage is matched independently,
+        logits [B, Q, C], boxes [B, Q, 4] of one stage; for [S, B, Q, .] every stage is matched independently,
         and the result is a list of S such lists. With more targets than queries the most expensive ones stay
         unmatched. Raises Diverged when a prediction is not finite.
         """
@@ -126,7 +126,7 @@ class SetCriterion:
             weight = torch.ones(C, device=logits.device)
             weight[C - 1] = self.no_object_weight
             loss = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), weight, reduction="none")  # [SBQ]
-            # Normalised by the sum of weights, not by boxes; of the whole batch it follows from box_counts
+            # Divided by the sum of class weights, not of boxes; box_counts gives that of the whole batch
             objects = sum(min(n, Q) for n in box_counts)
             others = len(box_counts) * Q - objects
             return loss.view(S, -1).sum(1) / (objects + self.no_object_weight * others)
@@ -139,17 +139,17 @@ class SetCriterion:
         """{"total": weighted sum, "class": [S], "l1": [S], "giou": [S]} of a batch, the parts un-weighted.
 
         targets: one dict per image, labels [n] int64 and boxes [n, 4] cxcywh in [0, 1]; n = 0 is fine.
-        box_counts: boxes per image of the whole batch, where this is only a part of it (accumulation, several
-        GPUs): then the parts add up to what the whole would give. Two-stage models add "proposal_class" etc.
+        box_counts: boxes per image of the whole batch, if this is only a part of it (accumulation, several
+        GPUs), so that the parts add up to the loss of the batch. Two-stage models add "proposal_class" etc.
         """
         if box_counts is None:
             box_counts = [len(t["labels"]) for t in targets]
         losses = self.stage_losses(out["logits"], out["boxes"], targets, box_counts)
-        # Group DETR: K groups of queries, each matched by itself; stage l * K + k is group k of layer l
+        # Group DETR: G independently matched groups of queries; stage l * G + g is group g of layer l
         losses = {name: loss.view(-1, out.get("groups", 1)).mean(1) for name, loss in losses.items()}
         total = self.weighted(losses)
         if "proposals" in out:
-            # Proposals only say "some object", so every label is class 0 (Deformable DETR, A.4); not in DINO.
+            # Proposals predict only "an object", so every label is 0 (Deformable DETR, A.4); not in DINO.
             objects = [{"labels": torch.zeros_like(t["labels"]), "boxes": t["boxes"]} for t in targets]
             objects = targets if out["proposals"].get("class_aware") else objects
             logits, boxes = out["proposals"]["logits"][None], out["proposals"]["boxes"][None]  # one stage
@@ -157,7 +157,7 @@ class SetCriterion:
             total = total + self.weighted(proposal)
             losses.update({f"proposal_{name}": loss for name, loss in proposal.items()})
         if "one2many" in out:
-            # H-DETR: further queries, for which every object is there several times
+            # H-DETR: additional queries, for which every object is repeated K times
             extra = out["one2many"]
             K = extra["repeat"]
             copies = [{"labels": t["labels"].repeat(K), "boxes": t["boxes"].repeat(K, 1)} for t in targets]
@@ -165,7 +165,7 @@ class SetCriterion:
             total = total + extra["weight"] * self.weighted(many)
             losses.update({f"one2many_{name}": loss for name, loss in many.items()})
         if "denoising" in out:
-            # DN-DETR and DINO: G groups of objects with noise; nothing is matched, as their targets are known
+            # DN-DETR and DINO: G groups of objects with noise; their targets are known, so nothing is matched
             noisy = out["denoising"]
             counts = [n * noisy["groups"] for n in box_counts]
             known = self.stage_losses(noisy["logits"], noisy["boxes"], targets, counts, noisy["target"])
@@ -215,8 +215,8 @@ def seed_of(run_seed, count):
 class Batches(torch.utils.data.Sampler):
     """This process' parts of all batches of a run in order, each a list of (epoch, index).
 
-    A function of the seed and the step alone, so a run resumed at any step sees what it would have seen, and
-    several processes share the batch of one. What is left of an epoch and fills no batch is dropped.
+    They depend only on seed and step, so a resumed run sees the same images as an unbroken one, and
+    several processes share the batch of one. Images at the end of an epoch that fill no batch are left out.
     """
 
     def __init__(self, size, args, start):
@@ -238,7 +238,7 @@ class Batches(torch.utils.data.Sampler):
 def evaluate(model, criterion, dataset, args):
     """(COCO's 12 numbers and three signs of collapse, {image id: boxes in pixels, scores, labels}).
 
-    Every process does its share of the images, each image once; all of them get the whole result.
+    Every process evaluates its share of the images, each image once; all processes get the whole result.
     """
     model.eval()
     predictions, all_boxes = {}, []
@@ -277,14 +277,14 @@ def train_step(forward, criterion, optimizer, parts, args, scaler=torch.amp.Grad
         with machine.autocast(args):
             out = forward(*inputs, targets) if criterion.denoising else forward(*inputs)
         losses = criterion(out, targets, box_counts)  # outside of autocast: in float32
-        scaler.scale(losses["total"] * machine.WORLD).backward()  # DDP takes the mean: make it a sum
+        scaler.scale(losses["total"] * machine.WORLD).backward()  # DDP takes the mean, we need the sum
         for name, loss in losses.items():
             logged[name] = logged.get(name, 0) + loss.detach().flatten()[-1].item()  # of the last stage
     logged = {name: sum(part[name] for part in machine.gather(logged)) for name in logged}
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     logged["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.clip_norm).item()
-    skips = scaler.is_enabled() and scaler.get_scale() > 1  # float16: leaves this step out
+    skips = scaler.is_enabled() and scaler.get_scale() > 1  # float16: the scaler skips this step
     if not (math.isfinite(logged["grad_norm"]) or skips):
         raise Diverged("the gradient is not finite")
     scaler.step(optimizer)
@@ -304,7 +304,7 @@ def train(model, criterion, optimizer, datasets, args, run):
             run.evaluated(*evaluate(model, criterion, datasets["val"], args))
         for step in range(run.step, args.steps):
             set_rates(optimizer, lr_factor(step, args, batches.steps_per_epoch))
-            # Dropout, like the data order, is a function of seed and step: nothing else needs to be restored
+            # Dropout and data order depend only on seed and step, so nothing else needs to be restored
             torch.manual_seed(seed_of(args.seed, step) * machine.WORLD + machine.RANK)
             run.parts = list(islice(loader, args.accumulate))
             losses = train_step(forward, criterion, optimizer, run.parts, args, run.scaler)

@@ -1,4 +1,4 @@
-"""Pictures: predictions on photos, and where a model looks.
+"""Draws predictions on photos, and where a model looks.
 
     python visualize.py --weights runs/detr-shapes/best.pt                  held-out images
     python visualize.py --weights runs/detr-shapes/best.pt photo.jpg DIR    any images
@@ -49,7 +49,7 @@ def parse(argv):
     if args.init and not (args.model and (args.images or args.data)):
         p.error("--init needs --model NAME, and an IMAGE or --data DIR")
     if args.images and args.data:
-        p.error("give IMAGEs or --data DIR, not both")
+        p.error("IMAGEs and --data DIR were both given; give only one of them")
     if args.count < 1:
         p.error(f"--count {args.count}: it must be at least 1")
     if args.json and Path(args.json).suffix != ".json":
@@ -68,12 +68,12 @@ def held_out(trained, folder, count):
         sets = data.load_datasets(SimpleNamespace(**trained), ("val",))
     chosen = data.first_with_boxes(sets["val"], count)
     if not len(chosen):
-        raise UserError(f"{sets['val'].name}: no image has a box")
+        raise UserError(f"{sets['val'].name}: no image has a box; give IMAGEs or another --data DIR")
     return chosen
 
 
 def picture_names(files):
-    """The names of files without endings; all with a number if two would be the same (A.png and a.jpg)."""
+    """The names of files without endings; if two would be equal (A.png and a.jpg), all get a number."""
     stems = [Path(file).stem[:60] for file in files]  # file systems allow 255 bytes, a character may need 4
     if len({stem.lower() for stem in stems}) == len(stems):
         return stems
@@ -93,7 +93,7 @@ def main(argv=None):
     out, kept = Path(args.out), []
     out.mkdir(parents=True, exist_ok=True)
     if args.json:
-        Path(args.json).open("a").close()  # if this fails, then before the work and not after it
+        Path(args.json).open("a").close()  # it fails here if the file cannot be written, before the work
     files = [dataset.path_of(index) for index in range(len(dataset))]
     for index, (file, name) in enumerate(zip(files, picture_names(files))):
         scene, found = make_scene(dataset, index, detector.class_names, detector.model, args.threshold)

@@ -1,4 +1,4 @@
-"""The race: every runner makes the same steps of 8 images with the same cosine, on the same pictures.
+"""The race: every runner trains for the same steps of 8 images, with the same cosine and the same images.
 
     python benchmarks/race.py --jobs 2 --seeds 0 1 2           trains the five methods
     python benchmarks/race.py --groups race_all maps layers    trains other groups of runners
@@ -10,8 +10,8 @@ Each runner is `python train.py` with its laptop preset on one thread. A run is 
 benchmarks/results/race.json when it ends, and a recorded run is not trained again. After Ctrl-C or SIGTERM
 the same command resumes each run where it stopped. To start a new race, delete race.json and benchmarks/runs.
 
-Minutes are CPU minutes of the run's process, evaluations included. Waiting does not count, but a second run
-on the same machine makes them a little longer, because the two share caches and memory.
+Minutes are CPU minutes of the run's process, evaluations included. Waiting does not count. A second run on
+the same machine makes them a little longer, because the two share caches and memory.
 """
 import argparse
 import datetime
@@ -121,7 +121,7 @@ def run(name, seed, steps):
     entry = {**entry_of(folder), "name": name, "seed": seed, "flags": shlex.join(flags),
              "commit": commit.stdout.strip(), "date": str(datetime.date.today()),
              "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
-    if seconds:  # of the last part, from which those of the whole run follow
+    if seconds:  # of the last part; those of the whole run follow from it
         entry["cpu_minutes"] = round(seconds / 60 * steps / (steps - start), 2)
     with LOCK:
         key = f"{name}, seed {seed}, {steps} steps"
@@ -150,7 +150,7 @@ def read():
 
 
 def race(names, seeds, steps, jobs):
-    """Trains what race.json lacks, `jobs` runs at a time."""
+    """Trains the runs that race.json lacks, `jobs` at a time."""
     RUNS.mkdir(parents=True, exist_ok=True)
     done = [(entry["name"], entry["seed"], entry["flags"]) for entry in read().values()]
     todo = [(name, seed) for seed in seeds for name in names
@@ -242,7 +242,7 @@ def main(argv=None):
     p.add_argument("--seeds", nargs="+", type=int, default=[0])
     p.add_argument("--steps", type=int, default=3000, help="of each run (default: 3000)")
     p.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
-    p.add_argument("--draw", action="store_true", help="no training: tables, and the figures in docs/")
+    p.add_argument("--draw", action="store_true", help="draws tables and figures of docs/, trains nothing")
     p.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="draws your runs in compare.png")
     args = p.parse_args(argv)
     if args.compare:

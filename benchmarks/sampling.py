@@ -6,7 +6,7 @@
     python benchmarks/sampling.py --compile         both through torch.compile, which a GPU needs more
 
 Both give the same numbers and gradients, which is checked first. They take turns, so that noise of the
-machine hits both alike. Each cell also has the official value divided by ours, so above 1 ours is better.
+machine affects both. Each cell also has the official value divided by ours; above 1 ours is better.
 """
 import argparse
 import sys

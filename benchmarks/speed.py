@@ -1,4 +1,4 @@
-"""What the models cost: parameters, multiply-adds, time and memory of inference and of a training step.
+"""The cost of the models: parameters, multiply-adds, time and memory of inference and of a training step.
 
     python benchmarks/speed.py                          laptop size on 96 x 96 pixels, paper size on 480 x 640
     python benchmarks/speed.py --only detr hdetr        some models, by name
@@ -9,7 +9,7 @@
 
 A training step is forward, matching, losses and backward of one batch; no optimiser. Memory is the peak of
 live tensors above those that exist before (parameters do). The models take turns, so that noise of the
-machine hits all alike; times are medians. --compile measures compiled models, which takes minutes for each.
+machine affects all of them; times are medians. --compile takes minutes for each model.
 """
 import argparse
 import functools
@@ -73,7 +73,7 @@ def seconds(call):
 
 
 def take_turns(calls, repeats):
-    """Median seconds of each of {name: function} after one warm-up; a text for one that fails."""
+    """{name: median seconds of the function after one warm-up}; a text for a function that fails."""
     times, failed = {name: [] for name in calls}, {}
     for _, (name, call) in itertools.product(range(repeats + 1), calls.items()):
         try:
@@ -92,7 +92,7 @@ def peak_memory(call):
         before = memory.memory_allocated()
         call()
         return (memory.max_memory_allocated() - before) / 2**20
-    with profile(profile_memory=True) as recorded:  # the process's own peak depends on malloc
+    with profile(profile_memory=True) as recorded:  # the peak of the process depends on malloc
         call()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]

@@ -3,12 +3,12 @@
     python benchmarks/stages.py runs/deformable_detr-shapes runs/sqr-shapes
     python benchmarks/stages.py runs/sqr-shapes --loops 8     runs only the last layer, 8 times (DQRR)
 
-It prints AP of every layer; the same after NMS; AP if every query answers from its most confident layer; AP
-of an oracle that knows which layer to trust; and the two rates of SQR's paper (section 3):
+It prints AP of every layer; AP of every layer after NMS; AP if every query answers from its most confident
+layer; AP of an oracle that chooses the best layer; and the two rates of SQR's paper (section 3):
 
-    NMS               of two boxes of one class that overlap by IoU 0.5 or more, only the more confident stays
+    NMS               of two boxes of one class with IoU 0.5 or more, only the more confident one stays
     oracle            every query answers from its best layer: where it is a true positive the one of largest
-                      score x IoU, otherwise the one of lowest score. It is no strict bound, because scores
+                      score x IoU, otherwise the one of lowest score. It is not a strict bound, because scores
                       of several layers rank differently from those of one.
     TP fading         of the last layer's true positives: an earlier layer was a true positive for the same
                       object and query with both a higher IoU and a higher score
@@ -36,7 +36,7 @@ from support.report import one_line_errors  # noqa: E402
 
 @dataclass
 class Stages:
-    """What every decoder layer predicts for one image, and the truth. Boxes are xyxy in pixels."""
+    """Predictions of every decoder layer for one image, and the truth. Boxes are xyxy in pixels."""
     image_id: int
     scores: torch.Tensor  # [S, Q]
     labels: torch.Tensor  # [S, Q]
@@ -88,7 +88,7 @@ def oracle(image):
 
 
 def after_nms(image, stage):
-    """What non-maximum suppression leaves of a layer: the most confident of each pile of duplicates."""
+    """Predictions of a layer after non-maximum suppression: the most confident of each pile of duplicates."""
     predictions = at_stage(image, stage)
     boxes, scores, labels = (predictions[name] for name in ("boxes", "scores", "labels"))
     kept = batched_nms(boxes, scores, labels, iou_threshold=0.5)

@@ -1,26 +1,26 @@
-# The notebook docs/first_steps.ipynb as a plain script: edit this one, then run `python docs/notebook.py`.
-# A cell begins at "# %%"; lines that begin with "# !" are for the shell.
+# This script becomes the notebook docs/first_steps.ipynb: edit it, then run `python docs/notebook.py`.
+# A cell begins at "# %%". Lines that begin with "# !" are for the shell.
 
 # %% [markdown]
 # # First steps: DETR, side by side
 #
-# Install, train for five minutes, look at the result, train on your own images, go on later. It runs on
-# Colab, on Kaggle and on any machine with Jupyter, with a GPU or without one.
+# This notebook installs the code, trains a small detector, shows its predictions, trains on your own images
+# and resumes a run. It runs on Colab, on Kaggle and on any machine with Jupyter, with or without a GPU.
 #
 # * **Colab**: Runtime > Change runtime type > T4 GPU.
 # * **Kaggle**: Settings > Accelerator > GPU T4 x2, and Settings > Internet on.
 #
 # ## 1. Install
 #
-# Put the address that `git clone` takes between the quotation marks. Nothing needs a compiler. If torch is
-# older than this code needs, the second line brings a newer one; then restart the session once and run the
-# cell again.
+# Write the address of the repository, as `git clone` needs it, between the quotation marks. Nothing needs a
+# compiler. If your torch is too old, the last line installs a newer one. Then restart the session once and
+# run the cell again.
 
 # %%
 import os
 
 REPOSITORY = ""
-if os.path.exists("../train.py"):  # opened where it lies, in docs/
+if os.path.exists("../train.py"):  # this notebook was opened in docs/
     os.chdir("..")
 if not os.path.exists("train.py"):
     # !git clone -q {REPOSITORY} detr_side_by_side
@@ -28,24 +28,23 @@ if not os.path.exists("train.py"):
 # !pip install -q -r requirements.txt
 
 # %% [markdown]
-# ## 2. Train for five minutes
+# ## 2. Train
 #
-# Deformable DETR on the embedded shapes, which are drawn when they are asked for: there is nothing to
-# download. On two CPU cores it takes about five minutes; the README has the AP that it reaches.
-# Interrupting is safe: section 6 goes on exactly there.
+# The next cell trains Deformable DETR on the embedded shapes. They are drawn during the training, so there
+# is nothing to download. Two CPU cores need a few minutes, and the run prints an estimate before it starts.
+# You can interrupt it at any time: section 6 shows how to resume it.
 #
-# **Settings for a T4.** None is needed: `--device auto` is the default and takes the GPU.
+# **Settings for a T4.** You need none: `--device auto` is the default and uses the GPU.
 #
-# * `--amp` computes in a short number format. A T4 has no bfloat16 in hardware, so `--amp` picks float16
-#   there, with a scaler that keeps small gradients from becoming 0; on newer GPUs it picks bfloat16. It is
-#   meant for large models (`--preset paper`); the small one here spends its time elsewhere. Nobody has
-#   timed a T4: compare the time of a hundred steps with and without it.
-# * Colab has two CPU cores, and they prepare the images: more than `--workers 2` does not help.
+# * `--amp` computes with short numbers: float16 on a T4, with a scaler that keeps small gradients from
+#   becoming 0, and bfloat16 on newer GPUs. It is meant for large models (`--preset paper`). Nobody has
+#   timed a T4, so compare the time of a hundred steps with and without it.
+# * Colab has two CPU cores, and these prepare the images. More than `--workers 2` does not help.
 # * Kaggle has two T4: `torchrun --nproc-per-node 2 train.py ...` uses both, and `--batch-size` stays the
 #   total.
-# * Large models: `--preset paper --batch-size 16 --accumulate 8 --amp` computes 16 images in 8 parts. If
-#   memory does not do, a run says so before its first step: take more parts. Learning rates are for exactly
-#   this batch size.
+# * For large models, `--preset paper --batch-size 16 --accumulate 8 --amp` computes 16 images in 8 parts.
+#   If memory does not suffice, the run stops before its first step; then use more parts. Learning rates are
+#   for exactly this batch size.
 
 # %%
 # !python train.py --model deformable_detr
@@ -53,8 +52,8 @@ if not os.path.exists("train.py"):
 # %% [markdown]
 # ## 3. Look
 #
-# Losses and AP over the run, then held-out images: truth in green, predictions in red. `docs/numbers.md`
-# explains every number.
+# The first picture shows losses and AP over the run, the second one held-out images: truth in green,
+# predictions in red. `docs/numbers.md` explains every number.
 
 # %%
 from pathlib import Path
@@ -63,7 +62,7 @@ from IPython.display import Image, display
 
 
 def newest(pattern):
-    """The run that was written last; a second run of one name gets a folder with -2."""
+    """The latest run; the folder of a second run with the same name ends in -2."""
     return max(Path("runs").glob(pattern), key=lambda path: path.stat().st_mtime)
 
 
@@ -72,7 +71,7 @@ display(Image(RUN / "curves.png"))
 display(Image(RUN / "predictions.png"))
 
 # %% [markdown]
-# What the method's paper shows: where the queries of the decoder sample the image.
+# The figure of the method's paper shows where the queries of the decoder sample the image.
 
 # %%
 # !python visualize.py --weights {RUN} --attention --count 2
@@ -80,8 +79,8 @@ for picture in sorted(Path("pictures").glob("*-attention.png"))[:2]:
     display(Image(picture))
 
 # %% [markdown]
-# And from Python: a path, a list, a folder, a PIL image, an array or a tensor goes in, boxes in its pixels
-# come out.
+# You can also predict from Python. The input is a path, a list, a folder, a PIL image, an array or a
+# tensor, and the boxes are in its pixels.
 
 # %%
 from support import data
@@ -94,15 +93,15 @@ for name, score, box in load(RUN).predict(pixels, threshold=0.3):
 # %% [markdown]
 # ## 4. Your own images
 #
-# A folder with COCO, VOC or YOLO annotations, as published or as Roboflow exports them; `docs/options.md`
-# shows the layouts. Images that are not divided into train and val get `--split 0.2`. Upload the folder as
-# a zip file (`!unzip -q my_photos.zip`), or on Colab mount your Drive:
+# You need a folder with COCO, VOC or YOLO annotations, as published or as Roboflow exports them.
+# `docs/options.md` shows the layouts. If your images are not divided into train and val, add `--split 0.2`.
+# Upload the folder as a zip file (`!unzip -q my_photos.zip`), or mount your Drive on Colab:
 #
 #     from google.colab import drive
 #     drive.mount("/content/drive")
 #
-# The next cell writes such a folder, with drawn images, to have something to show. Leave it out if you have
-# your own.
+# The next cell writes such a folder with drawn images, as an example. Skip this cell if you have your own
+# images.
 
 # %%
 import json
@@ -127,8 +126,8 @@ for split, count in ("train", 40), ("val", 10):
     (FOLDER / f"annotations/instances_{split}.json").write_text(json.dumps(content))
 
 # %% [markdown]
-# Check it first: every image is opened, and what is wrong is said with its place. The number of classes is
-# never a setting.
+# Check the folder first. This command opens every image and lists all mistakes with their places. The
+# number of classes is never a setting.
 
 # %%
 # !python -m support.check_data {FOLDER}
@@ -136,9 +135,9 @@ for split, count in ("train", 40), ("val", 10):
 # %% [markdown]
 # ## 5. Train on them
 #
-# Few images? Start from trained weights. `--init` takes a run of ours or weights of the official
-# repositories; other classes are fine. If AP stays at 0, try `--overfit 2` first: when AP comes close to 1,
-# model and data are fine.
+# If you have few images, start from trained weights: `--init` reads a run of ours or weights of the
+# official repositories, and the classes may differ. If AP stays at 0, try `--overfit 2`: when AP comes
+# close to 1, model and data are fine.
 
 # %%
 # !python train.py --model deformable_detr --data {FOLDER} --init {RUN} --steps 300
@@ -146,19 +145,21 @@ OWN = newest(f"deformable_detr-{FOLDER.name}*")
 display(Image(OWN / "predictions.png"))
 
 # %% [markdown]
-# ## 6. Go on
+# ## 6. Resume
 #
-# After an interruption, a crash or the end of a session a run goes on exactly where it was last saved, here
-# to a larger number of steps. What a session leaves on Colab's disk is gone with it: train with `--out
-# /content/drive/MyDrive/runs/mine` to keep a run in your Drive. On Kaggle "Save version" keeps what is
-# below /kaggle/working.
+# After an interruption, a crash or the end of a session, `--resume` continues a run exactly from its last
+# checkpoint. Here it continues to a larger number of steps. Colab deletes its disk at the end of a session:
+# train with `--out /content/drive/MyDrive/runs/mine` to keep a run in your Drive. On Kaggle, "Save version"
+# keeps all files below /kaggle/working.
 
 # %%
 # !python train.py --resume {OWN} --steps 400
 
 # %% [markdown]
-# ## 7. Where next
+# ## 7. Next steps
 #
-# * The files themselves: `detr.py` from top to bottom, then `git diff --no-index detr.py
-#   conditional_detr.py`.
-# * `docs/options.md` for all settings, `docs/export.md` for ONNX, `docs/exercises.md` for exercises.
+# * Read the files: `detr.py` from top to bottom, then `git diff --no-index detr.py conditional_detr.py`.
+# * Your own models and exercises belong in the folder `work/`, which git ignores: `python train.py --model
+#   work/mine.py` trains any file that keeps the contract in `docs/contract.md`.
+# * `docs/options.md` has all settings, `docs/predict.md` predictions from Python, `docs/export.md` ONNX and
+#   `docs/exercises.md` exercises.

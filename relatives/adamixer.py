@@ -4,13 +4,13 @@ Ziteng Gao, Limin Wang, Bing Han, Sheng Guo.
 CVPR 2022, arXiv:2203.16507. Official code: github.com/MCG-NJU/AdaMixer (MIT).
 
 The idea: a query has a place (x, y) and a scale z in the feature pyramid, and samples features at points
-around it in all three. It mixes them with weights that it makes itself, first the channels, then the points.
+around it in all three. It mixes them with weights that it predicts, first the channels, then the points.
 So the decoder adapts to every object, and needs neither an encoder nor a feature pyramid network.
 
 Diff me against: detr.py. There is no encoder, and in the decoder only self-attention stays.
 
 Departures from the official code; tests/test_golden.py checks that the numbers are the same:
-    those of all files: see Backbone.
+    Backbone lists those of all files.
     losses are normalised by the number of objects, at least 1; officially a batch without any gives NaN.
     backbone_norm="frozen" keeps all of batch norm; officially its scale and shift are trained in C3 to C5.
     one drop of the learning rate after epoch 8; officially a second one after epoch 11.
@@ -55,7 +55,7 @@ LAPTOP = dict(steps=1300, batch_size=8, last_stage=2, enc_layers=0, in_points=16
 
 # ---- Shared blocks: the same text in all files -------------------------------------------------------------
 class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
-    """torchvision's, but reads x once, not twice (8 % of DETR's inference), and leaves bfloat16 as it is."""
+    """torchvision's, but it reads x once, not twice (8 % of DETR's inference), and keeps bfloat16."""
 
     def forward(self, x):
         scale = self.weight * (self.running_var + self.eps).rsqrt()
@@ -84,7 +84,7 @@ class Backbone(nn.Module):
             raise ValueError(f"last_stage is {last_stage!r}, it must be 4 (C5, as in the papers), 3 or 2")
         norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
         weights = "IMAGENET1K_V1" if pretrained else None
-        # DC5: the last stage keeps C4's resolution; torchvision has none for ResNet-18 and -34 and raises
+        # DC5: the last stage keeps C4's resolution; for ResNet-18 and -34 torchvision raises an error
         body = torchvision.models.get_model(name, weights=weights, norm_layer=norm_layer,
                                             replace_stride_with_dilation=[False, False, dilation])
         c5 = body.fc.in_features
@@ -94,7 +94,7 @@ class Backbone(nn.Module):
         for unused in ["layer3", "layer4"][last_stage - 2:]:
             delattr(body, unused)
         if norm == "frozen":
-            # A batch of one or two images has useless statistics: ImageNet's stay, and so do the first layers
+            # Statistics of one or two images are useless, so ImageNet's stay fixed; so do the first layers
             body.conv1.requires_grad_(False)
             body.layer1.requires_grad_(False)
         self.body = body.to(memory_format=torch.channels_last)  # same numbers, faster convolutions
@@ -111,7 +111,7 @@ class Backbone(nn.Module):
 
 
 def check_input(images, mask):
-    """Raises ValueError unless images are [B, 3, H, W] and mask [B, H, W] bool; only shapes are looked at."""
+    """Raises ValueError unless images are [B, 3, H, W] and mask [B, H, W] bool. It reads no values."""
     if images.ndim != 4 or images.shape[1] != 3 or mask.shape != (images.shape[0], *images.shape[2:]):
         raise ValueError(f"images {tuple(images.shape)} and mask {tuple(mask.shape)} must be [B, 3, H, W] "
                          f"and [B, H, W]; put a single image into a batch with image[None]")
@@ -130,7 +130,7 @@ class Attention(nn.Module):
     """softmax(q k^T / sqrt(E/M)) v in M heads, and the output projection; q, k, v come in already projected.
 
     q [B, Q, E], k [B, T, E], v [B, T, D], mask [B, T] bool, bias [B, M, Q, T] added to scores -> [B, Q, D].
-    E may differ from D: the score needs equal widths of q and k only.
+    E may differ from D, because only q and k need equal widths.
     """
 
     def __init__(self, hidden_dim, nheads, dropout):
@@ -176,7 +176,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
-        # As dropout(relu(...)), but backward stores one tensor less: 8 % of Deformable DETR at 480 x 640
+        # Equals dropout(relu(...)), but backward stores 8 % less for Deformable DETR at 480 x 640
         y = self.linear2(self.dropout(self.linear1(x)).relu())
         return self.norm(x + self.dropout(y))
 
@@ -328,14 +328,14 @@ class DecoderLayer(nn.Module):
         self.box_head = Head(hidden_dim, 4)
 
     def forward(self, tgt, xyzr, maps, strides):
-        # x and y in thousands of pixels; values get the position, too, and so does the residual (as official)
+        # x and y in thousands of pixels; values and the residual also get the position (as official)
         place = xyzr / xyzr.new_tensor([1000, 1000, 1, 1])  # [B, Q, 4]
         tgt = tgt + sine(place / (2 * math.pi), tgt.shape[-1] // 4).flatten(-2)  # [B, Q, D]
         q, k, v = self.sa_proj(tgt, tgt, tgt)  # 3 x [B, Q, D]
         bias = overlap_bias(xyzr, self.tau)  # [B, M, Q, Q]
         tgt = self.norm1(tgt + self.dropout(self.self_attn(q, k, v, bias=bias)))
 
-        # No keys: the query alone decides where to look, and what to make of it
+        # No keys: where to look, and how to mix the samples, depend only on the query
         sampled = self.sampler(tgt, xyzr, maps, strides)  # [B, Q, G, K, D/G]
         tgt = self.norm2(tgt + self.dropout(self.mixer(tgt, sampled)))
         tgt = self.ffn(tgt)
@@ -482,7 +482,7 @@ def load_official(model, checkpoint):
     model.load_state_dict(rename_official(checkpoint.get("model", checkpoint)))
 
 
-# ---- python THIS_FILE.py: what the parts weigh, and what comes out for two random images -------------------
+# ---- python THIS_FILE.py: the size of each part, and the outputs for two random images ---------------------
 if __name__ == "__main__":
     model = build(num_classes=91, pretrained_backbone=False).eval()
     for name, part in [*model.named_children(), ("together", model)]:

@@ -4,7 +4,7 @@ Not a file to diff: it imports its parent, conditional_detr.py, and replaces par
 is the parent, with the same parameters under the same names. The official code has these defaults only.
 
     spatial_query  paper, table 3: "csq" T from what the previous layer returned, "csq-i" from this layer's
-                   self-attention, "csq-p" p_s alone, "csq-t" the diagonal of T alone, "csq-c" f alone
+                   self-attention, "csq-p" only p_s, "csq-t" only the diagonal of T, "csq-c" only f
     transform      paper, figure 5: what T in p_q = T p_s is: "diagonal" (lambda_q), "scalar", "identity",
                    "block" (a matrix for each head) or "full"
     reference      "query" an MLP of the query's position, "learned" a point each, "origin" (0, 0) as in DETR
@@ -55,7 +55,7 @@ class SpatialQuery(MLP):
             return f
         if self.form == "csq-t":
             return super().forward(f)
-        if first or self.layers is None:  # in layer 1 nothing is known yet
+        if first or self.layers is None:  # in layer 1 content is still zero
             return p_s
         t = super().forward(f)  # [B, Q, size of T]
         if t.shape[-1] <= p_s.shape[-1]:

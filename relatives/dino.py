@@ -3,16 +3,16 @@
 Hao Zhang, Feng Li, Shilong Liu, Lei Zhang, Hang Su, Jun Zhu, Lionel M. Ni, Heung-Yeung Shum.
 ICLR 2023, arXiv:2203.03605. Official code: github.com/IDEA-Research/DINO (Apache-2.0), with 4 scales.
 
-The idea: DAB-DETR's boxes in Deformable DETR's decoder, DN-DETR's noisy objects, and three things more. Boxes
-with much noise must say "no object", so that only one of several close queries answers. The encoder proposes
-the queries' boxes, but their content is learned. A layer's loss also trains the box of the layer before.
+The idea: Deformable DETR's decoder gets DAB-DETR's boxes, DN-DETR's noisy objects, and three new ideas. Boxes
+with much noise must predict "no object", so that only one of several close queries answers. The encoder gives
+the queries their boxes, but their content is learned. A layer's loss also trains the previous layer's box.
 
 Diff me against: hdetr.py, which uses two of the three. Section 4.1 and appendix A.4 are Deformable DETR's.
 
 Departures from the official code; tests/test_golden.py checks that the numbers are the same:
-    those of all files: see Backbone.
+    Backbone lists those of all files.
     in several processes all losses are divided by the boxes of all; officially denoising by those of one.
-    dn_number below 50 is what it says; officially the number of groups is then twice dn_number.
+    dn_number below 50 works like a larger one; officially the number of groups is then twice dn_number.
     sampling is grid_sample, point by point, instead of a CUDA extension; it runs everywhere.
 As in the official code, unlike the paper: labels change with half the probability label_noise; places that an
 image leaves empty are negatives; image positions have temperature 20.
@@ -56,7 +56,7 @@ LAPTOP = dict(steps=1800, batch_size=8, lr=8e-4, lr_backbone=8e-4, last_stage=2,
 
 # ---- Shared blocks: the same text in all files -------------------------------------------------------------
 class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
-    """torchvision's, but reads x once, not twice (8 % of DETR's inference), and leaves bfloat16 as it is."""
+    """torchvision's, but it reads x once, not twice (8 % of DETR's inference), and keeps bfloat16."""
 
     def forward(self, x):
         scale = self.weight * (self.running_var + self.eps).rsqrt()
@@ -85,7 +85,7 @@ class Backbone(nn.Module):
             raise ValueError(f"last_stage is {last_stage!r}, it must be 4 (C5, as in the papers), 3 or 2")
         norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
         weights = "IMAGENET1K_V1" if pretrained else None
-        # DC5: the last stage keeps C4's resolution; torchvision has none for ResNet-18 and -34 and raises
+        # DC5: the last stage keeps C4's resolution; for ResNet-18 and -34 torchvision raises an error
         body = torchvision.models.get_model(name, weights=weights, norm_layer=norm_layer,
                                             replace_stride_with_dilation=[False, False, dilation])
         c5 = body.fc.in_features
@@ -95,7 +95,7 @@ class Backbone(nn.Module):
         for unused in ["layer3", "layer4"][last_stage - 2:]:
             delattr(body, unused)
         if norm == "frozen":
-            # A batch of one or two images has useless statistics: ImageNet's stay, and so do the first layers
+            # Statistics of one or two images are useless, so ImageNet's stay fixed; so do the first layers
             body.conv1.requires_grad_(False)
             body.layer1.requires_grad_(False)
         self.body = body.to(memory_format=torch.channels_last)  # same numbers, faster convolutions
@@ -112,7 +112,7 @@ class Backbone(nn.Module):
 
 
 def check_input(images, mask):
-    """Raises ValueError unless images are [B, 3, H, W] and mask [B, H, W] bool; only shapes are looked at."""
+    """Raises ValueError unless images are [B, 3, H, W] and mask [B, H, W] bool. It reads no values."""
     if images.ndim != 4 or images.shape[1] != 3 or mask.shape != (images.shape[0], *images.shape[2:]):
         raise ValueError(f"images {tuple(images.shape)} and mask {tuple(mask.shape)} must be [B, 3, H, W] "
                          f"and [B, H, W]; put a single image into a batch with image[None]")
@@ -135,9 +135,9 @@ def sine(x, dim, temperature=10000):
 def sine_positions(mask, dim, offset, temperature=10000):
     """Position of every cell of a feature map, relative to the part of the map that is not padding.
 
-    mask [B, h, w] bool -> [B, h*w, dim]: the first half encodes y, the second x. With `offset` 0 cells count
-    1 to N, as in DETR; 0.5 moves them to their centres, because some papers sample features at points. In a
-    row of padding N is 0, and the order of the additions decides. Source: official position_encoding.py.
+    mask [B, h, w] bool -> [B, h*w, dim]: the first half encodes y, the second x. With `offset` 0 cells are
+    counted from 1 to N, as in DETR; 0.5 moves them to their centres, because some papers sample features at
+    points. In padding N may be 0, so the order of sums counts. Source: official position_encoding.py.
     """
     def normalised(n, axis):
         last = n.narrow(axis, -1, 1)
@@ -167,7 +167,7 @@ class Attention(nn.Module):
     """softmax(q k^T / sqrt(E/M)) v in M heads, and the output projection; q, k, v come in already projected.
 
     q [B, Q, E], k [B, T, E], v [B, T, D], mask [B, T] bool, bias [B, M, Q, T] added to scores -> [B, Q, D].
-    E may differ from D: the score needs equal widths of q and k only.
+    E may differ from D, because only q and k need equal widths.
     """
 
     def __init__(self, hidden_dim, nheads, dropout):
@@ -213,7 +213,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
-        # As dropout(relu(...)), but backward stores one tensor less: 8 % of Deformable DETR at 480 x 640
+        # Equals dropout(relu(...)), but backward stores 8 % less for Deformable DETR at 480 x 640
         y = self.linear2(self.dropout(self.linear1(x)).relu())
         return self.norm(x + self.dropout(y))
 
@@ -373,7 +373,7 @@ class QuerySelection(nn.Module):
         side = [torch.full((h * w, 2), 0.05 * 2 ** level) for level, (h, w) in enumerate(spatial_shapes)]
         anchor = torch.cat([centre, torch.cat(side).to(centre).expand_as(centre)], dim=-1)  # [B, T, 4]
         invalid = mask | ~((anchor > 0.01) & (anchor < 0.99)).all(-1)  # [B, T]
-        # Infinite logits make the box (1, 1, 1, 1). The loss has it; its score must keep it out of the top Q.
+        # Infinite logits make the box (1, 1, 1, 1). The loss has it; a low score keeps it out of the top Q.
         anchor = anchor.logit().masked_fill(invalid[..., None], math.inf)
         tokens = self.enc_output_norm(self.enc_output(memory.masked_fill(invalid[..., None], 0)))  # [B, T, D]
         logits = class_head(tokens)  # [B, T, C]
@@ -419,7 +419,7 @@ def group_bias(groups, size, num_queries, device):
     """Scores for self-attention, [1, 1, N + Q, N + Q]: -inf where the row's query must not see the column's.
 
     A noisy query sees its own group and the Q matching queries. These see each other only, because noisy
-    queries know where the objects are: the answer would leak. So the mask is not symmetric.
+    queries contain the objects, and the answer would leak. So the mask is not symmetric.
     """
     group = torch.arange(groups, device=device).repeat_interleave(size)  # [N]
     group = F.pad(group, (0, num_queries), value=-1)  # [N + Q], -1 are the matching queries
@@ -453,7 +453,7 @@ class Denoising(nn.Module):
         return labels, inverse_sigmoid(boxes.clamp(min=0)).sigmoid()  # away from 0 and 1
 
     def forward(self, tgt, reference, targets):
-        """tgt [B, Q, D], reference [B, Q, 4] -> both with N + Q queries, their bias, and what must come back.
+        """tgt [B, Q, D], reference [B, Q, 4] -> both with N + Q queries, their bias, and the targets.
 
         target [B, N] is the row of the object to give back, or -1 for "no object".
         """
@@ -468,7 +468,7 @@ class Denoising(nn.Module):
         noisy = boxes.new_full((B, 2 * G * width, 4), 0.5)
         noisy[image, place] = boxes.flatten(0, 1)
         target = torch.full((B, 2 * G * width), -1, device=tgt.device)
-        target[image, place[::2]] = row  # positives; negatives and empty places say "no object"
+        target[image, place[::2]] = row  # positives; negatives and empty places are "no object"
         tgt, reference = torch.cat([content, tgt], dim=1), torch.cat([noisy, reference], dim=1)
         return tgt, reference, group_bias(G, 2 * width, Q, tgt.device), {"target": target, "groups": G}
 
@@ -492,7 +492,7 @@ class DecoderLayer(nn.Module):
         q, k, v = self.sa_proj(tgt + query_pos, tgt + query_pos, tgt)  # 3 x [B, Q, D]
         tgt = self.norm1(tgt + self.dropout(self.self_attn(q, k, v, bias=bias)))
 
-        # No keys: the query alone decides where to look and how much it counts
+        # No keys: where to look, and the weight of each point, depend only on the query
         attended = self.cross_attn(tgt + query_pos, reference, memory, spatial_shapes, mask)  # [B, Q, D]
         tgt = self.norm2(tgt + self.dropout(attended))
         return self.ffn(tgt)
@@ -684,7 +684,7 @@ def load_official(model, checkpoint):
     model.load_state_dict(rename_official(checkpoint.get("model", checkpoint)))
 
 
-# ---- python THIS_FILE.py: what the parts weigh, and what comes out for two random images -------------------
+# ---- python THIS_FILE.py: the size of each part, and the outputs for two random images ---------------------
 if __name__ == "__main__":
     model = build(num_classes=91, pretrained_backbone=False).eval()
     for name, part in [*model.named_children(), ("together", model)]:

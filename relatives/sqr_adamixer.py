@@ -1,8 +1,8 @@
-"""SQR around AdaMixer: what the paper of SQR reports first (42.5 -> 44.5 AP after 12 epochs).
+"""SQR around AdaMixer, the first result in SQR's paper (42.5 -> 44.5 AP after 12 epochs).
 
-Not a file to diff: it imports its parents. Model and losses are adamixer.py's; which query is fed to which
-stage in training is sqr.py's recollection_plan. Inference is AdaMixer bit for bit, and with recollect="none"
-training is, too.
+Not a file to diff: it imports its parents. Model and losses are adamixer.py's; in training, sqr.py's
+recollection_plan decides which query is fed to which stage. Inference is AdaMixer bit for bit, and so is
+training with recollect="none".
 
 Departure from the official code: recollection follows self.training, not requires_grad.
 As in the official code every group of queries has its own boxes, and groups do not see each other.
@@ -23,7 +23,7 @@ from sqr import SOURCES, recollection_plan  # noqa: E402
 
 
 class Decoder(nn.Module):
-    """AdaMixer's layers, walked by a plan: tgt [B, Q, D], xyzr [B, Q, 4] -> logits [S, B, Q, C] and xyzr.
+    """AdaMixer's layers, in a plan's order: tgt [B, Q, D], xyzr [B, Q, 4] -> logits [S, B, Q, C] and xyzr.
 
     In training S is the number of all groups: 32 for 6 stages with selective recollection.
     """
@@ -34,7 +34,7 @@ class Decoder(nn.Module):
         self.recollect = recollect
 
     def plan(self):
-        """The recollection_plan for now; self.training decides, not whether gradients are wanted."""
+        """The current recollection_plan; self.training decides, not requires_grad."""
         source = self.recollect if self.training else "none"
         return recollection_plan([(stage, source) for stage in range(len(self.layers))])
 

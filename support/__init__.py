@@ -1,15 +1,15 @@
-"""Everything around the models that a reader may skip. Nothing here imports train.py."""
+"""The parts around models and training, which a reader may skip. Nothing here imports train.py."""
 
 
 class UserError(Exception):
-    """What the user can put right, in one line: what happened, where, what was expected, what to do."""
+    """An error that the user can fix, in one line: where, what happened, what was expected, what to do."""
 
     def __init__(self, message):
         super().__init__(shorten(one_line(message), 1500))
 
 
 def one_line(error):
-    """What an exception says, in one line. From a DataLoader worker it is a traceback's last one."""
+    """The message of an exception in one line; of a DataLoader worker's, the last line of its traceback."""
     text = str(error).strip()
     if "Traceback (most recent call last)" in text:
         text = text.splitlines()[-1].split("UserError: ", 1)[-1]
@@ -27,5 +27,5 @@ def shorten(text, limit):
 
 
 def reason(error):
-    """What an exception says, without number and path where it is the system's."""
+    """The message of an exception; without number and path if it comes from the system."""
     return getattr(error, "strerror", None) or one_line(error) or repr(error)

@@ -10,7 +10,7 @@ import torch
 from torchvision.ops import box_iou
 
 from support.evaluation import boxes_to_pixels
-from support.look import CannotDraw, best_class, look
+from support.look import CannotDraw, best_class, outputs_of_training
 from support.pictures import PREDICTED, REFERENCE, TRUE, Figure, draw_box, drawable, show
 from support.predict import is_softmax
 
@@ -61,7 +61,7 @@ def square_panels(rows, columns, title, side=3.0):
 
 
 def panel_grid(scene, title, rows, large, lines, columns):
-    """A figure, and for each of its rows `large` large axes and lines * columns small ones beside them."""
+    """A figure, and for each of its rows `large` large axes and lines * columns small ones next to them."""
     side = 1.7  # inches, the width of a small panel
     height = lines * (side * scene.size[0] / scene.size[1] + 0.3)  # of a row, with the titles
     figure = panel_figure((lines * large + columns) * side, rows * height, title)
@@ -220,27 +220,24 @@ def draw_parts(scene, parts):
 
 
 def draw_denoising(scene, out):
-    """DN-DETR and DINO: boxes with noise, and what the first and the last layer make of them.
-
-    out: the part "denoising" of what training returns for the objects of the scene, with "noisy" [1, N, 4].
-    """
-    objects, target = scene.objects(), out["target"][0]
-    n, S, N = len(objects["labels"]), len(out["boxes"]), len(target)
+    """DN-DETR and DINO: boxes with noise, and the boxes after the first and the last layer."""
+    objects, target, S = scene.objects(), out["target"][0], len(out["boxes"])
     boxes = boxes_to_pixels(torch.cat([out["noisy"], out["boxes"][:, 0]]), scene.size)  # [1 + S, N, 4]
-    blue = ', blue must say "no object"' if (target == -1).any() else ""
-    title = "Boxes with noise, and what layers make of them; the paler, the lower the score of the class"
-    title += f"\ntruth green; red queries must give it back{blue}"
-    figure, panels = square_panels(min(n, 3), 3, title)
-    for k, (row, label, true) in enumerate(zip(panels, objects["labels"], objects["boxes"])):
-        true, name = boxes_to_pixels(true, scene.size), scene.class_names[label]
-        own = torch.arange(N) % n == k  # copy c of object k has place c * n + k
-        scores = torch.cat([torch.ones(1, N), out["logits"][:, 0, :, label].sigmoid()])  # [1 + S, N]
-        for axes, stage, step in zip(row, (0, 1, S), ("with noise", "after layer 1", f"after layer {S}")):
+    steps = {0: "with noise", 1: "after layer 1", S: f"after layer {S}"}
+    title = "Boxes with noise, and what layers make of them; the paler, the lower the score of the class\n"
+    title += "truth green; red queries must give it back" + ', blue must say "no object"' * (-1 in target)
+    n = len(objects["labels"])
+    figure, panels = square_panels(min(n, 3), len(steps), title)
+    for k, (row, label) in enumerate(zip(panels, objects["labels"])):
+        true = boxes_to_pixels(objects["boxes"][k], scene.size)
+        scores = torch.cat([boxes.new_ones(1, len(target)), out["logits"][:, 0, :, label].sigmoid()])
+        for axes, (stage, step) in zip(row, steps.items()):
             iou = box_iou(boxes[stage, target == k], true[None]).mean()
-            show_scene(axes, scene, f"{name} {step}: mean IoU {iou:.2f}", [(true, TRUE, "--")])
-            for query in own.nonzero()[:2 * MOST_GROUPS, 0].tolist():
-                colour = PREDICTED if target[query] == k else REFERENCE
-                draw_box(axes, boxes[stage, query], colour, alpha=0.2 + 0.8 * scores[stage, query].item())
+            title = f"{scene.class_names[label]} {step}: mean IoU {iou:.2f}"
+            show_scene(axes, scene, title, [(true, TRUE, "--")])
+            for query in range(k, len(target), n)[:2 * MOST_GROUPS]:  # copy c of object k: place c * n + k
+                colour, alpha = PREDICTED if target[query] == k else REFERENCE, scores[stage, query].item()
+                draw_box(axes, boxes[stage, query], colour, alpha=0.2 + 0.8 * alpha)
             zoom(axes, scene, true, 2.5)
     return figure
 
@@ -262,28 +259,8 @@ def training_parts(trained, scene, softmax):
     return []
 
 
-def outputs_of_training(model, scene):
-    """The model's outputs in training mode, but without dropout and with the batch norm of inference."""
-    for module in model.modules():
-        rate = getattr(module, "dropout", None)  # of our Attention; in a layer it is a module of its own
-        noisy = isinstance(module, torch.nn.Dropout) or isinstance(rate, float)
-        module.training = not noisy and not hasattr(module, "running_mean")
-    inputs = [scene.image[None], torch.zeros_like(scene.image[:1], dtype=torch.bool)]
-    if model.recipe.get("denoising"):
-        inputs.append([scene.objects()])
-        torch.manual_seed(0)  # the same noise for every run with the same image
-    try:
-        out, seen = look(model, *inputs)
-    finally:
-        model.eval()
-    for arrays in seen.values():
-        if "noisy" in arrays and arrays["noisy"].numel():
-            out["denoising"]["noisy"] = arrays["noisy"]
-    return out
-
-
 # ---- The choice --------------------------------------------------------------------------------------------
-PICTURES = {  # the first is drawn whose array a module of the decoder has
+PICTURES = {  # draw_look takes the first entry whose array a module of the decoder has
     "samples": draw_samples,
     "points": draw_salient_points,
     "prior": partial(draw_factors, first="prior"),

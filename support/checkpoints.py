@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read with their checksums; and weights for another run."""
+"""Checkpoints, which are written whole or not at all and read with checksums; weights for other runs."""
 import argparse
 import os
 import zipfile
@@ -8,7 +8,7 @@ import torch
 
 from support import UserError, one_line, shorten
 
-FORMAT = 1  # a number of its own for every way in which checkpoints are written
+FORMAT = 1  # changes with the content of checkpoints
 
 
 # ---- Write and read ----------------------------------------------------------------------------------------
@@ -24,7 +24,7 @@ def save(path, content):
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
         part.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written, is the disk full? ({shorten(one_line(error), 100)}) "
-                        "The checkpoint before it is still there: make room, then go on with --resume")
+                        "The previous checkpoint is still there. Make room, then continue with --resume")
 
 
 def read_file(path):
@@ -32,15 +32,15 @@ def read_file(path):
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        if zipfile.is_zipfile(path):  # older files, such as some official ones, are none
+        if zipfile.is_zipfile(path):  # older files, such as some official ones, are no zip files
             with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():  # torch.load does not look at the checksums
+                if damaged := archive.testzip():  # torch.load does not check the checksums
                     raise ValueError(f"wrong checksum of {damaged}")
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}); cut off, damaged, or "
-                        "not ours? A run's folder has another one, best.pt or last.pt")
+        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}), perhaps cut off or "
+                        "damaged. Try the other one in the run's folder, best.pt or last.pt")
 
 
 def load_checkpoint(path):
@@ -49,8 +49,8 @@ def load_checkpoint(path):
     path = path / "last.pt" if path.is_dir() else path
     checkpoint = read_file(path)
     if not isinstance(checkpoint, dict) or "model_options" not in checkpoint:
-        raise UserError(f"{path}: not a checkpoint of train.py; to start a new run from official weights "
-                        "use --init")
+        raise UserError(f"{path}: not a checkpoint of train.py. To start a new run from official weights, "
+                        "give --init")
     if checkpoint.get("format") != FORMAT:
         raise UserError(f"{path}: written by another version of train.py, which this one cannot read; start "
                         "a new run")
@@ -67,7 +67,7 @@ def read_init(path):
     return load_checkpoint(path) if "model_options" in checkpoint else checkpoint
 
 
-# ---- A run that goes on ------------------------------------------------------------------------------------
+# ---- Resume ------------------------------------------------------------------------------------------------
 def check_data(checkpoint, datasets):
     """Raises UserError unless the data are those of the checkpoint, in whatever folder they are now."""
     for dataset in datasets.values():
@@ -75,11 +75,12 @@ def check_data(checkpoint, datasets):
             known, given = (", ".join(names) for names in (checkpoint["class_names"], dataset.class_names))
             raise UserError(f"the checkpoint has the classes {known}, but the data has {given}")
         if dataset.held_out and checkpoint["held_out"] not in (None, dataset.held_out):
-            raise UserError("--split would hold out other images than when the run began: were some added, "
-                            "removed or renamed? To evaluate on others give --val-json and --val-images")
+            raise UserError("--split selects other images than when the run began, because images were "
+                            "added, removed or renamed. To evaluate on others, give --val-json and "
+                            "--val-images")
     if "train" in datasets and checkpoint["num_images"] != len(datasets["train"]):
         raise UserError(f"the run was trained on {checkpoint['num_images']} images, but here are "
-                        f"{len(datasets['train'])}; to train on other images start a new run with --init")
+                        f"{len(datasets['train'])}. To train on other images, start a new run with --init")
 
 
 def load_weights(model, checkpoint):
@@ -92,13 +93,13 @@ def load_weights(model, checkpoint):
 
 
 def load_optimizer(optimizer, checkpoint):
-    """The optimiser's memory from a checkpoint; rates and all other settings are those of this start."""
+    """The optimiser's state from a checkpoint; rates and all other settings are those of this command."""
     fresh, saved = optimizer.state_dict(), checkpoint["optimizer"]
     parts, expected = ([(group["part"], group["params"]) for group in groups]
                        for groups in (saved["param_groups"], fresh["param_groups"]))
     if parts != expected:
         raise UserError(f"{checkpoint['path']}: its optimiser is for other groups of parameters; has the "
-                        "model file changed? --init starts a new run from its weights")
+                        "model file changed? --init starts a new run with its weights")
     optimizer.load_state_dict({**fresh, "state": saved["state"]})
 
 
@@ -114,9 +115,9 @@ def in_our_names(module, checkpoint):
 
 
 def initialise(model, module, checkpoint, class_names):
-    """Copies all that fits into the model and prints what does not. As many queries are copied as both have.
+    """Copies all tensors that fit into the model and prints the others; of queries as many as both have.
 
-    A class head is copied only if it is known to be for the same classes. People who fine-tune DETR on their
+    It copies a class head only if the checkpoint names the same classes. People who fine-tune DETR on their
     own data do the same: they delete the class head and keep everything else. Raises UserError.
     """
     given, left = dict(in_our_names(module, checkpoint)), []
@@ -126,9 +127,9 @@ def initialise(model, module, checkpoint, class_names):
         source = given.pop(name, None)
         if source is None:
             if not name.endswith("num_batches_tracked"):  # frozen BatchNorm has none
-                left.append(f"{name}: not in the file, keeps its random start")
+                left.append(f"{name}: not in the file, keeps its random values")
         elif name.startswith("class_head.") and checkpoint.get("class_names") != class_names:
-            left.append(f"{name}: for other classes, starts anew")
+            left.append(f"{name}: for other classes, keeps its random values")
         elif source.shape == tensor.shape:
             tensor.copy_(source)
             copied += 1
@@ -139,11 +140,11 @@ def initialise(model, module, checkpoint, class_names):
             left.append(f"{name}: the first {n} of the file's {len(source)} queries, for {len(tensor)} here")
         else:
             left.append(f"{name}: {list(source.shape)} in the file, {list(tensor.shape)} here; "
-                        "keeps its random start")
+                        "keeps its random values")
     left += [f"{name}: only in the file, not used" for name in given
              if not name.endswith("num_batches_tracked")]
     print(f"init     {copied} of {len(state)} tensors copied" + (", except:" if left else ""))
     for line in left[:12] + [f"and {len(left) - 12} more"] * (len(left) > 12):
         print(f"         {line}")
     if copied < len(state) / 2:
-        raise UserError("--init: most of it does not fit. Is it the same --model, --preset and --option?")
+        raise UserError("--init: most of it does not fit. Give --model, --preset and --option of its run")

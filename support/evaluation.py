@@ -1,4 +1,4 @@
-"""From the outputs of a model to scored boxes in pixels, and from those to the 12 COCO numbers.
+"""Turns the outputs of a model into scored boxes in pixels, and these into the 12 COCO numbers.
 
 Legend: B images, Q queries, C classes, k scored boxes in one image. Boxes are (cx, cy, w, h) in [0, 1] of the
 unpadded image; `boxes_xyxy` are two corners in pixels.
@@ -24,13 +24,13 @@ def boxes_to_pixels(boxes, size):
 
 @torch.no_grad()
 def postprocess(logits, boxes, sizes, softmax, num_classes=None, most=100):
-    """Outputs of one stage -> scored boxes. Low scores stay: AP is about the ranking, without a threshold.
+    """Outputs of one stage -> scored boxes. Low scores stay, because AP measures the ranking.
 
-    logits [B, Q, C] (with softmax C + 1, the last is no-object) and boxes [B, Q, 4] as the model gives them;
+    logits [B, Q, C] (with softmax C + 1, the last is no-object) and boxes [B, Q, 4] of the model;
     sizes: B pairs (height, width) of the original images. Returns B dicts: scores [k], labels [k], boxes [k,
-    4] xyxy in original pixels. softmax: the best class of each query, k = Q. Otherwise the best `most` of all
-    Q * C pairs, so that a query may give two answers; 100 are as many as COCO's AP counts in an image.
-    num_classes: answers beyond are left out; SMCA's additional sigmoid stands for nothing.
+    4] xyxy in original pixels. With softmax: the best class of each query, k = Q. Otherwise: the best `most`
+    of all Q * C pairs, so a query may give two answers; COCO's AP counts 100 in an image. num_classes: the
+    number of real classes, without SMCA's additional sigmoid; answers of other classes are left out.
     """
     logits = logits.float()
     if softmax:
@@ -71,17 +71,17 @@ def to_coco(dataset, annotated_images, scores=None):
 
 METRICS = {
     "AP": "average precision, mean over IoU 0.50, 0.55, ... 0.95: the number that papers call AP",
-    "AP50": "the same if a box counts as right from IoU 0.50 on",
-    "AP75": "from IoU 0.75 on: needs tight boxes",
+    "AP50": "AP where a box is right from an IoU of 0.50",
+    "AP75": "AP where a box is right from an IoU of 0.75: needs tight boxes",
     "AP_small": "AP of objects up to 32 x 32 pixels in area",
-    "AP_medium": "from 32 x 32 to 96 x 96",
-    "AP_large": "from 96 x 96 on",
-    "AR1": "average recall, same IoUs, when only the best box per image and class counts",
-    "AR10": "the best 10",
-    "AR100": "the best 100",
+    "AP_medium": "AP of objects from 32 x 32 to 96 x 96 pixels",
+    "AP_large": "AP of objects of more than 96 x 96 pixels",
+    "AR1": "average recall, same IoUs, with only the best box per image and class",
+    "AR10": "average recall with the best 10 boxes",
+    "AR100": "average recall with the best 100 boxes",
     "AR_small": "AR100 of small objects",
-    "AR_medium": "of medium ones",
-    "AR_large": "of large ones",
+    "AR_medium": "AR100 of medium objects",
+    "AR_large": "AR100 of large objects",
 }
 
 
@@ -92,7 +92,7 @@ def warn_of_crowded_images(name, most):
 
 
 def coco_eval(dataset, predictions):
-    """METRICS as {name: number} for {image id: dict from `postprocess`}, over all images of the data set.
+    """{name of METRICS: number} for {image id: dict from `postprocess`}, over all images of the data set.
 
     An image without an entry counts as one in which nothing was found.
     """
@@ -129,6 +129,6 @@ def signs_of_collapse(all_boxes, predictions):
 
 
 def metrics_table(metrics):
-    """The 12 numbers as a table in words."""
+    """A table that explains the 12 numbers."""
     rows = [f"{name:<10} {metrics[name]:6.3f}  {meaning}" for name, meaning in METRICS.items()]
-    return "\n".join(rows + ["-1 = no ground truth of that size. Pixels are those of the original images."])
+    return "\n".join(rows + ["-1: no ground truth of that size. Pixels are those of the original images."])

@@ -68,13 +68,13 @@ def read(name, module, given, output):
 
 @torch.no_grad()
 def look(model, *inputs):
-    """Run the model as it is and keep where its parts look: (out, seen), `out` is model(*inputs).
+    """Runs the model and keeps where its parts look: (out, seen), `out` is model(*inputs).
 
     images [B, 3, H, W], mask [B, H, W] bool, True on padding. seen: {name of the module: {name of the array:
     tensor on the CPU}}, in the order in which modules ran. By class of the module:
 
     Attention         weights [B, M, Q, T], rows sum to 1, padding gets 0. Where q and k are [content |
-                      position] in every head, also content and spatial: what one half alone would give.
+                      position] in every head, also content and spatial: the attention by one half only.
                       Where a bias is added, also content, which is without it, and prior = exp(bias).
     MSDeformAttn      locations [B, Q, M, L, K, 2] as (x, y) and reference [B, Q, L, 2 or 4], in [0, 1] of the
                       padded maps; weights [B, Q, M, L, K], summing to 1 over L and K; shapes [L, 2] as (h, w)
@@ -91,7 +91,7 @@ def look(model, *inputs):
 
     def keep(module, inputs, kwargs, output):
         given = inspect.signature(module.forward).bind(*inputs, **kwargs).arguments
-        with contextlib.suppress(KeyError, AttributeError, TypeError):  # of somebody else, with this name
+        with contextlib.suppress(KeyError, AttributeError, TypeError):  # another class with this name
             if arrays := read(names[module], module, given, output):
                 seen[names[module]] = {key: value.detach().cpu() for key, value in arrays.items()}
 
@@ -165,7 +165,7 @@ class Scene:
         return f"{self.class_names[self.labels[stage, query]]} {self.scores[stage, query]:.2f}"
 
     def objects(self):
-        """The true objects as a target, labels [n] and boxes [n, 4]; the detected ones where nobody knows."""
+        """The true objects as a target, labels [n] and boxes [n, 4]; the detected ones if unknown."""
         known = [(self.class_names.index(name), box) for name, box in self.truth if name in self.class_names]
         known = known or [(self.labels[-1, query], box) for query, box, _ in self.detected_queries(20)]
         labels, boxes = zip(*known)
@@ -184,6 +184,29 @@ class Scene:
             if name == self.class_names[label[-1]] and iou[-1] >= 0.5:
                 return box, iou, (label == label[-1]) & (iou > iou[-1]) & (score > score[-1])
         return None, torch.zeros_like(score), torch.zeros_like(label, dtype=torch.bool)
+
+
+def outputs_of_training(model, scene):
+    """The model's outputs in training mode, but without dropout and with the batch norm of inference.
+
+    A model with denoising gets the objects of the scene; their boxes with noise are ["denoising"]["noisy"].
+    """
+    for module in model.modules():
+        rate = getattr(module, "dropout", None)  # of our Attention; in a layer it is a module of its own
+        noisy = isinstance(module, torch.nn.Dropout) or isinstance(rate, float)
+        module.training = not noisy and not hasattr(module, "running_mean")
+    inputs = [scene.image[None], torch.zeros_like(scene.image[:1], dtype=torch.bool)]
+    if model.recipe.get("denoising"):
+        inputs.append([scene.objects()])
+    torch.manual_seed(0)  # the same noise in every picture of an image
+    try:
+        out, seen = look(model, *inputs)
+    finally:
+        model.eval()
+    for arrays in seen.values():
+        if "noisy" in arrays and arrays["noisy"].numel():
+            out["denoising"]["noisy"] = arrays["noisy"]
+    return out
 
 
 def best_class(logits, softmax, num_classes):

@@ -1,4 +1,4 @@
-"""Where a run computes: its device, --amp, the processes of torchrun, and those that load images."""
+"""The device of a run, --amp, the processes of torchrun, and those that load images."""
 import contextlib
 import os
 import signal
@@ -18,18 +18,18 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 # ---- Device and --amp --------------------------------------------------------------------------------------
 def choose_device(name):
-    """The device behind --device: "auto", or any name that torch knows. Raises UserError."""
-    here = torch.accelerator.current_accelerator(check_available=True)  # None: there is only the CPU
+    """The device behind --device: "auto", or any name of torch. Raises UserError."""
+    here = torch.accelerator.current_accelerator(check_available=True)  # None if there is only the CPU
     if name == "auto":
         return here.type if here else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name}: torch knows no such device; give auto, cpu, cuda, cuda:1 or mps")
+        raise UserError(f"--device {name}: torch has no such device; give auto, cpu, cuda, cuda:1 or mps")
     count = torch.accelerator.device_count() if here and here.type == device.type else 0
     if device.type != "cpu" and (device.index or 0) >= count:
         found = f"{count or 'no'} {device.type} device{'s' * (count > 1)}"
-        raise UserError(f"--device {name}: torch sees {found} here; auto takes what there is")
+        raise UserError(f"--device {name}: torch sees {found} here. --device auto takes an available one")
     return name
 
 
@@ -81,7 +81,7 @@ def peak_memory(device):
 
 # ---- Processes ---------------------------------------------------------------------------------------------
 def join(device):
-    """Takes this process's place among those of torchrun: a GPU of its own, or a share of the CPU."""
+    """Joins this process to those of torchrun: each has its own GPU, or a share of the CPU."""
     if WORLD == 1:
         return
     needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -92,7 +92,7 @@ def join(device):
     if torch.device(device).type != "cpu":
         local, count = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
         if local >= count or torch.device(device).index is not None:
-            raise UserError(f"--device {device}: each process takes a device of its own, and there "
+            raise UserError(f"--device {device}: each process needs its own device, and there "
                             f"{'is' if count == 1 else 'are'} {count}; lower --nproc-per-node")
         torch.accelerator.set_device_index(local)
     torch.distributed.init_process_group(torch.distributed.get_default_backend_for_device(device))
@@ -109,16 +109,16 @@ def gather(value):
 
 
 def default_workers():
-    """Processes that load images. None but on Linux: elsewhere each would start a Python of its own."""
+    """Processes that load images: 0 except on Linux, because elsewhere each would start a new Python."""
     if sys.platform != "linux":
         return 0
     return 1 if (os.cpu_count() or 1) < 4 else 4
 
 
 def make_loader(dataset, args, **how):
-    """A DataLoader with args.workers processes, or with none; `how`: batch_size or batch_sampler."""
-    # A generator of its own: otherwise a loader draws from the global one, which dropout uses, and a resumed
-    # run has made one loader more. fork: since Python 3.14 the default is a new Python, which imports torch.
+    """A DataLoader with args.workers processes; `how`: batch_size or batch_sampler."""
+    # The loader needs its own generator, because it would draw from the global one, which dropout uses, and a
+    # resumed run makes one loader more. fork: Python 3.14 would start a new Python, which imports torch.
     return torch.utils.data.DataLoader(
         dataset, num_workers=args.workers, collate_fn=collate, generator=torch.Generator(),
         pin_memory=torch.device(args.device).type in ("cuda", "xpu"), worker_init_fn=leave_ctrl_c_to_the_run,

@@ -1,7 +1,7 @@
-"""Model files: where they are, what build() of one takes, and whether what it builds keeps the contract.
+"""Model files: loading them, checking the options of build(), and checking that a model keeps the contract.
 
-A model file is any .py file with RECIPE and build(num_classes, **options), see the README. Ours have names:
-the five files at the top level, and those in relatives/. Your own file, such as work/mine.py, has a path.
+A model file is any .py file with RECIPE and build(num_classes, **options), see the README. --model takes the
+names of our files, at the top level and in relatives/, or the path of your own file, such as work/mine.py.
 """
 import importlib.util
 import inspect
@@ -34,8 +34,8 @@ def load_model_file(name):
         raise UserError(f"--model {name}: {problem}; give one of {', '.join(known_files())} or a .py file")
     for folder in (ROOT, path.resolve().parent):
         if str(folder) not in sys.path:
-            sys.path.append(str(folder))  # at the end: a neighbour called torch.py must not hide the library
-    # Under a name of its own if somebody's file is called torch.py, or as a module that is there already
+            sys.path.append(str(folder))  # at the end: a neighbour called torch.py must not hide torch
+    # Under another name if the file is called torch.py, or like any other module that is loaded already
     module_name = path.stem if path.stem not in sys.modules else f"model_file_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
@@ -54,13 +54,13 @@ def load_model_file(name):
 def load_model_of(checkpoint, name=None):
     """The module that made a checkpoint, or the one called `name`.
 
-    A checkpoint may come from anybody. So only our own files are run because it names them; one of somebody
-    else's is run only if the user names it. Raises UserError.
+    A checkpoint may come from anybody. So a file that it names runs only if it is one of ours; another file
+    runs only if the user names it. Raises UserError.
     """
     saved = checkpoint["args"]["model"]
     if name is None and saved not in known_files():
         raise UserError(f"{checkpoint['path']}: made with the file {saved}, which is not one of ours. If you "
-                        f"trust it, add --model {saved}; the run's folder has a copy of it")
+                        f"trust it, add --model {saved}; the run's folder has a copy")
     return load_model_file(name or saved)
 
 
@@ -74,7 +74,7 @@ def describe(error, path):
 
 # ---- Options -----------------------------------------------------------------------------------------------
 def default_options(module):
-    """{option: default} of what the file's build() passes on to its model; {} if that cannot be seen."""
+    """{option: default} of the model that the file's build() makes; {} if they are not visible."""
     own = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
     classes = [c for c in own if issubclass(c, torch.nn.Module) and hasattr(c, "recipe")]
     defaults = {}
@@ -109,7 +109,7 @@ def without_download(module, options):
 
 # ---- The model ---------------------------------------------------------------------------------------------
 def build_model(module, num_classes, options):
-    """module.build(num_classes, **options); whatever goes wrong in it becomes a UserError."""
+    """module.build(num_classes, **options); any error in it becomes a UserError."""
     check_options(module, options)
     file = Path(module.__file__).name
     try:
@@ -126,15 +126,15 @@ def build_model(module, num_classes, options):
     wrong = [name for name in ("w_class", "w_l1", "w_giou")
              if not isinstance(model.recipe.get(name), (int, float))]
     if wrong or model.recipe.get("class_loss") not in ("softmax", "focal"):
-        raise UserError(f'{file}: RECIPE needs class_loss="softmax" or "focal", and numbers w_class, w_l1 and '
-                        f'w_giou; it has {model.recipe}')
+        raise UserError(f'{file}: RECIPE needs class_loss="softmax" or "focal", and numbers w_class, w_l1 '
+                        f'and w_giou; it has {model.recipe}')
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"{file}: no parameter of the model requires a gradient")
     return model
 
 
 def check_output(out, model, num_images, num_classes):
-    """Raises UserError unless `out` is what the contract promises for so many images and classes."""
+    """Raises UserError unless `out` keeps the contract for so many images and classes."""
     def check(right, what):
         if not right:
             raise UserError(f"{type(model).__name__} breaks the contract: {what}")

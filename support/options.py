@@ -1,4 +1,4 @@
-"""The command line of train.py: flags, presets, and what may change when a run goes on."""
+"""The command line of train.py: flags, presets, and the changes that --resume allows."""
 import argparse
 import json
 import math
@@ -11,7 +11,7 @@ from support import UserError, machine, shorten
 from support import model_files as files
 from support.checkpoints import load_checkpoint, read_init
 
-# --preset laptop: learns from random weights on two CPU cores. LAPTOP of a model file goes on top.
+# --preset laptop: learns from random weights on two CPU cores. LAPTOP of a model file overrides it.
 LAPTOP = dict(
     steps=3600,
     batch_size=16,
@@ -31,17 +31,17 @@ LAPTOP = dict(
 )
 TRAINING = ("steps", "epochs", "lr_drop", "batch_size", "lr", "lr_backbone", "warmup", "schedule",
             "clip_norm", "weight_decay")  # the rest of a preset are options of the model
-# Options that a model is taken to have if its file does not show them, see default_options
+# Options that we assume for a model file that does not show them, see default_options
 LAPTOP_OPTIONS = (*(name for name in LAPTOP if name not in TRAINING), "num_queries")
 PATHS = ("data", "train_json", "train_images", "val_json", "val_images")
-# What makes a run what it is. Everything else may be changed by --resume.
+# These flags define a run. --resume may change all others.
 FIXED = ("model", "preset", "option", "out", "size", "seed", "batch_size", "overfit", "init", "split",
          "no_flip")
 
 
 @dataclass
 class Request:
-    """What a command line asks for, with everything it leaves out filled in."""
+    """The settings of a command line, with all defaults filled in."""
 
     args: argparse.Namespace  # every flag: as typed, otherwise as in the checkpoint or the preset
     module: ModuleType  # the model file
@@ -95,9 +95,9 @@ def make_parser(description):
     for path in ("train-json", "train-images", "val-json", "val-images"):
         add(f"--{path}", type=name, metavar="PATH", help="instead of --data: the four paths one by one")
     add("--split", type=between(float, 1e-9, 1 - 1e-9, "between 0 and 1, for example 0.2"), metavar="SHARE",
-        help="hold this share of the training images out as val, e.g. 0.2; --seed determines which")
+        help="take this share of the training images as val, e.g. 0.2; --seed determines which")
     add("--no-flip", action="store_true",
-        help="mirror no image: for text, and where left and right are different classes")
+        help="never mirror images: for text, and where left and right are different classes")
     add("--size", type=between(int, 32, 8192, "32 to 8192 pixels"), help="pixels; laptop: longest side "
         "(96 for shapes, 256 for folders), paper: shortest side (800)")
     add("--out", type=name, help="folder for results; default runs/MODEL-DATA")
@@ -111,8 +111,8 @@ def make_parser(description):
     add("--epochs", type=COUNT, help="or in passes over the training images")
     add("--batch-size", type=COUNT, help="images per optimiser step, all parts together")
     add("--accumulate", type=COUNT, default=1, help="parts a batch is split into, to save memory")
-    add("--eval-batch-size", type=COUNT, help="default 1 in paper: padding changes numbers a little")
-    add("--lr", type=POSITIVE, help="peak learning rate, for exactly this batch size: not scaled")
+    add("--eval-batch-size", type=COUNT, help="default 1 in paper, because padding changes predictions")
+    add("--lr", type=POSITIVE, help="peak learning rate; it is not scaled with the batch size")
     add("--lr-backbone", type=NOT_NEGATIVE, help="the same for the backbone")
     add("--weight-decay", type=NOT_NEGATIVE)
     add("--clip-norm", type=POSITIVE, help="gradients are scaled down to this norm")
@@ -144,7 +144,7 @@ def parse(description, argv=None):
     parser = make_parser(description)
     typed = parser.parse_args(argv)
     if typed.eval != bool(typed.weights):
-        parser.error("--eval and --weights FILE go together; --resume goes on with a run, --init starts a "
+        parser.error("--eval and --weights FILE go together. --resume continues a run, and --init starts a "
                      "new one from weights")
     request = (old_run if typed.eval or typed.resume else new_run)(parser, typed, argv)
     args, path = request.args, Path(request.module.__file__).resolve()  # found from any folder
@@ -154,7 +154,7 @@ def parse(description, argv=None):
     needed = ["batch_size", "lr", "lr_backbone", "weight_decay", "clip_norm", "schedule", "warmup"]
     needed += ["lr_drop"] * (args.schedule == "step") + ["epochs"] * (args.steps is None)
     if missing := [f"--{flag.replace('_', '-')}" for flag in needed if getattr(args, flag) is None]:
-        parser.error(f"{', '.join(missing)}: neither given nor in the RECIPE of {args.model}")
+        parser.error(f"{', '.join(missing)}: neither given nor in the RECIPE of {args.model}; give a value")
     parts = args.accumulate * machine.WORLD
     if args.batch_size % parts and not args.eval:
         parser.error(f"--batch-size {args.batch_size} is the total: it must be a multiple of {parts}, "
@@ -167,7 +167,7 @@ def parse(description, argv=None):
 
 
 def new_run(parser, typed, argv):
-    """A run that begins, perhaps with the weights (and then the model) of another."""
+    """A new run, perhaps with the weights (and then the model) of another."""
     init = read_init(typed.init) if typed.init else {}
     inherited = dict(init.get("model_options", {}))
     inherited.pop("num_queries", None)  # depends on the data, see resolve
@@ -182,7 +182,7 @@ def new_run(parser, typed, argv):
 
 
 def old_run(parser, typed, argv):
-    """A run that goes on, or one that is evaluated."""
+    """A run to resume or to evaluate."""
     checkpoint = load_checkpoint(typed.weights or typed.resume)
     module, saved = files.load_model_of(checkpoint, typed.model), checkpoint["args"]
     once = {"eval": False, "weights": None, "resume": None, "device": saved["asked_device"]}
@@ -194,10 +194,10 @@ def old_run(parser, typed, argv):
     changed = [f"--{flag.replace('_', '-')}" for flag in FIXED
                if getattr(args, flag) != saved[flag] and not free.get(flag)]
     if changed:
-        parser.error(f"{', '.join(changed)}: that is decided by the run of {checkpoint['path']}; for other "
-                     "values start a new run (--init takes its weights along)")
+        parser.error(f"{', '.join(changed)}: the run of {checkpoint['path']} has another value. For yours "
+                     "start a new run; --init copies its weights")
     if moved and typed.eval and not typed.split:
-        args.split = None  # of other images all count
+        args.split = None  # all other images count
     copy = Path(checkpoint["path"]).with_name(Path(module.__file__).name)
     if typed.resume and copy.is_file() and copy.read_bytes() != Path(module.__file__).read_bytes():
         print(f"note     {module.__file__} has changed since this run began; {copy} is its first version")
@@ -205,7 +205,7 @@ def old_run(parser, typed, argv):
 
 
 def preset_values(preset, module):
-    """All that a preset decides: how to train (the names in TRAINING) and options of the model (the rest)."""
+    """All values of a preset: for training (the names in TRAINING) and options of the model (the rest)."""
     recipe = {name: value for name, value in module.RECIPE.items() if name in TRAINING}
     if preset == "laptop":
         known = files.default_options(module) or LAPTOP_OPTIONS  # not every model has an encoder
@@ -215,7 +215,7 @@ def preset_values(preset, module):
 
 
 def parse_model_options(pairs):
-    """["num_queries=50", "smca=True"] -> {"num_queries": 50, "smca": True}; what is no JSON is a string."""
+    """["num_queries=50", "smca=True"] -> {"num_queries": 50, "smca": True}; no JSON is a string."""
     options = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -230,11 +230,11 @@ def parse_model_options(pairs):
 
 # ---- What follows from the data ----------------------------------------------------------------------------
 def resolve(request, train_set):
-    """Fills in what depends on the data: queries, size, steps, when to evaluate; args are final after it."""
+    """Fills in values that depend on the data: queries, size, steps, eval_every; args are final after it."""
     args, parts, options = request.args, request.args.accumulate * machine.WORLD, request.model_options
     known = files.default_options(request.module) or LAPTOP_OPTIONS
     if args.preset == "laptop" and "num_queries" in known and "num_queries" not in options:
-        # Room for every object and some more: too few lose boxes, many make learning slow
+        # Twice the most objects: with fewer queries boxes get lost, with many more learning is slow
         room = max(20, 2 * train_set.max_boxes, request.init.get("model_options", {}).get("num_queries", 0))
         if room > 2000:
             fullest = max(range(len(train_set)), key=train_set.count_boxes)
@@ -244,7 +244,8 @@ def resolve(request, train_set):
     if len(train_set) < args.batch_size:
         args.batch_size = len(train_set) // parts * parts
     if not args.batch_size:
-        raise UserError(f"a batch of {parts} parts, but there are only {len(train_set)} training images")
+        raise UserError(f"A batch of {parts} parts needs {parts} training images, and there are "
+                        f"{len(train_set)}; lower --accumulate")
     epoch = len(train_set) // args.batch_size
     args.size = train_set.size
     args.steps = args.steps or args.epochs * epoch

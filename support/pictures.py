@@ -1,7 +1,7 @@
 """Pictures of a run: predictions and truth on photos, and curves. train.py draws both at every evaluation.
 
 Boxes are xyxy in pixels of the original photo. They are drawn on this photo, not on the small copy that the
-network sees. Names of classes and files may be any text: what the font lacks becomes \\u732b.
+network sees. Names of classes and files may be any text: a character that the font lacks becomes \\u732b.
 """
 import contextlib
 import functools
@@ -32,7 +32,7 @@ def glyphs():
 
 
 def drawable(text):
-    """The text as matplotlib can draw it: without mathematics, and with codes for what the font lacks."""
+    """The text as matplotlib can draw it: without formulas, and with codes for characters it lacks."""
     text = "".join(c if ord(c) in glyphs() else ascii(c)[1:-1] for c in shorten(text, 60))
     return text.replace("$", r"\$")  # $x$ is mathematics, and {$ or $\oops$ is a traceback
 
@@ -154,7 +154,7 @@ def draw_curves(log, path):
 
 # ---- One image ---------------------------------------------------------------------------------------------
 def draw_detections(scene, found):
-    """Predictions {"boxes", "labels", "scores"}, a colour for each class; beside them the truth, if known."""
+    """Predictions {"boxes", "labels", "scores"}, a colour for each class; on the right the truth."""
     predicted = [(scene.class_names[label], box, f"{score:.2f}") for label, box, score
                  in zip(found["labels"].tolist(), found["boxes"], found["scores"].tolist())]
     truth = [(name, box, "") for name, box in scene.truth]

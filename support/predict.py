@@ -1,4 +1,4 @@
-"""A trained model as a detector for photos: from Python, and behind visualize.py.
+"""A trained model as a detector for photos, for Python and for visualize.py.
 
     from support.predict import load
     detector = load("runs/deformable_detr-shapes")            # a run's folder, or a checkpoint
@@ -6,7 +6,7 @@
         print(name, score, box)
     detector = load("detr-r50-e632da11.pth", model="detr")    # weights of the official repository
 
-Wrong arguments end in a UserError of one line.
+Wrong arguments raise a UserError of one line.
 """
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -36,7 +36,7 @@ def load(source, model=None, device="cpu", **options):
         if "model_options" in checkpoint:
             return of_run(checkpoint, model, options).to(device)
         if model is None:
-            raise UserError(f'{source}: official weights; of which model? Say so: model="detr"')
+            raise UserError(f'{source}: official weights need the name of a model, such as model="detr"')
         return of_official(checkpoint, source, model, options).to(device)
     except OSError as error:
         raise UserError(f"{source}: {reason(error)}") from None
@@ -69,7 +69,7 @@ class Detector:
     device: str = "cpu"
 
     def to(self, device):
-        """Moves it to a device: "auto", or any that torch knows. Raises UserError."""
+        """Moves it to a device: "auto", or any of torch. Raises UserError."""
         self.device = machine.choose_device(str(device))
         self.model = self.model.to(self.device)
         return self
@@ -84,7 +84,7 @@ class Detector:
 
         what: a path; a PIL image; a numpy array [H, W, 3], RGB (of OpenCV's BGR: array[:, :, ::-1]); a tensor
         [3, H, W]; both uint8, or floats from 0 to 1. Several: a folder, a list, an array or a tensor with one
-        dimension more. Those of one size share a batch, so that there is no padding, which changes numbers.
+        dimension more. Photos of one size share a batch, because padding would change predictions.
         """
         if not (isinstance(threshold, Real) and 0 <= threshold < 1):
             raise UserError(f"threshold {threshold!r}: it must be a number, at least 0 and less than 1")
@@ -124,7 +124,7 @@ def answers(model, out, files, size, num_classes):
 
 
 def keep(found, threshold):
-    """Of one image's scored boxes those over the threshold, the best first."""
+    """The scored boxes of one image that are over the threshold, the best first."""
     order = found["scores"].argsort(descending=True, stable=True)
     order = order[found["scores"][order] > threshold]
     return {key: values[order] for key, values in found.items()}
@@ -135,7 +135,7 @@ def to_photo(what, place):
     if isinstance(what, (str, Path, Image.Image)):
         return what
     if not isinstance(what, (np.ndarray, torch.Tensor)):
-        raise UserError(f"{place}: a {type(what).__name__} is no path, PIL image, numpy array or tensor")
+        raise UserError(f"{place}: a {type(what).__name__} is not a path, PIL image, numpy array or tensor")
     array = what
     if isinstance(what, torch.Tensor):
         array = what.detach().cpu()
@@ -152,7 +152,7 @@ def to_photo(what, place):
 
 # ---- Models ------------------------------------------------------------------------------------------------
 def of_run(checkpoint, model=None, options=None):
-    """A Detector of what load_checkpoint returns; `model` takes the place of its run's."""
+    """A Detector from a checkpoint of load_checkpoint; `model` replaces the model file of its run."""
     trained, names = checkpoint["args"], checkpoint["class_names"]
     module = load_model_of(checkpoint, model)
     known = without_download(module, {**checkpoint["model_options"], **(options or {})})
@@ -162,7 +162,7 @@ def of_run(checkpoint, model=None, options=None):
 
 
 def of_official(checkpoint, source, model, options=None):
-    """A Detector of weights of the official repository, which read_init returned. Raises UserError."""
+    """A Detector from official weights, which read_init returned. Raises UserError."""
     module = load_model_file(model)
     if not hasattr(module, "load_official"):
         raise UserError(f"{model} has no load_official() that could read official weights")

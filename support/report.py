@@ -1,4 +1,4 @@
-"""What a program says: one line for an error, what a run is about to do, signs that it goes wrong."""
+"""Messages: one line for an error, a summary before a run, and signs that a run goes wrong."""
 import contextlib
 import copy
 import math
@@ -16,9 +16,9 @@ from support.model_files import check_output, describe
 # ---- Errors ------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def one_line_errors():
-    """Around a program: what its user can put right ends in one line that says what to do, exit code 1."""
+    """Around a program: an error that the user can fix ends it with one line and exit code 1."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a name may hold what the terminal cannot show
+        if hasattr(stream, "reconfigure"):  # a name may have characters that the terminal cannot show
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         yield
@@ -38,16 +38,16 @@ def advice_for(error):
     """What to do about an error of torch, for those that people meet; None for others."""
     text = str(error)
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        return "Out of memory. Raise --accumulate, or lower --batch-size or --size; --amp helps, too."
+        return "Out of memory. Raise --accumulate, or lower --batch-size or --size; --amp also helps."
     if "DataLoader worker" in text:
         return ("A process that loads images was killed, by hand or for lack of memory. "
-                "Go on with --resume, perhaps with --workers 0.")
+                "Continue with --resume, perhaps with --workers 0.")
     if isinstance(error, NotImplementedError) and (found := re.search(r"'(\w+::[\w.]+)'", text)):
         return (f"The device lacks the operator {found[1]}. Give --device cpu; on a Mac "
                 "PYTORCH_ENABLE_MPS_FALLBACK=1 in the environment leaves only this operator to the CPU.")
     if machine.WORLD > 1:
-        return (f"Process {machine.RANK} of {machine.WORLD} lost the others ({one_line(error)}). The first "
-                "message says why; then go on with --resume.")
+        return (f"Process {machine.RANK} of {machine.WORLD} lost the others ({one_line(error)}). Fix the "
+                "error in the first message, then continue with --resume.")
 
 
 def divergence(error, run):
@@ -56,7 +56,7 @@ def divergence(error, run):
     amp = " or give --no-amp" if run.args.amp else ""
     lr = run.optimizer.param_groups[0]["lr"]
     return (f"The model diverged at step {run.step} (lr {lr:.2g}): {error}; {where}. Lower --lr{amp}, and "
-            f"go on from the last checkpoint: python train.py --resume {shlex.quote(str(run.folder))} "
+            f"continue from the last checkpoint: python train.py --resume {shlex.quote(str(run.folder))} "
             f"--lr {run.args.lr / 10:g}")
 
 
@@ -82,7 +82,7 @@ def where_it_went_bad(model, images, mask):
 
 # ---- Before a run ------------------------------------------------------------------------------------------
 def announce(model, datasets, request, train_step):
-    """Prints what is about to happen, how long it will take, and what to expect of it.
+    """Prints the settings of a run, its expected time, and warnings.
 
     train_step: a function of (model, parts) that does one step, see try_out.
     """
@@ -99,14 +99,14 @@ def announce(model, datasets, request, train_step):
           f"seed {args.seed}")
     seconds, queries = try_out(model, train_set, args, train_step, request.module.__file__)
     minutes = max(1, math.ceil(seconds * (args.steps - done) / 60))
-    print(f"time     about {minutes} minute{'s' * (minutes > 1)}, and the evaluations; memory "
+    print(f"time     about {minutes} minute{'s' * (minutes > 1)} plus evaluations; memory "
           f"{machine.peak_memory(args.device)} for the largest possible batch")
     for warning in warnings(model, train_set, args, queries):
         print(f"WARNING  {warning}")
 
 
 def warnings(model, train_set, args, queries):
-    """What makes a run disappoint and can be known before it starts, a sentence each."""
+    """Reasons for a low AP that are known before the run, one sentence each."""
     if queries < train_set.max_boxes:
         yield (f"{queries} queries, but an image has {train_set.max_boxes} boxes: the rest can never "
                "be found. Raise --option num_queries=N.")
@@ -115,16 +115,16 @@ def warnings(model, train_set, args, queries):
         yield f"lr {args.lr:g} is for batches of {published} images; yours have {args.batch_size}: lower it."
     if args.preset == "paper" and args.steps < 100_000 and not args.init:
         yield (f"the transformer starts from random weights and gets {args.steps} steps. DETR needs "
-               "more than 100,000 of them: expect AP near 0.")
+               "more than 100,000: expect AP near 0, or give --init.")
     if args.preset == "laptop" and len(train_set) < 1000 and not (args.init or args.overfit):
-        yield f"from scratch on {len(train_set)} images: AP stays near 0 for long and ends modest."
+        yield f"from scratch on {len(train_set)} images: AP rises late and stays low. --init helps."
 
 
 def try_out(model, train_set, args, train_step, file):
-    """(seconds, queries) of one training step, made on a copy of the model so that nothing of it remains.
+    """(seconds, queries) of one training step on a copy of the model, so that the step changes nothing.
 
-    Before it one step on the largest batch there can be: if memory runs out, then now and not in an hour.
-    Raises UserError for that, for an error in the model's file, and for output that breaks the contract.
+    First comes one step on the largest possible batch, so that a lack of memory shows now and not in an hour.
+    Raises UserError for this, for an error in the model's file, and for output that breaks the contract.
     """
     part = args.batch_size // (args.accumulate * machine.WORLD)
     images, mask, targets = data.collate([train_set[i] for i in range(part)])
@@ -163,6 +163,6 @@ def collapse_line(metrics, num_classes):
     images, queries, classes = (metrics[k] for k in ("spread_images", "spread_queries", "classes_predicted"))
     line = (f"boxes vary by {images:.3f} between images and {queries:.3f} between queries; {classes} of "
             f"{num_classes} classes reach a score of 0.3")
-    advice = ("\n  COLLAPSED: the same boxes everywhere. Usual early on; if it stays, the model is "
-              "undertrained (see README), or its features do not depend on the image.")
+    advice = ("\n  COLLAPSED: the same boxes everywhere. This is usual at first. If it stays, the model has "
+              "trained too little (see README), or its features do not depend on the image.")
     return line + advice * (min(images, queries) < 0.005)

@@ -1,4 +1,4 @@
-"""One run of train.py: its folder, how far it is, its log, checkpoints, pictures, and how it is stopped."""
+"""One run of train.py: its folder, progress, log, checkpoints and pictures, and the ways to stop it."""
 import contextlib
 import json
 import math
@@ -18,7 +18,7 @@ from support.checkpoints import FORMAT, save
 from support.evaluation import metrics_table
 from support.report import collapse_line, divergence
 
-LEARNED = 0.995, 3  # --overfit has done what it is for when AP has been this high for so many evaluations
+LEARNED = 0.995, 3  # --overfit ends when AP is this high in so many evaluations in a row
 FILES = ("args.json", "last.pt", "best.pt", "log.jsonl", "curves.png", "predictions.png")
 
 
@@ -28,14 +28,14 @@ class Run:
     step     optimiser steps done
     best     the highest AP so far, -1 before the first evaluation
     metrics  of the last evaluation; {} before the first one
-    window   what was logged of each step since the last line of log.jsonl
+    window   values of each step since the last line of log.jsonl
     judged   the step of the last evaluation
-    learned  evaluations in a row, since this start, in which AP was as good as 1
+    learned  evaluations in a row, since this start, with AP as good as 1
     parts    the batch of this step, kept for the message of a divergence
     """
 
     def __init__(self, request, model, optimizer, datasets):
-        """Claims a folder for a new run. Raises UserError if there is none to have."""
+        """Claims a folder for a new run. Raises UserError if it cannot."""
         self.args, self.module, self.model_options = request.args, request.module, request.model_options
         self.model, self.optimizer, self.val_set = model, optimizer, datasets["val"]
         self.scaler, self.signals, self.learned, self.parts = machine.make_scaler(self.args), [], 0, []
@@ -53,16 +53,16 @@ class Run:
         if machine.RANK == 0 and not resumed:
             self.folder = claim_folder(self.args, self.module)
             self.describe()
-            self.save("last.pt")  # so that there is always something to go on from
+            self.save("last.pt")  # so that --resume always finds a checkpoint
         self.folder = machine.gather(self.folder)[0]
         if machine.RANK == 0:
             self.log_file = open_log(self.folder / "log.jsonl", self.step, self.judged)
 
     @contextlib.contextmanager
     def underway(self):
-        """Around the loop: a progress bar, Ctrl-C, and at the end what became of the run.
+        """Around the loop: a progress bar, Ctrl-C, and a summary at the end.
 
-        A run that an error ends, such as an image that cannot be read, is saved first.
+        If an error ends the run, such as an unreadable image, the run is saved first.
         """
         self.bar = tqdm(total=self.args.steps, initial=self.step, unit="step", dynamic_ncols=True,
                         disable=True if machine.RANK else None)
@@ -98,11 +98,11 @@ class Run:
         return self.args.overfit is not None and self.learned >= LEARNED[1]
 
     def finish(self):
-        """Prints how it ended. Raises UserError with the command to go on if the run was stopped."""
+        """Prints a summary. If the run was stopped, raises UserError with the command that resumes it."""
         learned = self.is_learned()
         if self.evaluation_is_due() or self.step < self.args.steps and not learned:
             self.save("last.pt")
-            message = f"Stopped at step {self.step} of {self.args.steps}, nothing is lost. Resume with: "
+            message = f"Stopped at step {self.step} of {self.args.steps}; nothing is lost. Resume with: "
             raise UserError(message + self.command) if machine.RANK == 0 else SystemExit(1)
         print(metrics_table(self.metrics))
         if learned:
@@ -165,7 +165,7 @@ class Run:
                 "args": vars(self.args), "model_options": self.model_options, **self.identity})
 
     def describe(self):
-        """Keeps what somebody needs to repeat the run: the source that ran, every setting, the versions."""
+        """Writes what a repetition of the run needs: the model file, every setting, the versions."""
         source = Path(self.module.__file__)
         (self.folder / source.name).write_bytes(source.read_bytes())
         versions = {"torch": torch.__version__, "torchvision": torchvision.__version__,
@@ -175,9 +175,9 @@ class Run:
 
 
 def means(window):
-    """{name: mean} of what steps logged; "skipped" is the share of them that --amp skipped in float16.
+    """{name: mean} over the steps; "skipped" is the share of them that --amp skipped in float16.
 
-    A step need not have every name: a skipped one has no gradient norm.
+    A step may lack values: a skipped step has no gradient norm.
     """
     values = {name: [step[name] for step in window if math.isfinite(step.get(name, math.inf))]
               for name in window[-1]}
@@ -188,25 +188,25 @@ def means(window):
 
 
 def claim_folder(args, module):
-    """A folder that holds no other run. Two runs that start at once get two. Raises UserError."""
+    """A folder without another run; two runs that start at once get two folders. Raises UserError."""
     source = args.data or args.train_images or "shapes"
     name = f"{Path(args.model).stem}-{Path(source).resolve().name}"
     names = [name] + [f"{name}-{i}" for i in range(2, 1000)]
     for folder in [Path(args.out)] if args.out else [Path("runs") / name for name in names]:
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"--out {folder}: this is a file; a run needs a folder of its own")
+            raise UserError(f"--out {folder}: this is a file, but a run needs its own folder")
         folder.mkdir(parents=True, exist_ok=True)
         taken = sorted({*FILES, Path(module.__file__).name}.intersection(os.listdir(folder)))
         with contextlib.suppress(FileExistsError):
             if not taken:
                 open(folder / "args.json", "x").close()  # only one process can make this file
                 return folder
-    raise UserError(f"--out {args.out}: holds {', '.join(taken or ['another run'])} already; go on with "
-                    "--resume, or give another folder")
+    raise UserError(f"--out {args.out}: it already has {', '.join(taken or ['another run'])}. Continue "
+                    "that run with --resume, or give another folder")
 
 
 def open_log(path, step, judged):
-    """log.jsonl to write on, without what a killed run wrote after the checkpoint that it resumes from."""
+    """log.jsonl, opened to append, without the lines that a killed run wrote after its last checkpoint."""
     kept = []
     for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError):  # cut off, or not ours

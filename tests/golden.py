@@ -176,7 +176,10 @@ def agreement(name):
     module.load_official(model, {"model": case.state_dict()})
     with torch.no_grad():
         out = model.eval()(*case.batch())
-    loss = train.SetCriterion(model)(model.train()(*case.batch()), case.targets())["total"]
+    criterion = train.SetCriterion(model)
+    inputs = (*case.batch(), case.targets()) if criterion.denoising else case.batch()
+    module.draw_noise = lambda *how: case.noise()  # only denoising calls it
+    loss = criterion(model.train()(*inputs), case.targets())["total"]
     loss.backward()
     parameters = dict(model.named_parameters())
     norms = [(parameters[our_name(module, key)].grad.double().norm().item(), norm)

@@ -84,7 +84,7 @@ def test_out_overwrites_nothing_of_the_users(name, tmp_path):
         with pytest.raises(UserError, match="this is a file"):
             claim("--out", tmp_path / name)
     else:
-        with pytest.raises(UserError, match=f"holds {name} already"):
+        with pytest.raises(UserError, match=f"already has {name}"):
             claim("--out", tmp_path)
     assert (tmp_path / name).read_text() == "mine"
 

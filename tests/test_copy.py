@@ -1,4 +1,4 @@
-"""The loss, the optimiser and the padding, pasted into an empty notebook, train a model. README says so."""
+"""The loss, the optimiser and the padding, pasted into an empty notebook, train a model: docs/contract.md."""
 import inspect
 import re
 from pathlib import Path
@@ -7,14 +7,14 @@ import train
 from support import data, evaluation
 from tests.tiny_models import shaken
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+CONTRACT = (Path(__file__).parents[1] / "docs/contract.md").read_text(encoding="utf-8")
 PARTS = [train.Diverged, train.SetCriterion, train.make_optimizer, data.collate, evaluation.boxes_to_pixels,
          evaluation.postprocess]
 
 
 def notebook():
-    """A name space that has the README's imports and the source text of these parts, and no file of ours."""
-    found = re.search(r"\n\n(For an empty notebook, .*?)```python\n(.*?)```", README, re.S)
+    """A name space with the imports of the page and the source text of these parts, and no other file."""
+    found = re.search(r"### In an empty notebook\n(.*?)```python\n(.*?)```", CONTRACT, re.S)
     sentence, imports = found.groups()
     assert [part.__name__ for part in PARTS if f"`{part.__name__}`" not in sentence] == []
     cells = [imports, *(inspect.getsource(part) for part in PARTS)]

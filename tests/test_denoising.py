@@ -10,7 +10,7 @@ from tests.tiny_models import TARGETS, batch, module_named, shaken, tiny
 NAMES = ("dn_detr", "dino")
 each = pytest.mark.parametrize("name", NAMES)
 FEW = [{"labels": torch.tensor([0, 2]), "boxes": torch.tensor([[0.3, 0.4, 0.2, 0.3], [0.6, 0.6, 0.5, 0.4]])},
-       {"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.6]])}]
+       {"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.9, 1.0]])}]
 EMPTY = [TARGETS[1], TARGETS[1]]
 
 
@@ -73,6 +73,12 @@ def test_random_numbers_follow_the_seed_so_that_a_resumed_step_draws_them_again(
 
 
 # ---- Who sees whom -----------------------------------------------------------------------------------------
+@each
+def test_the_mask_of_two_groups_of_one_and_two_matching_queries(name):
+    hidden = module_named(name).group_bias(2, 1, 2, "cpu")[0, 0].isinf()
+    assert hidden.int().tolist() == [[0, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]]
+
+
 @each
 def test_groups_do_not_see_each_other_and_matching_queries_see_no_noise(name, monkeypatch):
     model, outputs = shaken(name).train(), []  # three groups

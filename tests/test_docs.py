@@ -1,5 +1,4 @@
 """docs/: links, commands, flags and options that the pages name exist; numbers are those of the records."""
-import html
 import importlib.util
 import json
 import re
@@ -24,14 +23,16 @@ def load(name, folder=DOCS):
     return module
 
 
-relink, side_by_side = load("relink"), load("side_by_side")
+relink = load("relink")
 TEXT = {path.name: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
 METHODS = [name for name in known_files() if f"{name}.md" in TEXT]
-each_page = pytest.mark.parametrize("name", TEXT)
+PAGES = TEXT | {f"../{name}.md": (ROOT / f"{name}.md").read_text(encoding="utf-8")
+                for name in ("README", "CONTRIBUTING")}
+each_page = pytest.mark.parametrize("name", PAGES)
 
 
 # ---- Links and commands ------------------------------------------------------------------------------------
-@each_page
+@pytest.mark.parametrize("name", TEXT)
 def test_every_link_to_a_line_meets_the_code_that_it_names(name):
     new, problems = relink.relink(TEXT[name])
     assert not problems, f"docs/{name}: {problems[0]}"
@@ -50,9 +51,9 @@ def test_relink_follows_a_line_and_refuses_to_guess(tmp_path):
 
 @each_page
 def test_every_link_and_picture_leads_somewhere(name):
-    for target in re.findall(r"\[[^\]]*\]\((?!https://)([^)]+)\)", TEXT[name]):
+    for target in re.findall(r"\[[^\]]*\]\((?!https://)([^)]+)\)", re.sub("``.*?``", "", PAGES[name])):
         path, _, anchor = target.partition("#")
-        file = (DOCS / path) if path else DOCS / name
+        file = (DOCS / name).parent / path if path else DOCS / name
         assert file.exists(), f"docs/{name} links {target}, which does not exist"
         if anchor and file.suffix == ".md":  # GitHub makes them of the headings
             headings = re.findall(r"^#+ (.*)", file.read_text(encoding="utf-8"), re.M)
@@ -62,7 +63,7 @@ def test_every_link_and_picture_leads_somewhere(name):
 
 @each_page
 def test_every_command_names_a_file_and_flags_that_exist(name):
-    for script, rest in re.findall(r"python (?:-m )?(?!pytest|my_)([\w./]+)([^`\n|]*)", TEXT[name]):
+    for script, rest in re.findall(r"python (?:-m )?(?!pytest|my_)([\w./]+)([^`\n|]*)", PAGES[name]):
         file = ROOT / (script if script.endswith(".py") else f"{script.replace('.', '/')}.py")
         assert file.exists(), f"docs/{name}: there is no {script}"
         known = file.read_text() + (ROOT / "support/options.py").read_text() * (script == "train.py")
@@ -82,12 +83,40 @@ def test_contributing_names_tests_that_exist():
 
 
 # ---- Options and numbers -----------------------------------------------------------------------------------
-def test_options_md_explains_every_file_of_a_run_every_flag_and_no_other_one():
+PROGRAMS = {"options.md": make_parser(""), "predict.md": visualize_parser()}
+
+
+@pytest.mark.parametrize("page", PROGRAMS)
+def test_a_page_explains_every_flag_of_its_program_and_no_other_one(page):
+    flags = {flag for action in PROGRAMS[page]._actions for flag in action.option_strings}
+    of_others = {"--nproc-per-node", "--help", "--no-images"}  # torchrun's and check_data's
+    named = set(re.findall(r"--[a-z][a-z-]*", TEXT[page])) - of_others
+    assert named == {flag for flag in flags if flag.startswith("--")} - {"--help"}
+
+
+def test_options_md_explains_every_file_of_a_run():
     assert [file for file in FILES if f"`{file}`" not in TEXT["options.md"]] == []
-    flags = {flag for parser in (make_parser(""), visualize_parser()) for action in parser._actions
-             for flag in action.option_strings if flag.startswith("--")}
-    named = set(re.findall(r"--[a-z][a-z-]*", TEXT["options.md"])) - {"--nproc-per-node"}
-    assert named == flags
+
+
+def test_options_md_has_the_files_and_the_defaults_of_every_option():
+    defaults = {name: default_options(load_model_file(name)) for name in known_files()}
+    tables = TEXT["options.md"].partition("## Options of the models")[2]
+    everywhere, _, some = tables.partition("| option | file |")
+    claimed, rows = {}, re.findall(r"^\| (`.*?`) \| ()(.*) \|$", everywhere, re.M)
+    for options, files, values in rows + re.findall(r"^\| (`.*?`) \| ([\w, ]+) \| (.*) \|$", some, re.M):
+        names = set(re.findall(r"\w+", files)) & defaults.keys()
+        names = names if files and not files.startswith("all except") else defaults.keys() - names
+        for option in re.findall(r"`(\w+)`", options):
+            claimed[option] = claimed.get(option, set()) | names
+            for name in names - {"conditional_detr_ablations"}:  # a table of its own on its page
+                value = defaults[name][option]
+                default = f"{value:g}" if isinstance(value, float) else str(value).lower()
+                found = re.search(rf"(?<![\w.]){default}(?!\w|\.\d)", values)
+                assert found, f"docs/options.md: {option} of {name} is {default}"
+    assert len(claimed) > 30
+    for option, names in claimed.items():
+        have = {name for name in defaults if option in defaults[name]}
+        assert have == names, f"docs/options.md: {option} is in {', '.join(sorted(have))}"
 
 
 @pytest.mark.parametrize("name", known_files())
@@ -102,7 +131,7 @@ def test_parameter_counts_are_those_of_the_official_code(name):
     counts = {value for path in (ROOT / "tests/golden").glob("params_*.json")
               for model in json.loads(path.read_text())["counts"].values()
               for key, value in model.items() if key.startswith("n_params")}
-    ours = TEXT[f"{name}.md"].partition("## Our numbers")[2].partition("\n## ")[0]
+    ours = TEXT[f"{name}.md"].partition("## Parameters")[2].partition("\n## ")[0]
     ours = {int(number.replace(",", "")) for number in re.findall(r"\d+(?:,\d{3})+", ours)}
     assert ours and ours <= counts, f"docs/{name}.md: {ours - counts} are no official counts"
 
@@ -114,41 +143,3 @@ def test_the_results_show_the_numbers_in_race_json():
         ap = race.spread([entry["evals"][-1]["AP"] for entry in entries])
         assert re.search(rf"^\| {name}\b.* \| {ap} \|", TEXT["results.md"], re.M), f"{name} should have {ap}"
     assert trained
-
-
-# ---- Side by side in a browser -----------------------------------------------------------------------------
-PAIRS = list(side_by_side.NOTES)
-
-
-def rows_of(page):
-    """The rows of a page, as [left number, left text, right number, right text]."""
-    rows = re.findall(r"<tr>(.*?)(?=<tr>|</table>)", page, re.S)
-    return [[html.unescape(re.sub("<[^>]*>", "", cell)) for cell in re.split("<t[hd][^>]*>", row)[1:]]
-            for row in rows]
-
-
-@pytest.mark.parametrize("a, b", PAIRS)
-def test_a_page_shows_every_line_once_in_order_and_a_note_at_every_change(a, b):
-    left, right = known_files()[a], known_files()[b]
-    rows = rows_of(side_by_side.page(left, right))
-    for side, path in ((0, left), (2, right)):
-        shown = [(row[side], row[side + 1]) for row in rows if row[side]]
-        lines = path.read_text(encoding="utf-8").splitlines()
-        assert shown == [(str(n), line) for n, line in enumerate(lines, 1)]
-    used = []
-    for *_, found in side_by_side.compare(left.read_text(), right.read_text()):
-        for hunk in (hunk for hunk in found if not hunk.equal and hunk.text.strip()):
-            used.append(side_by_side.note(a, b, hunk))
-            assert used[-1], f"{a} -> {b}: docs/side_by_side_notes.py says nothing of the hunk in {hunk.key}"
-    unused = [note[:2] for note in side_by_side.NOTES[a, b] if note not in used]
-    assert not unused, f"{a} -> {b}: no hunk left for {unused[0]} in docs/side_by_side_notes.py"
-
-
-def test_the_command_writes_a_page_and_says_where(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.py").write_text("x = 1\n")
-    (tmp_path / "b.py").write_text("x = 2\n\n\nclass B:\n    pass\n")
-    side_by_side.main(["a.py", "b.py"])
-    assert "<title>a.py and b.py</title>" in (tmp_path / "pictures/a--b.html").read_text()
-    with pytest.raises(SystemExit, match="gone.py"):
-        side_by_side.main(["a.py", "gone.py"])

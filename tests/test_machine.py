@@ -22,7 +22,7 @@ def test_auto_takes_what_there_is_and_a_device_that_is_not_there_gets_a_sentence
     assert machine.choose_device("auto") == "cuda"
     assert [machine.choose_device(name) for name in ("cuda:1", "cpu")] == ["cuda:1", "cpu"]
     for name, words in [("cuda:2", "sees 2 cuda devices here"), ("mps", "sees no mps device here"),
-                        ("gpu", "knows no such device; give auto, cpu, cuda")]:
+                        ("gpu", "has no such device; give auto, cpu, cuda")]:
         with pytest.raises(UserError, match=f"--device {name}: torch {words}"):
             machine.choose_device(name)
 
@@ -31,7 +31,7 @@ def test_each_process_takes_a_card_of_its_own(two_cards, monkeypatch):
     monkeypatch.setattr(machine, "WORLD", 3)
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "2")
-    with pytest.raises(UserError, match="device of its own, and there are 2; lower --nproc-per-node"):
+    with pytest.raises(UserError, match="its own device, and there are 2; lower --nproc-per-node"):
         machine.join("cuda")
     monkeypatch.delenv("LOCAL_RANK")
     with pytest.raises(UserError, match="LOCAL_RANK is not: start with torchrun, or unset WORLD_SIZE"):

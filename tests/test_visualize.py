@@ -144,7 +144,7 @@ def test_files_that_are_missing_or_cannot_be_read_are_named(fixed):
     (["--init", "x.pth"], "--init needs --model"),
     (["--weights", "x", "--count", "0"], "--count 0: it must be at least 1"),
     (["--weights", "x", "--threshold", "nan"], "--threshold nan: it must be"),
-    (["--weights", "x", "--data", "d", "photo.jpg"], "not both"),
+    (["--weights", "x", "--data", "d", "photo.jpg"], "only one of them"),
     (["--weights", "x", "--json", "photo.jpg"], "--json photo.jpg: its name must end in .json"),
 ])
 def test_flags_that_make_no_sense_are_refused_before_any_file_is_read(flags, message, capsys):

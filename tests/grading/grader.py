@@ -38,7 +38,7 @@ MARKS = {
     "train": {"matcher": 4, "pairing": 2, "class_loss": 4, "l1_loss": 2, "giou_loss": 2, "box_counts": 1,
               "stages": 1, "total": 1, "empty": 2, "proposals": 1, "criterion": 2},
 }
-RELATIVE = {"shapes": 1, "loading": 1, "independence": 1, "start": 2, "training": 2, "groups": 4,
+RELATIVE = {"shapes": 1, "loading": 1, "independence": 1, "start": 2, "training": 2, "noise": 4, "groups": 4,
             "gradients": 4, "everything": 6, "official": 3}
 
 
@@ -47,7 +47,8 @@ def marks_of(like):
     if like in MARKS:
         return MARKS[like]
     text = path_of(like).read_text(encoding="utf-8")
-    without = {"groups"} if not re.search(r"num_groups|num_one2many", text) else set()
+    parts = {"groups": "num_groups|num_one2many|draw_noise", "noise": "draw_noise"}
+    without = {mark for mark, words in parts.items() if not re.search(words, text)}
     if not (ROOT / "tests" / "golden" / f"{like}.json").exists():
         without.add("official")
     return {mark: points for mark, points in RELATIVE.items() if mark not in without}

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.golden import Case, assert_close, options_of
 from tests.grading import criterion_marks, pairs
 from tests.grading import weights as w
-from tests.grading.files import ours_named, path_of
+from tests.grading.files import ours_named
 from tests.grading.judge import Failure
 from tests.grading.pairs import BOTH, FULL, PADDED, Pair, batch, file_of, finite, origin, same
 
@@ -384,10 +384,12 @@ def gradients_of_variant(student, ours, seed, pair, *changes):
 
 def groups(student, ours, seed):
     """Who may attend to whom: in training queries see only their own group; inference has one group."""
-    text = path_of(file_of(ours)).read_text("utf-8")
-    option = {"num_groups": 3} if "num_groups" in text else {"num_one2many": 5}
-    pair = Pair(student, ours, seed, calm=False, **option)
+    pair = Pair(student, ours, seed, calm=False)
     pair.load()
+    if ours.RECIPE.get("denoising"):
+        theirs, expected = denoised(pair)
+        for key in BOTH:
+            same(f"in training with noise {key}", theirs[key], expected[key])
     for mode in ("training", "inference"):
         theirs, expected = pair.run(PADDED, mode == "training")
         for key in BOTH:
@@ -401,6 +403,27 @@ def groups(student, ours, seed):
                 same(f"one2many: {key}", found, wanted)
             else:
                 assert found == wanted, f"one2many: {key} is {found}, not {wanted}"
+
+
+def noise(student, ours, seed):
+    """Noisy queries: what they start from, and what they must give back. One layer and one group show it."""
+    options = {name: 1 for name in ("dn_groups", "dn_number") if name in dict(Pair(ours, ours, seed).options)}
+    pair = Pair(student, ours, seed, calm=False, dec_layers=1, **options)
+    pair.load()
+    denoised(pair)
+
+
+def denoised(pair):
+    """(the student's output, ours) in training with objects, if the noisy queries agree."""
+    theirs, expected = pair.denoise()
+    assert "denoising" in theirs, 'forward returns no "denoising" in training with targets'
+    found, wanted = theirs["denoising"], expected["denoising"]
+    assert found["groups"] == wanted["groups"], f"there are {found['groups']} groups, not {wanted['groups']}"
+    assert found["target"].equal(wanted["target"]), "a noisy query must give back another object, or none"
+    real = wanted["target"] > -2
+    for key in BOTH:
+        same(f"{key} of noisy queries", found[key][:, real], wanted[key][:, real])
+    return theirs, expected
 
 
 def recollection(student, ours, seed):

@@ -5,6 +5,7 @@ model, whose names we know (weights.py), and hand its weights over as an officia
 a name of the student's.
 """
 from functools import lru_cache
+from unittest import mock
 
 import torch
 
@@ -22,7 +23,10 @@ VARIANTS = {
 # 64 is the least width for which each of the 32 groups of a GroupNorm has two channels
 TINY = dict(backbone="resnet18", pretrained_backbone=False, hidden_dim=64, nheads=4, dim_feedforward=32,
             dropout=0.0, num_queries=6)
-SMALL = dict(num_groups=3, num_one2many=5, in_points=4, out_points=4)  # options of relatives
+SMALL = dict(  # options of relatives
+    num_groups=3, num_one2many=5, in_points=4, out_points=4, dn_groups=3, dn_number=6)
+OBJECTS = [{"labels": torch.tensor(labels), "boxes": torch.tensor(boxes)} for labels, boxes in [
+    ([0, 2], [[0.3, 0.4, 0.2, 0.3], [0.6, 0.6, 0.5, 0.9]]), ([1], [[0.5, 0.5, 0.4, 0.6]])]]
 FULL = ((96, 128), (96, 128))  # (height, width) of the images: no padding
 PADDED = ((70, 128), (96, 90))
 WIDE = ((64, 432),)  # so wide that two-stage anchors leave the image
@@ -83,6 +87,7 @@ class Pair:
     def __init__(self, student, ours, seed, variant=None, calm=True, **options):
         case, extra = case_name(variant or file_of(ours))
         self.case, self.file, self.seed, self.calm = case_of(case), ours, seed, calm
+        self.student_file = student
         args = options_of(self.case.json["case"]["args"], {})
         layers = {name: args[name] for name in ("enc_layers", "dec_layers") if name in args}
         text = path_of(file_of(ours)).read_text(encoding="utf-8")
@@ -131,6 +136,17 @@ class Pair:
         with torch.set_grad_enabled(gradients):
             theirs = finite(self.student.train(train), *batch(self.seed, sizes))
             return theirs, self.ours.train(train)(*batch(self.seed, sizes))
+
+    def denoise(self):
+        """(the student's output, ours) in training with OBJECTS, which get the same noise."""
+        found, plain = [], self.file.draw_noise
+        for module, model in [(self.student_file, self.student), (self.file, self.ours)]:
+            if not hasattr(module, "draw_noise"):
+                raise NotWritten("not written yet: draw_noise")
+            torch.manual_seed(self.seed)
+            with mock.patch.object(module, "draw_noise", plain), torch.no_grad():
+                found.append(checked(model.train()(*batch(self.seed, PADDED), OBJECTS)))
+        return found
 
     def compare(self, what, *changes, sizes=FULL, keys=("logits",), train=False):
         """Raises a sentence that begins with `what` unless the two models agree."""

@@ -64,6 +64,7 @@ def kept(f):
 
 # ---- The mistakes: at least one for each mark of each file -------------------------------------------------
 DETR, COND, DEFORMABLE, SAM, SQR = "detr", "conditional_detr", "deformable_detr", "sam_detr", "sqr"
+DN, DINO = "dn_detr", "dino"
 TOKENS, POINTS = f"{DETR} {COND} {SAM}", f"{DEFORMABLE} {SQR}"
 ALL = f"{TOKENS} {POINTS}"
 ROWS = [
@@ -128,6 +129,10 @@ ROWS = [
     (SQR, "recurrent", "the first stage runs at inference", {"[stages[-1]] * self": "[stages[0]] * self"}),
     (SAM, "aligner", "points are (y, x)", {"xy[:, :, 0].tanh()": "xy[:, :, 0].tanh().flip(-1)"}),
     (SAM, "smca", "scales are (y, x)", {"gaussian_bias": arg(1, lambda x: x.flip(-1))}),
+    (f"{DN} {DINO}", "groups", "matching queries see the noisy ones", {
+        "& (group >= 0)": "& (group >= 0) & (group[:, None] >= 0)"}),
+    (DN, "noise", "the centre moves as far as the size", {"[0.5, 0.5, 1, 1]": "[1, 1, 1, 1]"}),
+    (DINO, "noise", "negatives are as near as positives", {'(noise["box"] + negative)': 'noise["box"]'}),
     ("train", "pairing", "objects are taken in their own order", {
         "for q, g in zip(*(index.tolist() for index in match))": "for g, q in enumerate(match[0].tolist())"}),
     ("train", "class_loss", "the focal loss has no exponent", {
