@@ -71,23 +71,21 @@ def options(argv):
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="files at a time (default: cores)")
     args = parser.parse_args(argv)
     try:
-        known = marks_of(args.like)
+        if not set(args.marks or ()) <= set(marks_of(args.like)):
+            parser.error(f"--marks: {args.like} has {', '.join(marks_of(args.like))}")
     except ValueError as error:
         parser.error(f"--like {error}")
-    if unknown := set(args.marks or ()) - set(known):
-        parser.error(f"--marks {', '.join(sorted(unknown))}: {args.like} has {', '.join(known)}")
     args.files, args.unclear = submissions(args.folder, args.name) if args.folder.is_dir() else ({}, {})
-    if not args.files and not args.unclear:
-        parser.error(f"{args.folder} has no submissions: neither .py files nor folders with one")
-    return args
+    if args.files or args.unclear:
+        return args
+    parser.error(f"{args.folder} has no submissions: neither .py files nor folders with one")
 
 
 def main(argv=None):
     args = options(argv)
-    out = args.folder / "grades"
-    out.mkdir(exist_ok=True)
-    found = {student: all_lost(args.folder / student, args.like, why, args.marks)
-             for student, why in args.unclear.items()}
+    (out := args.folder / "grades").mkdir(exist_ok=True)
+    found = {name: all_lost(args.folder / name, args.like, why, args.marks)
+             for name, why in args.unclear.items()}
     with ThreadPoolExecutor(max(1, args.jobs)) as pool:
         running = {pool.submit(graded, student, file, args): student for student, file in args.files.items()}
         for future in tqdm(as_completed(running), total=len(running), unit="file", disable=None):

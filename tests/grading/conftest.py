@@ -36,7 +36,7 @@ def pytest_configure(config):
     if not Path(file).is_file():
         if report:
             write_results(report, all_lost(file, like, missing(file)))
-        raise pytest.UsageError(f"--file {missing(file)}")
+        raise pytest.UsageError(missing(file))
     if config.getoption("--points"):  # the table says all
         config.option.tbstyle, config.option.reportchars = "no", ""
 

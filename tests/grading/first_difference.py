@@ -18,14 +18,11 @@ from tests.grading.pairs import PADDED, WIDE, Pair, batch, file_of, gradient_pat
 
 # Looked at one after the other: (name, options of the pair, changes of the weights, image sizes)
 PLAIN = ("with the default options", {}, (), PADDED)
-REFINED = ("with box_refine", {"variant": "refinement"}, (), PADDED)
-TWO_STAGE = ("with two_stage", {"variant": "two_stage"}, (ranked,), WIDE)
-VARIANTS = {
-    "deformable_detr": [PLAIN, REFINED, TWO_STAGE],
-    "sam_detr": [PLAIN, ("with smca", {"variant": "smca"}, (), PADDED)],
-    "sqr": [PLAIN, ("with recollection", {"recollect": "selective"}, (), PADDED), REFINED, TWO_STAGE,
-            ("with recurrent", {"recurrent": True}, (), PADDED)],
-}
+BOXES = [("with box_refine", {"variant": "refinement"}, (), PADDED),
+         ("with two_stage", {"variant": "two_stage"}, (ranked,), WIDE)]
+VARIANTS = {"deformable_detr": [PLAIN, *BOXES],
+            "sam_detr": [PLAIN, ("with smca", {"variant": "smca"}, (), PADDED)],
+            "sqr": [PLAIN, ("with recollection", {"recollect": "selective"}, (), PADDED), *BOXES]}
 
 
 # ---- Events: what is computed, in the order of execution ---------------------------------------------------
@@ -109,8 +106,8 @@ def first_event(pair, train, sizes=PADDED):
         if a is not None and not close(a, b):
             return place, how(a, b), last
         last = last if a is None else place
-    missing = [place for place in ours if place[0] == "the model" and place not in theirs]
-    return (f"{missing[0][2]} of the model", "it is missing", last) if missing else None
+    missing = [what for name, call, what in ours if name == "the model" and (name, call, what) not in theirs]
+    return (f"{missing[0]} of the model", "it is missing", last) if missing else None
 
 
 def first_difference(student, ours, seed=0, variants=None):
@@ -155,8 +152,7 @@ def main():
     args = parser.parse_args()
     path = Path(args.file).resolve()
     if args.like == "train":
-        parser.error("--like train has no parts to follow; its marks name the loss: "
-                     f"python -m pytest tests/grading --file {args.file} --like train --points")
+        parser.error("--like train has no parts to follow; its marks name the loss (see docs/exercises.md)")
     try:
         ours = ours_named(args.like)
         student = load_file(str(path))

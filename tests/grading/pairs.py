@@ -23,8 +23,8 @@ VARIANTS = {
 # 64 is the least width for which each of the 32 groups of a GroupNorm has two channels
 TINY = dict(backbone="resnet18", pretrained_backbone=False, hidden_dim=64, nheads=4, dim_feedforward=32,
             dropout=0.0, num_queries=6)
-SMALL = dict(  # options of relatives
-    num_groups=3, num_one2many=5, in_points=4, out_points=4, dn_groups=3, dn_number=6)
+# Options of relatives
+SMALL = dict(num_groups=3, num_one2many=5, in_points=4, out_points=4, dn_groups=3, dn_number=6)
 OBJECTS = [{"labels": torch.tensor(labels), "boxes": torch.tensor(boxes)} for labels, boxes in [
     ([0, 2], [[0.3, 0.4, 0.2, 0.3], [0.6, 0.6, 0.5, 0.9]]), ([1], [[0.5, 0.5, 0.4, 0.6]])]]
 FULL = ((96, 128), (96, 128))  # (height, width) of the images: no padding

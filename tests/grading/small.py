@@ -10,8 +10,8 @@ from tests.grading.marks import failure_of
 
 
 def block(a, b, stride, norm_layer):
-    conv = nn.Conv2d(a, b, 3, stride, 1, bias=False)
-    return nn.Sequential(nn.Sequential(OrderedDict(conv1=conv, bn1=norm_layer(b), relu=nn.ReLU())))
+    parts = dict(conv1=nn.Conv2d(a, b, 3, stride, 1, bias=False), bn1=norm_layer(b), relu=nn.ReLU())
+    return nn.Sequential(nn.Sequential(OrderedDict(parts)))
 
 
 class SmallResNet(nn.Module):

@@ -2,8 +2,6 @@
 import csv
 import json
 
-import pytest
-
 from tests.grading.class_of import main, seed_of
 from tests.grading.files import ROOT
 
@@ -27,11 +25,3 @@ def test_broken_submissions_do_not_keep_the_others_from_their_points(tmp_path):
                            ("dan", "longer than 2 seconds")]:
         assert words in outputs[student][0]["output"]
     assert "word for word" in outputs["bob"][-1]["output"] and outputs["bob"][-1]["visibility"] == "hidden"
-
-
-@pytest.mark.parametrize("options, words", [(["none"], "none has no submissions"),
-                                            ([".", "--marks", "x"], "--marks x: train has matcher")])
-def test_wrong_options_get_a_sentence(options, words, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main([*options, "--like", "train"])
-    assert words in capsys.readouterr().err

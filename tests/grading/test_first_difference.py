@@ -53,12 +53,6 @@ def test_how_two_tensors_differ():
 def test_the_command(monkeypatch, capsys, tmp_path):
     file = tmp_path / "my_detr.py"
     file.write_text(blank((ROOT / "detr.py").read_text(), "sine_positions"))
-    for name, like, words in [(str(file), "detr", "your file stops. not written yet: sine_positions"),
-                              ("nothing.py", "detr", "nothing.py cannot be imported"),
-                              (str(file), "yolo", "must be one of"), (str(file), "train", "has no parts to")]:
-        monkeypatch.setattr(sys, "argv", ["first_difference.py", name, "--like", like])
-        try:
-            main()
-        except SystemExit as error:
-            assert error.code == 2
-        assert words in "".join(capsys.readouterr())
+    monkeypatch.setattr(sys, "argv", ["first_difference.py", str(file), "--like", "detr"])
+    main()
+    assert "your file stops. not written yet: sine_positions" in capsys.readouterr().out
