@@ -123,11 +123,10 @@ def build_model(module, num_classes, options):
         raise UserError(f"build() fails; {describe(error, file)}")
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "recipe"):
         raise UserError(f"{file}: build() must return an nn.Module with the attribute recipe = RECIPE")
-    wrong = [name for name in ("w_class", "w_l1", "w_giou")
-             if not isinstance(model.recipe.get(name), (int, float))]
-    if wrong or model.recipe.get("class_loss") not in ("softmax", "focal"):
-        raise UserError(f'{file}: RECIPE needs class_loss="softmax" or "focal", and numbers w_class, w_l1 '
-                        f'and w_giou; it has {model.recipe}')
+    for name in ("class_loss", "w_class", "w_l1", "w_giou"):
+        value, needed = model.recipe.get(name), '"softmax" or "focal"' if name == "class_loss" else "a number"
+        if value not in ("softmax", "focal") if name == "class_loss" else not isinstance(value, (int, float)):
+            raise UserError(f"{file}: RECIPE's {name} is {value!r}, it must be {needed}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"{file}: no parameter of the model requires a gradient")
     return model

@@ -194,8 +194,8 @@ def old_run(parser, typed, argv):
     changed = [f"--{flag.replace('_', '-')}" for flag in FIXED
                if getattr(args, flag) != saved[flag] and not free.get(flag)]
     if changed:
-        parser.error(f"{', '.join(changed)}: the run of {checkpoint['path']} has another value. For yours "
-                     "start a new run; --init copies its weights")
+        parser.error(f"{', '.join(changed)}: this differs from the run of {checkpoint['path']}. Leave it "
+                     "out, or start a new run; --init copies the weights")
     if moved and typed.eval and not typed.split:
         args.split = None  # all other images count
     copy = Path(checkpoint["path"]).with_name(Path(module.__file__).name)

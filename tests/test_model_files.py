@@ -79,8 +79,8 @@ def test_its_errors_have_file_and_line(text, words, mine):
     ('return {"logits"', 'hs = hs @ hs\n        return {"logits"', r"mine.py, line \d+: RuntimeError"),
     ('return {"logits"', 'hs = hs if hs.shape[1] > 1 else 3 / 0\n        return {"logits"',  # a single image
      r"mine.py, line \d+: ZeroDivisionError"),
-    ("    w_class=1,\n", "", 'RECIPE needs .* and numbers w_class'),
-    ('class_loss="softmax"', 'class_loss="hinge"', 'RECIPE needs class_loss="softmax"'),
+    ("    w_class=1,\n", "", "RECIPE's w_class is None, it must be a number"),
+    ('class_loss="softmax"', 'class_loss="hinge"', 'class_loss is .hinge., it must be "softmax"'),
 ])
 def test_a_broken_contract_is_seen_before_the_first_step(old, new, words, mine, tmp_path):
     refused(mine(old, new), words)

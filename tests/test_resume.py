@@ -185,7 +185,8 @@ def test_rates_given_on_resume_take_effect_and_losses_may_have_changed(folder):
 def test_what_makes_the_run_what_it_is_cannot_change(folder, capsys):
     flags = ["--model", "sqr", "--option", "dropout=0.5", "--out", "other", "--size", "64", "--seed", "3",
              "--preset", "paper", "--batch-size", "1", "--overfit", "1", "--no-flip"]
-    words = "--model, --preset, --option, --out, --size, --seed, --batch-size, --overfit, --no-flip: that is"
+    words = ("--model, --preset, --option, --out, --size, --seed, --batch-size, --overfit, --no-flip: "
+             "this differs")
     check_refused(["--resume", "run", "--steps", "9", *flags], words, capsys)
     resume("--steps", "5", "--size", "48")  # as it is
 
