@@ -36,7 +36,7 @@ def read_attention(nheads, q, k, v, mask=None, bias=None, **_):
     if q.shape[-1] * nheads == 2 * v.shape[-1]:  # [content | position] inside every head
         (c_q, p_q), (c_k, p_k) = q.chunk(2, dim=-1), k.chunk(2, dim=-1)  # [B, M, ., D/M]
         found.update(content=softmax(c_q, c_k), spatial=softmax(p_q, p_k))
-    elif bias is not None:
+    elif bias is not None and q.shape[2] != k.shape[2]:  # in self-attention a bias is no map of the image
         found.update(content=softmax(q, k), prior=bias.exp().expand_as(found["weights"]))
     return found
 
@@ -71,11 +71,11 @@ def look(model, *inputs):
     """Run the model as it is and keep where its parts look: (out, seen), `out` is model(*inputs).
 
     images [B, 3, H, W], mask [B, H, W] bool, True on padding. seen: {name of the module: {name of the array:
-    tensor on the CPU}}, in the order in which modules ran. By class of the module:
+    tensor on the CPU}}, in the order in which modules ran; the last run of a module counts. By class:
 
     Attention         weights [B, M, Q, T], rows sum to 1, padding gets 0. Where q and k are [content |
                       position] in every head, also content and spatial: what one half alone would give.
-                      Where a bias is added, also content, which is without it, and prior = exp(bias).
+                      Where a bias is added, but in self-attention, content (without it), prior = exp(bias).
     MSDeformAttn      locations [B, Q, M, L, K, 2] as (x, y) and reference [B, Q, L, 2 or 4], in [0, 1] of the
                       padded maps; weights [B, Q, M, L, K], summing to 1 over L and K; shapes [L, 2] as (h, w)
     SemanticsAligner  points [B, Q, M, 2] and reference [B, Q, 4] in [0, 1] of the image
@@ -84,8 +84,7 @@ def look(model, *inputs):
     Denoising         noisy [B, N, 4] in [0, 1] of the image: the boxes of objects with noise, in training
     "reference_head"  reference [B, Q, 2] in [0, 1] of the image; it is this name that counts
 
-    Other modules are left out, and so are classes of the same name with other arguments. In an encoder Q is
-    T. If a module runs repeatedly (SQR's recurrent stage), the last run is kept.
+    Other modules are left out, as are classes of these names with other arguments. In an encoder Q is T.
     """
     seen = {}
 
@@ -145,15 +144,14 @@ class Scene:
         return [arrays for name, arrays in self.seen.items() if part in name and array in arrays]
 
     def last_with(self, part, array):
-        found = self.arrays_with(part, array)
-        if not found:
-            raise CannotDraw(f'look() found no {array} in an "{part}"')
-        return found[-1]
+        if found := self.arrays_with(part, array):
+            return found[-1]
+        raise CannotDraw(f'look() found no {array} in an "{part}"')
 
     def detected_queries(self, count):
         """[(query, its last box [4], its class and score in words)], at least one, the highest score first.
 
-        Of queries whose boxes overlap much, which mean the same object, only the best is there.
+        Of queries with boxes that overlap much only the best is there.
         """
         queries = nms(self.boxes[-1], self.scores[-1], 0.5)
         detected = (self.scores[-1, queries] > self.threshold).sum().item()
@@ -175,8 +173,8 @@ class Scene:
     def fading_positives(self, query):
         """(true box [4] that the last stage finds or None, IoU [S], whether a stage was better [S]).
 
-        An object of the same class with IoU 0.5 or more is found. A stage with the same class, a higher IoU
-        and a higher score was better: the true positive fades (SQR, section 3).
+        Found: the same class and IoU 0.5 or more. Better: the same class, a higher IoU and a higher score, so
+        that the true positive fades (SQR, section 3).
         """
         label, score = self.labels[:, query], self.scores[:, query]
         for name, box in self.truth:
