@@ -27,8 +27,7 @@ def read_attention(nheads, q, k, v, mask=None, bias=None, **_):
     scale = q.shape[-1] ** -0.5  # for halves as well, so that content * spatial is proportional to weights
 
     def softmax(q, k, bias=None):
-        scores = q @ k.mT * scale  # [B, M, Q, T]
-        scores = scores if bias is None else scores + bias
+        scores = q @ k.mT * scale + (0 if bias is None else bias)  # [B, M, Q, T]
         scores = scores if mask is None else scores.masked_fill(mask[:, None, None], -math.inf)
         return scores.softmax(-1)
 
@@ -75,7 +74,8 @@ def look(model, *inputs):
 
     Attention         weights [B, M, Q, T], rows sum to 1, padding gets 0. Where q and k are [content |
                       position] in every head, also content and spatial: what one half alone would give.
-                      Where a bias is added, but in self-attention, content (without it), prior = exp(bias).
+                      Where a bias is added (not in self-attention), also prior = exp(bias) and content
+                      without it.
     MSDeformAttn      locations [B, Q, M, L, K, 2] as (x, y) and reference [B, Q, L, 2 or 4], in [0, 1] of the
                       padded maps; weights [B, Q, M, L, K], summing to 1 over L and K; shapes [L, 2] as (h, w)
     SemanticsAligner  points [B, Q, M, 2] and reference [B, Q, 4] in [0, 1] of the image
@@ -95,12 +95,10 @@ def look(model, *inputs):
                 seen[names[module]] = {key: value.detach().cpu() for key, value in arrays.items()}
 
     names = {module: name for name, module in model.named_modules()}
-    hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in names]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in names:
+            hooks.enter_context(module.register_forward_hook(keep, with_kwargs=True))
         return model(*inputs), seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # ---- One image and all predictions of the model ------------------------------------------------------------
@@ -124,11 +122,11 @@ class Scene:
 
     def to_pixels(self, xy):
         """Points [..., 2] in [0, 1] of the image -> pixels of the original."""
-        return xy * torch.tensor([self.size[1], self.size[0]])
+        return xy * torch.tensor(self.size[::-1])
 
     def token_at(self, point, map_size):
         """Number of the cell, in a map of (h, w) cells, in which a point [2] in pixels lies."""
-        (x, y), (h, w) = (point / self.to_pixels(torch.ones(2))).clamp(0, 0.999).tolist(), map_size
+        (x, y), (h, w) = (point / torch.tensor(self.size[::-1])).clamp(0, 0.999).tolist(), map_size
         return int(y * h) * w + int(x * w)
 
     def map_size(self, tokens):
@@ -149,17 +147,13 @@ class Scene:
         raise CannotDraw(f'look() found no {array} in an "{part}"')
 
     def detected_queries(self, count):
-        """[(query, its last box [4], its class and score in words)], at least one, the highest score first.
-
-        Of queries with boxes that overlap much only the best is there.
-        """
+        """[(query, its last box [4], class and score in words)], at least one, best first, no duplicates."""
         queries = nms(self.boxes[-1], self.scores[-1], 0.5)
         detected = (self.scores[-1, queries] > self.threshold).sum().item()
         queries = queries[:max(1, min(count, detected))].tolist()
         return [(query, self.boxes[-1, query], self.in_words(-1, query)) for query in queries]
 
     def in_words(self, stage, query):
-        """The class and the score of a query at a stage."""
         return f"{self.class_names[self.labels[stage, query]]} {self.scores[stage, query]:.2f}"
 
     def objects(self):
@@ -168,7 +162,7 @@ class Scene:
         known = known or [(self.labels[-1, query], box) for query, box, _ in self.detected_queries(20)]
         labels, boxes = zip(*known)
         boxes = box_convert(torch.stack(boxes).float(), "xyxy", "cxcywh")
-        return {"labels": torch.tensor(labels), "boxes": boxes / self.to_pixels(torch.ones(2)).repeat(2)}
+        return {"labels": torch.tensor(labels), "boxes": boxes / torch.tensor(self.size[::-1] * 2)}
 
     def fading_positives(self, query):
         """(true box [4] that the last stage finds or None, IoU [S], whether a stage was better [S]).
