@@ -4,7 +4,6 @@ Legend: B images, Q queries, C classes, k scored boxes in one image. Boxes are (
 unpadded image; `boxes_xyxy` are two corners in pixels.
 """
 import contextlib
-import functools
 import io
 
 import torch
@@ -26,11 +25,10 @@ def boxes_to_pixels(boxes, size):
 def postprocess(logits, boxes, sizes, softmax, num_classes=None, most=100):
     """Outputs of one stage -> scored boxes. Low scores stay: AP is about the ranking, without a threshold.
 
-    logits [B, Q, C] (with softmax C + 1, the last is no-object) and boxes [B, Q, 4] as the model gives them;
-    sizes: B pairs (height, width) of the original images. Returns B dicts: scores [k], labels [k], boxes [k,
-    4] xyxy in original pixels. softmax: the best class of each query, k = Q. Otherwise the best `most` of all
-    Q * C pairs, so that a query may give two answers; 100 are as many as COCO's AP counts in an image.
-    num_classes: answers beyond are left out; SMCA's additional sigmoid stands for nothing.
+    logits [B, Q, C] (with softmax C + 1, the last is no-object), boxes [B, Q, 4]; sizes: B pairs (height,
+    width) of the original images. Returns B dicts: scores [k], labels [k], boxes [k, 4] xyxy in original
+    pixels. softmax: the best class of each query, k = Q. Otherwise the best `most` of all Q * C pairs, so
+    that a query may give two answers. num_classes: labels beyond are left out, as SMCA's additional one.
     """
     logits = logits.float()
     if softmax:
@@ -85,10 +83,7 @@ METRICS = {
 }
 
 
-@functools.cache  # so that a run prints it once
-def warn_of_crowded_images(name, most):
-    print(f"WARNING  {name}: an image has {most} objects, but COCO's AP counts at most 100 answers in an "
-          "image. Expect a lower AP; support.predict returns all answers.")
+WARNED = set()  # names of data sets, so that a run prints the warning once
 
 
 def coco_eval(dataset, predictions):
@@ -96,8 +91,10 @@ def coco_eval(dataset, predictions):
 
     An image without an entry counts as one in which nothing was found.
     """
-    if dataset.max_boxes > 100:
-        warn_of_crowded_images(dataset.name, dataset.max_boxes)
+    if dataset.max_boxes > 100 and dataset.name not in WARNED:
+        WARNED.add(dataset.name)
+        print(f"WARNING  {dataset.name}: an image has {dataset.max_boxes} objects, but COCO's AP counts at "
+              "most 100 answers in an image. Expect a lower AP; support.predict returns all answers.")
     truth, found = dataset.coco, []
     for image_id, one in predictions.items():
         boxes_xyxy, size = one["boxes"].cpu(), truth.imgs[image_id]

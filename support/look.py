@@ -16,7 +16,7 @@ from torchvision.ops import box_convert, box_iou, nms
 from support import data
 from support.evaluation import boxes_to_pixels
 from support.pictures import photo_and_truth, true_objects
-from support.predict import answers, is_softmax, keep
+from support.predict import answers, is_softmax
 
 
 # ---- Arrays ------------------------------------------------------------------------------------------------
@@ -190,9 +190,8 @@ def make_scene(dataset, index, class_names, model, threshold):
     out, seen = look(model, images, mask)
     photo, annotated = photo_and_truth(dataset, index)
     size = annotated.height, annotated.width
-    found, = answers(model, out, [dataset.path_of(index)], size, len(class_names))
+    found, = answers(model, out, [dataset.path_of(index)], size, len(class_names), threshold)
     scores, labels = best_class(out["logits"][:, 0], is_softmax(model), len(class_names))  # [S, Q]
     truth = [(dataset.class_names[label], box) for label, box in true_objects(annotated)]
     boxes = boxes_to_pixels(out["boxes"][:, 0], size)  # [S, Q, 4]
-    scene = Scene(photo, size, images[0], class_names, truth, scores, labels, boxes, seen, threshold)
-    return scene, keep(found, threshold)
+    return Scene(photo, size, images[0], class_names, truth, scores, labels, boxes, seen, threshold), found

@@ -156,17 +156,14 @@ def test_an_object_that_is_no_photo_is_refused_in_one_line(what, message, photos
     assert message in str(error.value) and str(error.value).isprintable()
 
 
-@pytest.mark.parametrize("flags", [dict(threshold=1), dict(threshold=float("nan")), dict(threshold="0.5"),
-                                   dict(batch_size=0), dict(batch_size=2.0)])
-def test_wrong_numbers_are_refused(flags, detector):
-    with pytest.raises(UserError, match="it must be a"):
-        detector.predict([], **flags)
+@pytest.mark.parametrize("threshold", [1, -0.1, float("nan")])
+def test_a_threshold_out_of_range_is_refused(threshold, detector):
+    with pytest.raises(UserError, match="it must be at least 0 and less than 1"):
+        detector.predict([], threshold)
 
 
 @pytest.mark.parametrize("source, how, message", [
     ("gone", {}, "gone: no such checkpoint"),
-    (None, {}, "source None and model None must be paths"),
-    ("x" * 5000, {}, "File name too long"),
     ("text.jpg", {}, "text.jpg: not a readable checkpoint"),
     ("photos", {}, "last.pt: no such checkpoint"),
     ("official.pth", {}, 'official weights; of which model? Say so: model="detr"'),
@@ -175,7 +172,6 @@ def test_wrong_numbers_are_refused(flags, detector):
     ("foreign.pth", {"model": "fixed.py"}, "has no load_official()"),
     ("ours.pt", {"model": "conditional_detr"}, "its weights are not those of this model"),
     ("ours.pt", {"model": "gone.py"}, "gone.py: no such file"),
-    ("ours.pt", {"model": 7}, "model 7 must be paths or names"),
     ("ours.pt", {"colour": 1}, "detr has no such option"),
     ("run.pt", {"device": "abacus"}, "no such device"),
 ])
