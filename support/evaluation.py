@@ -4,7 +4,6 @@ Legend: B images, Q queries, C classes, k scored boxes in one image. Boxes are (
 unpadded image; `boxes_xyxy` are two corners in pixels.
 """
 import contextlib
-import functools
 import io
 
 import torch
@@ -85,10 +84,7 @@ METRICS = {
 }
 
 
-@functools.cache  # so that a run prints it once
-def warn_of_crowded_images(name, most):
-    print(f"WARNING  {name}: an image has {most} objects, but COCO's AP counts at most 100 answers in an "
-          "image. Expect a lower AP; support.predict returns all answers.")
+WARNED = set()  # names of data sets, so that a run prints the warning once
 
 
 def coco_eval(dataset, predictions):
@@ -96,8 +92,10 @@ def coco_eval(dataset, predictions):
 
     An image without an entry counts as one in which nothing was found.
     """
-    if dataset.max_boxes > 100:
-        warn_of_crowded_images(dataset.name, dataset.max_boxes)
+    if dataset.max_boxes > 100 and dataset.name not in WARNED:
+        WARNED.add(dataset.name)
+        print(f"WARNING  {dataset.name}: an image has {dataset.max_boxes} objects, but COCO's AP counts at "
+              "most 100 answers in an image. Expect a lower AP; support.predict returns all answers.")
     truth, found = dataset.coco, []
     for image_id, one in predictions.items():
         boxes_xyxy, size = one["boxes"].cpu(), truth.imgs[image_id]

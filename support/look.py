@@ -16,7 +16,7 @@ from torchvision.ops import box_convert, box_iou, nms
 from support import data
 from support.evaluation import boxes_to_pixels
 from support.pictures import photo_and_truth, true_objects
-from support.predict import answers, is_softmax, keep
+from support.predict import answers, is_softmax
 
 
 # ---- Arrays ------------------------------------------------------------------------------------------------
@@ -27,8 +27,7 @@ def read_attention(nheads, q, k, v, mask=None, bias=None, **_):
     scale = q.shape[-1] ** -0.5  # for halves as well, so that content * spatial is proportional to weights
 
     def softmax(q, k, bias=None):
-        scores = q @ k.mT * scale  # [B, M, Q, T]
-        scores = scores if bias is None else scores + bias
+        scores = q @ k.mT * scale + (0 if bias is None else bias)  # [B, M, Q, T]
         scores = scores if mask is None else scores.masked_fill(mask[:, None, None], -math.inf)
         return scores.softmax(-1)
 
@@ -36,7 +35,7 @@ def read_attention(nheads, q, k, v, mask=None, bias=None, **_):
     if q.shape[-1] * nheads == 2 * v.shape[-1]:  # [content | position] inside every head
         (c_q, p_q), (c_k, p_k) = q.chunk(2, dim=-1), k.chunk(2, dim=-1)  # [B, M, ., D/M]
         found.update(content=softmax(c_q, c_k), spatial=softmax(p_q, p_k))
-    elif bias is not None:
+    elif bias is not None and q.shape[2] != k.shape[2]:  # in self-attention a bias is no map of the image
         found.update(content=softmax(q, k), prior=bias.exp().expand_as(found["weights"]))
     return found
 
@@ -71,11 +70,12 @@ def look(model, *inputs):
     """Runs the model and keeps where its parts look: (out, seen), `out` is model(*inputs).
 
     images [B, 3, H, W], mask [B, H, W] bool, True on padding. seen: {name of the module: {name of the array:
-    tensor on the CPU}}, in the order in which modules ran. By class of the module:
+    tensor on the CPU}}, in the order in which modules ran; the last run of a module counts. By class:
 
     Attention         weights [B, M, Q, T], rows sum to 1, padding gets 0. Where q and k are [content |
                       position] in every head, also content and spatial: the attention by one half only.
-                      Where a bias is added, also content, which is without it, and prior = exp(bias).
+                      Where a bias is added (not in self-attention), also prior = exp(bias) and content
+                      without it.
     MSDeformAttn      locations [B, Q, M, L, K, 2] as (x, y) and reference [B, Q, L, 2 or 4], in [0, 1] of the
                       padded maps; weights [B, Q, M, L, K], summing to 1 over L and K; shapes [L, 2] as (h, w)
     SemanticsAligner  points [B, Q, M, 2] and reference [B, Q, 4] in [0, 1] of the image
@@ -84,8 +84,7 @@ def look(model, *inputs):
     Denoising         noisy [B, N, 4] in [0, 1] of the image: the boxes of objects with noise, in training
     "reference_head"  reference [B, Q, 2] in [0, 1] of the image; it is this name that counts
 
-    Other modules are left out, and so are classes of the same name with other arguments. In an encoder Q is
-    T. If a module runs repeatedly (SQR's recurrent stage), the last run is kept.
+    Other modules are left out, as are classes of these names with other arguments. In an encoder Q is T.
     """
     seen = {}
 
@@ -96,12 +95,10 @@ def look(model, *inputs):
                 seen[names[module]] = {key: value.detach().cpu() for key, value in arrays.items()}
 
     names = {module: name for name, module in model.named_modules()}
-    hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in names]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in names:
+            hooks.enter_context(module.register_forward_hook(keep, with_kwargs=True))
         return model(*inputs), seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # ---- One image and all predictions of the model ------------------------------------------------------------
@@ -125,11 +122,11 @@ class Scene:
 
     def to_pixels(self, xy):
         """Points [..., 2] in [0, 1] of the image -> pixels of the original."""
-        return xy * torch.tensor([self.size[1], self.size[0]])
+        return xy * torch.tensor(self.size[::-1])
 
     def token_at(self, point, map_size):
         """Number of the cell, in a map of (h, w) cells, in which a point [2] in pixels lies."""
-        (x, y), (h, w) = (point / self.to_pixels(torch.ones(2))).clamp(0, 0.999).tolist(), map_size
+        (x, y), (h, w) = (point / torch.tensor(self.size[::-1])).clamp(0, 0.999).tolist(), map_size
         return int(y * h) * w + int(x * w)
 
     def map_size(self, tokens):
@@ -145,23 +142,18 @@ class Scene:
         return [arrays for name, arrays in self.seen.items() if part in name and array in arrays]
 
     def last_with(self, part, array):
-        found = self.arrays_with(part, array)
-        if not found:
-            raise CannotDraw(f'look() found no {array} in an "{part}"')
-        return found[-1]
+        if found := self.arrays_with(part, array):
+            return found[-1]
+        raise CannotDraw(f'look() found no {array} in an "{part}"')
 
     def detected_queries(self, count):
-        """[(query, its last box [4], its class and score in words)], at least one, the highest score first.
-
-        Of queries whose boxes overlap much, which mean the same object, only the best is there.
-        """
+        """[(query, its last box [4], class and score in words)], at least one, best first, no duplicates."""
         queries = nms(self.boxes[-1], self.scores[-1], 0.5)
         detected = (self.scores[-1, queries] > self.threshold).sum().item()
         queries = queries[:max(1, min(count, detected))].tolist()
         return [(query, self.boxes[-1, query], self.in_words(-1, query)) for query in queries]
 
     def in_words(self, stage, query):
-        """The class and the score of a query at a stage."""
         return f"{self.class_names[self.labels[stage, query]]} {self.scores[stage, query]:.2f}"
 
     def objects(self):
@@ -170,13 +162,13 @@ class Scene:
         known = known or [(self.labels[-1, query], box) for query, box, _ in self.detected_queries(20)]
         labels, boxes = zip(*known)
         boxes = box_convert(torch.stack(boxes).float(), "xyxy", "cxcywh")
-        return {"labels": torch.tensor(labels), "boxes": boxes / self.to_pixels(torch.ones(2)).repeat(2)}
+        return {"labels": torch.tensor(labels), "boxes": boxes / torch.tensor(self.size[::-1] * 2)}
 
     def fading_positives(self, query):
         """(true box [4] that the last stage finds or None, IoU [S], whether a stage was better [S]).
 
-        An object of the same class with IoU 0.5 or more is found. A stage with the same class, a higher IoU
-        and a higher score was better: the true positive fades (SQR, section 3).
+        Found: the same class and IoU 0.5 or more. Better: the same class, a higher IoU and a higher score, so
+        that the true positive fades (SQR, section 3).
         """
         label, score = self.labels[:, query], self.scores[:, query]
         for name, box in self.truth:
@@ -184,29 +176,6 @@ class Scene:
             if name == self.class_names[label[-1]] and iou[-1] >= 0.5:
                 return box, iou, (label == label[-1]) & (iou > iou[-1]) & (score > score[-1])
         return None, torch.zeros_like(score), torch.zeros_like(label, dtype=torch.bool)
-
-
-def outputs_of_training(model, scene):
-    """The model's outputs in training mode, but without dropout and with the batch norm of inference.
-
-    A model with denoising gets the objects of the scene; their boxes with noise are ["denoising"]["noisy"].
-    """
-    for module in model.modules():
-        rate = getattr(module, "dropout", None)  # of our Attention; in a layer it is a module of its own
-        noisy = isinstance(module, torch.nn.Dropout) or isinstance(rate, float)
-        module.training = not noisy and not hasattr(module, "running_mean")
-    inputs = [scene.image[None], torch.zeros_like(scene.image[:1], dtype=torch.bool)]
-    if model.recipe.get("denoising"):
-        inputs.append([scene.objects()])
-    torch.manual_seed(0)  # the same noise in every picture of an image
-    try:
-        out, seen = look(model, *inputs)
-    finally:
-        model.eval()
-    for arrays in seen.values():
-        if "noisy" in arrays and arrays["noisy"].numel():
-            out["denoising"]["noisy"] = arrays["noisy"]
-    return out
 
 
 def best_class(logits, softmax, num_classes):
@@ -221,9 +190,8 @@ def make_scene(dataset, index, class_names, model, threshold):
     out, seen = look(model, images, mask)
     photo, annotated = photo_and_truth(dataset, index)
     size = annotated.height, annotated.width
-    found, = answers(model, out, [dataset.path_of(index)], size, len(class_names))
+    found, = answers(model, out, [dataset.path_of(index)], size, len(class_names), threshold)
     scores, labels = best_class(out["logits"][:, 0], is_softmax(model), len(class_names))  # [S, Q]
     truth = [(dataset.class_names[label], box) for label, box in true_objects(annotated)]
     boxes = boxes_to_pixels(out["boxes"][:, 0], size)  # [S, Q, 4]
-    scene = Scene(photo, size, images[0], class_names, truth, scores, labels, boxes, seen, threshold)
-    return scene, keep(found, threshold)
+    return Scene(photo, size, images[0], class_names, truth, scores, labels, boxes, seen, threshold), found

@@ -3,7 +3,6 @@
 Boxes are xyxy in pixels of the original photo. They are drawn on this photo, not on the small copy that the
 network sees. Names of classes and files may be any text: a character that the font lacks becomes \\u732b.
 """
-import contextlib
 import functools
 import json
 import math
@@ -27,13 +26,10 @@ TRUE, PREDICTED, REFERENCE = "#00c853", "#ff1744", "#40c4ff"  # green, red, blue
 
 
 @functools.cache
-def glyphs():
-    return font_manager.get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap()
-
-
 def drawable(text):
     """The text as matplotlib can draw it: without formulas, and with codes for characters it lacks."""
-    text = "".join(c if ord(c) in glyphs() else ascii(c)[1:-1] for c in shorten(text, 60))
+    glyphs = font_manager.get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap()
+    text = "".join(c if ord(c) in glyphs else ascii(c)[1:-1] for c in shorten(text, 60))
     return text.replace("$", r"\$")  # $x$ is mathematics, and {$ or $\oops$ is a traceback
 
 
@@ -119,27 +115,16 @@ def draw_predictions(dataset, predictions, path, count=8, threshold=0.3):
     save(figure, path)
 
 
-def read_log(path):
-    """The lines of a run's log.jsonl as dicts, without one that a killed run cut off."""
-    lines = []
-    for text in Path(path).read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
-    return lines
-
-
 def draw_curves(log, path):
     """Losses of the last stage and AP against steps, from a run's log.jsonl."""
-    lines = read_log(log)
+    lines = [json.loads(line) for line in Path(log).read_text().splitlines()]
     losses, evals = [line for line in lines if "total" in line], [line for line in lines if "eval" in line]
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    kinds = {"class": "C0", "l1": "C1", "giou": "C2"}
     for name in losses[-1] if losses else ():  # also proposal_class and the like, dashed
-        kind = name.split("_")[-1]
-        if kind in kinds:
+        if colour := {"class": "C0", "l1": "C1", "giou": "C2"}.get(name.split("_")[-1]):
             points = [(line["step"], line[name]) for line in losses if name in line]
-            left.plot(*zip(*points), "-" if name == kind else "--", color=kinds[kind], label=name)
+            left.plot(*zip(*points), "--" if "_" in name else "-", color=colour, label=name)
     left.set(title="Losses of the last stage, without weights", xlabel="step", ylabel="loss", yscale="log")
     for name in ("AP", "AP50", "AP75") if evals else ():
         values = [line["eval"][name] for line in evals]
@@ -155,8 +140,8 @@ def draw_curves(log, path):
 # ---- One image ---------------------------------------------------------------------------------------------
 def draw_detections(scene, found):
     """Predictions {"boxes", "labels", "scores"}, a colour for each class; on the right the truth."""
-    predicted = [(scene.class_names[label], box, f"{score:.2f}") for label, box, score
-                 in zip(found["labels"].tolist(), found["boxes"], found["scores"].tolist())]
+    predicted = [(scene.class_names[label], box, f"{score:.2f}")
+                 for label, box, score in zip(found["labels"], found["boxes"], found["scores"])]
     truth = [(name, box, "") for name, box in scene.truth]
     names = sorted({name for name, _, _ in predicted + truth})
     many = colormaps["hsv"](np.linspace(0, 0.95, len(names)))

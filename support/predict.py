@@ -92,19 +92,18 @@ class Detector:
             raise UserError(f"batch_size {batch_size!r}: it must be a whole number, at least 1")
         several = isinstance(what, (list, tuple)) or getattr(what, "ndim", 3) == 4
         photos = [to_photo(one, f"image {i}") for i, one in enumerate(what if several else [what])]
-        dataset, same_size, found = self.dataset(photos), {}, {}
+        dataset, by_size, found = self.dataset(photos), {}, {}
         for index, image in enumerate(dataset.images):
-            same_size.setdefault((image.height, image.width), []).append(index)
-        for size, indices in same_size.items():
-            for start in range(0, len(indices), batch_size):
-                chosen = indices[start:start + batch_size]
-                images, mask, _ = data.collate([dataset[index] for index in chosen])
-                out = self.model(images.to(self.device), mask.to(self.device))
-                files = [dataset.path_of(index) for index in chosen]
-                for index, one in zip(chosen, answers(self.model, out, files, size, len(self.class_names))):
-                    one = {key: values.cpu() for key, values in keep(one, threshold).items()}
-                    names = [self.class_names[label] for label in one["labels"]]
-                    found[index] = Found(dataset.path_of(index), size, **one, names=names)
+            by_size.setdefault((image.height, image.width), []).append(index)
+        batches = [(size, indices[start:start + batch_size]) for size, indices in by_size.items()
+                   for start in range(0, len(indices), batch_size)]
+        for size, indices in batches:
+            images, mask, _ = data.collate([dataset[index] for index in indices])
+            out = self.model(images.to(self.device), mask.to(self.device))
+            files = [dataset.path_of(index) for index in indices]
+            kept = answers(self.model, out, files, size, len(self.class_names), threshold)
+            for index, file, one in zip(indices, files, kept):
+                found[index] = Found(file, size, **one, names=[self.class_names[i] for i in one["labels"]])
         is_folder = isinstance(what, (str, Path)) and Path(what).is_dir()
         return [found[i] for i in range(len(dataset))] if several or is_folder else found[0]
 
@@ -113,21 +112,18 @@ def is_softmax(model):
     return model.recipe["class_loss"] == "softmax"
 
 
-def answers(model, out, files, size, num_classes):
-    """Scored boxes of each image in a batch, all of one size, as postprocess returns them."""
+def answers(model, out, files, size, num_classes, threshold):
+    """Of each image in a batch, all of one size, the boxes scored over the threshold, the best first."""
     for b, file in enumerate(files):
         if not all(out[key][:, b].isfinite().all() for key in ("logits", "boxes")):
             raise UserError(f"{file}: the model predicts numbers that are not finite; it has diverged")
-    logits, boxes = out["logits"][-1], out["boxes"][-1]
+    logits, boxes, kept = out["logits"][-1], out["boxes"][-1], []
     most = max(100, boxes.shape[1])  # an image may have as many objects as there are queries
-    return postprocess(logits, boxes, [size] * len(files), is_softmax(model), num_classes, most)
-
-
-def keep(found, threshold):
-    """The scored boxes of one image that are over the threshold, the best first."""
-    order = found["scores"].argsort(descending=True, stable=True)
-    order = order[found["scores"][order] > threshold]
-    return {key: values[order] for key, values in found.items()}
+    for one in postprocess(logits, boxes, [size] * len(files), is_softmax(model), num_classes, most):
+        order = one["scores"].argsort(descending=True, stable=True)
+        order = order[one["scores"][order] > threshold]
+        kept.append({key: values[order].cpu() for key, values in one.items()})
+    return kept
 
 
 def to_photo(what, place):
@@ -138,36 +134,34 @@ def to_photo(what, place):
         raise UserError(f"{place}: a {type(what).__name__} is not a path, PIL image, numpy array or tensor")
     array = what
     if isinstance(what, torch.Tensor):
-        array = what.detach().cpu()
-        array = (array.float() if array.is_floating_point() else array).numpy()
+        array = np.asarray(what.detach().cpu().float() if what.is_floating_point() else what.cpu())
         array = np.moveaxis(array, 0, -1) if array.ndim == 3 else array
+    array = array[:, :, 0] if array.shape[2:] == (1,) else array  # grey
     if array.dtype.kind == "f" and array.size and 0 <= array.min() and array.max() <= 1:  # not for nan
         array = (array * 255).round().astype(np.uint8)
-    array = array[:, :, None] if array.ndim == 2 else array  # grey
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (1, 3, 4) or not array.size:
+    if array.dtype != np.uint8 or not array.size or array.ndim != 2 and array.shape[2:] not in ((3,), (4,)):
         raise UserError(f"{place}: {list(what.shape)}, {what.dtype}; give an array [H, W, 3] or a tensor "
                         "[3, H, W], uint8 or floats from 0 to 1, before any normalisation")
-    return Image.fromarray(np.ascontiguousarray(array if array.shape[2] > 1 else array[:, :, 0]))
+    return Image.fromarray(np.ascontiguousarray(array))
 
 
 # ---- Models ------------------------------------------------------------------------------------------------
-def of_run(checkpoint, model=None, options=None):
-    """A Detector from a checkpoint of load_checkpoint; `model` replaces the model file of its run."""
-    trained, names = checkpoint["args"], checkpoint["class_names"]
-    module = load_model_of(checkpoint, model)
-    known = without_download(module, {**checkpoint["model_options"], **(options or {})})
+def of_run(checkpoint, model, options):
+    """A Detector from a checkpoint of load_checkpoint; `model`, if given, replaces the model of its run."""
+    module, names = load_model_of(checkpoint, model), checkpoint["class_names"]
+    known = without_download(module, {**checkpoint["model_options"], **options})
     network = build_model(module, len(names), known).eval()
     load_weights(network, checkpoint)
-    return Detector(network, names, trained)
+    return Detector(network, names, checkpoint["args"])
 
 
-def of_official(checkpoint, source, model, options=None):
+def of_official(checkpoint, source, model, options):
     """A Detector from official weights, which read_init returned. Raises UserError."""
     module = load_model_file(model)
     if not hasattr(module, "load_official"):
         raise UserError(f"{model} has no load_official() that could read official weights")
     names = official_names(checkpoint, module.RECIPE)
-    network = build_model(module, len(names), without_download(module, options or {})).eval()
+    network = build_model(module, len(names), without_download(module, options)).eval()
     try:
         module.load_official(network, checkpoint)
     except RuntimeError as error:

@@ -1,6 +1,6 @@
 """The embedded data set: nothing to download, drawn when asked for, learned in minutes on a laptop."""
 import colorsys
-import copy
+import functools
 import math
 
 import numpy as np
@@ -24,8 +24,7 @@ CROSS = [(1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1),
 class Shapes(Dataset):
     """Coloured shapes over clutter. An image depends on seed, split and its number alone: it never changes.
 
-    Height and width are each between 3/4 of `size` and `size` pixels, so batches need padding. Attributes,
-    methods and what [index] gives are those of CocoFolder, which explains them.
+    Both sides are 3/4 of `size` to `size` pixels, so batches need padding. CocoFolder explains the methods.
     """
     class_names, category_ids, max_boxes, held_out = SHAPE_NAMES, [1, 2, 3, 4], MAX_OBJECTS, None
 
@@ -33,7 +32,6 @@ class Shapes(Dataset):
         self.numbers = range(num_images)  # of the images: a subset has some of them
         self.size, self.seed, self.split = size, seed, split
         self.name, self.notes = f"shapes {split}", []
-        self._coco = None
 
     def __len__(self):
         return len(self.numbers)
@@ -90,8 +88,8 @@ class Shapes(Dataset):
         return len(self.draw(index)[1].labels)
 
     def subset(self, indices):
-        some = copy.copy(self)
-        some.numbers, some._coco = [self.numbers[index] for index in indices], None
+        some = Shapes(0, self.size, self.seed, self.split)
+        some.numbers = [self.numbers[index] for index in indices]
         return some
 
     @property
@@ -100,11 +98,9 @@ class Shapes(Dataset):
         some = range(min(250, len(self)))
         return round(len(self) / max(1, len(some)) * sum(map(self.count_boxes, some)))
 
-    @property
+    @functools.cached_property
     def coco(self):
-        if self._coco is None:
-            self._coco = to_coco(self, (self.draw(index)[1] for index in range(len(self))))
-        return self._coco
+        return to_coco(self, (self.draw(index)[1] for index in range(len(self))))
 
 
 def draw_background(rng, height, width):
@@ -131,18 +127,16 @@ def draw_shape(name, diameter, angle):
     corners = corners * diameter / 2  # [corners, 2], pixels from the centre
     zoom, side = 3, int(diameter) + 3  # drawn three times as large, then averaged: smooth edges
     canvas = Image.new("L", (side * zoom, side * zoom))
-    pen = ImageDraw.Draw(canvas)
-    pen.polygon([tuple(xy) for xy in ((corners + side / 2) * zoom).tolist()], fill=255)
+    ImageDraw.Draw(canvas).polygon([tuple(xy) for xy in ((corners + side / 2) * zoom).tolist()], fill=255)
     alpha = np.asarray(canvas.reduce(zoom), np.float32) / 255
-    rows, columns = np.nonzero((alpha > 0.5).any(1))[0], np.nonzero((alpha > 0.5).any(0))[0]
-    return alpha[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    ys, xs = np.nonzero(alpha > 0.5)
+    return alpha[ys.min():ys.max() + 1, xs.min():xs.max() + 1]
 
 
 def pick_colour(rng, label, background):
     """A colour around the hue of its class, float32 [3] in 0..255: of 8, the one furthest from `background`.
 
-    Class and hue go together, as with apples and bananas: without this, telling small shapes apart is most of
-    the work, and minutes are not enough for DETR.
+    Class and hue go together, as with apples and bananas. Otherwise DETR would need more than minutes.
     """
     hue = (label / len(SHAPE_NAMES) + rng.normal(0, 0.05, 8)) % 1
     saturation, value = rng.uniform(0.5, 1, (2, 8))

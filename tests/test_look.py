@@ -252,6 +252,6 @@ def test_training_for_a_picture_is_without_noise_and_leaves_no_trace():
     model = tiny("detr", dropout=0.5, backbone_norm="batch").eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     scene = scene_of(model)
-    out = outputs_of_training(model, scene)
+    out, _ = outputs_of_training(model, scene)
     assert boxes_to_pixels(out["boxes"][:, 0], (64, 96)).equal(scene.boxes)
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
