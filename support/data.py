@@ -277,7 +277,7 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
         first = reading.images[0]
         with contextlib.suppress(UserError), as_user_error(first.path, first.id), open_image(first) as raw:
             if dark := nearly_black(raw):
-                reading.note(dark, first.path)
+                reading.notes.add(dark, first.path)
         notes = [visible(f"{reading.path}: {line}") for line in reading.notes.lines()]
         datasets[part] = CocoFolder(name, reading.images, categories, notes, part == "train", augment, size,
                                     seed, flip, reading.held_out)

@@ -39,12 +39,6 @@ class Reading:
     notes: Problems = field(default_factory=Problems)  # were dealt with, each says how
     held_out: str | None = None  # of a val that --split made: tells these images from any others
 
-    def error(self, kind, where="", count=1):
-        self.errors.add(kind, where, count)
-
-    def note(self, kind, where="", count=1):
-        self.notes.add(kind, where, count)
-
 
 @dataclass
 class Source:
@@ -143,7 +137,7 @@ class Tree:
                 if found := self.find(os.path.join(place, spelling)):
                     source.places.insert(0, source.places.pop(k))  # the next one is probably here, too
                     if not found.startswith(self.top + os.sep):
-                        reading.note("image files outside of the data folder", found)
+                        reading.notes.add("image files outside of the data folder", found)
                     return found
         parts = key_of(plain).split("/")[::-1]
         found = [path for path in self.called.get(parts[0], ()) if os.path.isfile(path)
@@ -152,12 +146,12 @@ class Tree:
         found = [path for path, count in zip(found, same) if count == max(same)]  # the most folders in common
         if len(found) == 1:
             kind = "image files in another folder than the annotations say, found by their name"
-            reading.note(kind, f"{name} is {found[0]}")
+            reading.notes.add(kind, f"{name} is {found[0]}")
             return found[0]
         kind = "image files that are not where the annotations say, with several of that name elsewhere" \
             if found else "image files that do not exist"
         place = ", ".join([os.path.join(source.places[0], name), where, *found[:2]])
-        return reading.error(kind, place)
+        return reading.errors.add(kind, place)
 
 
 def read_text(path, most=MOST_BYTES, as_bytes=False):
@@ -190,13 +184,13 @@ def image_row(i, path, height, width, reading):
     """An entry of Table.images; None, and an error, if it is bad. Without a size the file's is taken."""
     sides = [number(side or 0) for side in (height, width)]
     if path.lower().endswith(OTHER_SUFFIXES):
-        return reading.error("image files that Pillow does not read: save them as .jpg or .png", path)
+        return reading.errors.add("image files that Pillow does not read: save them as .jpg or .png", path)
     try:
         if 0 in sides:
             sides = file_size(path, i)
     except UserError as error:
-        return reading.error("image files that cannot be used", str(error))
+        return reading.errors.add("image files that cannot be used", str(error))
     if None in sides or min(sides) < 1 or any(side % 1 for side in sides):
         kind = "images whose width and height are not whole numbers above 0 (may be left out)"
-        return reading.error(kind, f"{path}, image id {i}: {reprlib.repr([width, height])}")
+        return reading.errors.add(kind, f"{path}, image id {i}: {reprlib.repr([width, height])}")
     return i, path, int(sides[0]), int(sides[1])

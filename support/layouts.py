@@ -12,37 +12,18 @@ from support.readers import locate, parse_coco, read_config, read_labels, read_x
 
 NAMES = {"train": ["train", "training", "trainval"], "val": ["val", "valid", "validation", "test"]}
 ALIKE = [["train", "training"], ["val", "valid", "validation"], ["test"]]
-LAYOUTS = [  # (format, annotations below the folder, in any case); {} is one of NAMES; the first fit is taken
-    ("COCO", "annotations/instances_{}2017.json"),
-    ("COCO", "annotations/instances_{}.json"),
-    ("COCO", "annotations/*{}*.json"),
-    ("COCO", "{}/_annotations.coco.json"),  # Roboflow
-    ("COCO", "{}/*.json"),  # FiftyOne: labels.json
-    ("COCO", "{}/annotations/*.json"),
-    ("COCO", "images/{}/*.json"),
-    ("COCO", "labels/*{}*.json"),
-    ("COCO", "*{}*.json"),
-    ("VOC", "imagesets/main/{}.txt"),  # a list of names; the boxes are in Annotations/*.xml
-    ("VOC", "imagesets/{}.txt"),
-    ("VOC", "imagesets/main/*_{}.txt"),  # VoTT: a list for each class, and all images in each
-    ("VOC", "annotations/{}"),  # a folder with XML files in it or below
-    ("VOC", "labels/{}"),
-    ("VOC", "images/{}"),
-    ("VOC", "{}"),
-    ("YOLO", "images/{}"),  # a folder or a list of images; data.yaml may name others
-    ("YOLO", "images/{}2017"),
-    ("YOLO", "{}/images"),
-    ("YOLO", "data/{}"),
-    ("YOLO", "obj_{}_data"),
-    ("YOLO", "{}.txt"),
-    ("YOLO", "{}"),
-]
-UNSPLIT = [  # all images together, for --split
-    ("COCO", "*.json"), ("COCO", "annotations/*.json"), ("COCO", "labels/*.json"),
-    ("VOC", "imagesets/main/default.txt"), ("VOC", "annotations"), ("VOC", "labels"), ("VOC", "images"),
-    ("VOC", "."),
-    ("YOLO", "images"), ("YOLO", "obj_train_data"), ("YOLO", "data"), ("YOLO", "."),
-]
+LAYOUTS = {  # annotations below the folder, in any case; {} is one of NAMES. The first fit is taken. Those
+    # without {} are for --split: all images are together
+    "COCO": ["annotations/instances_{}2017.json", "annotations/instances_{}.json", "annotations/*{}*.json",
+             "{}/_annotations.coco.json", "{}/*.json", "{}/annotations/*.json", "images/{}/*.json",
+             "labels/*{}*.json", "*{}*.json", "*.json", "annotations/*.json", "labels/*.json"],
+    "VOC": ["imagesets/main/{}.txt", "imagesets/{}.txt",  # lists of names; the boxes are in Annotations/*.xml
+            "imagesets/main/*_{}.txt",  # VoTT: a list for each class, and all images in each
+            "annotations/{}", "labels/{}", "images/{}", "{}",  # folders with XML files in them or below
+            "imagesets/main/default.txt", "annotations", "labels", "images", "."],
+    "YOLO": ["images/{}", "images/{}2017", "{}/images", "data/{}", "obj_{}_data",  # data.yaml may name others
+             "{}.txt", "{}", "images", "obj_train_data", "data", "."],  # folders or a list of images
+}
 IMAGE_PLACES = ["{}2017", "{}", "images/{}", "images/{}2017", "{}/images", "{}/data", "data/{}",
                 "{}/jpegimages", "jpegimages/{}", "images", "images/default", "jpegimages", "data", "."]
 CLASS_FILES = ["classes.txt", "obj.names", "_darknet.labels", "predefined_classes.txt", "data.yaml"]
@@ -70,18 +51,17 @@ def one_coco(paths, certain):
 
 def class_file(tree, names):
     """The file that names the classes of a YOLO folder, or None."""
-    found = tree.match("data.yaml") + [path for pattern in ("*.yaml", "*.yml", "*.data")
-                                       for path in tree.match(pattern) if mentions(path, b"names")]
+    configs = [path for pattern in ("data.yaml", "*.yaml", "*.yml", "*.data") for path in tree.match(pattern)
+               if pattern == "data.yaml" or mentions(path, b"names")]
     places = [place.format(name) + file for place in CLASS_PLACES for name in names for file in CLASS_FILES]
-    return next(iter(found), None) or next((path for place in places for path in tree.match(place)), None)
+    return next(iter(configs), None) or next((path for place in places for path in tree.match(place)), None)
 
 
 def in_places(tree, form, path, name):
     """A Source: the places are the folders of `tree` for images of a split that is called `name`."""
     alike = next((words for words in ALIKE if name in words), [])
     others = [word for words in ALIKE if alike and words != alike for word in words]
-    patterns = [place.format(word) for word in dict.fromkeys((name, *alike)) for place in IMAGE_PLACES
-                if word or "{}" not in place]
+    patterns = [place.format(word) for word in (name, *alike) for place in IMAGE_PLACES]
     places = [folder for pattern in patterns for folder in tree.match(pattern) if os.path.isdir(folder)]
     places.append(path if os.path.isdir(path) else os.path.dirname(path))
     return Source(form, path, list(dict.fromkeys(places)),
@@ -90,9 +70,10 @@ def in_places(tree, form, path, name):
 
 def search(tree, split, unsplit=False):
     """The Source of a split by the first of LAYOUTS that a folder has, None if it has none."""
-    rows = [(name, form, layout.format(name)) for name in NAMES[split] for form, layout in LAYOUTS]
+    rows = [(name, form, layout.format(name)) for name in [*NAMES[split], *[""] * unsplit]
+            for form, layouts in LAYOUTS.items() for layout in layouts if bool(name) == ("{}" in layout)]
     config = None
-    for name, form, layout in rows + [("", *row) for row in UNSPLIT if unsplit]:
+    for name, form, layout in rows:
         found = tree.match(layout)
         if form == "COCO":
             word = re.compile(rf"(?<![a-z]){name}(?![a-z])")
@@ -144,15 +125,13 @@ def find_hint(tree, split, unsplit, counts):
         if folder[len(tree.top):].count(os.sep) < 3 and source(Tree(folder), split):
             return f"Did you mean {folder}?"
     together = None if unsplit else source(tree, split, True)
-    jsons, xmls, wrong = tree.inside(tree.top, ".json")[:1], tree.inside(tree.top, ".xml")[:1], Reading()
+    jsons, xmls = tree.inside(tree.top, ".json")[:1], tree.inside(tree.top, ".xml")[:1]
     likely = {"COCO": [together.path], "VOC": xmls, "YOLO": []}[together.form] if together else jsons + xmls
     for path in likely:
         try:
-            parse_coco(path) if path.lower().endswith("json") else read_xml(path, wrong)
+            parse_coco(path) if path.lower().endswith("json") else read_xml(path)
         except UserError as error:
-            wrong.errors.add(f"{path} {error}")
-    if wrong.errors:
-        return wrong.errors.lines()[0]
+            return f"{path} {error}"
     if together:
         return "All images lie together: add --split 0.2 to hold some of them out"
     if class_file(tree, NAMES[split]):

@@ -66,12 +66,12 @@ def read_splits(folder, given, splits, class_names=(), share=None, seed=0):
             reading.path = source.path
             if where.junk:
                 kind = "files that systems or notebooks make, not used"
-                reading.note(kind, where.junk[0], len(where.junk))
+                reading.notes.add(kind, where.junk[0], len(where.junk))
             known = names or dict(enumerate(class_names, 1))  # VOC has no list of classes
             table = READERS[source.form](source, where, reading, known, split in splits)
             tables[split] = table, join_names(names, table.names, reading)
         except UserError as error:
-            reading.error(str(error))
+            reading.errors.add(str(error))
         if split in splits or reading.path or any(given[split]):  # no training set: val has its own classes
             readings[split] = reading
     names = dict(sorted(names.items()))
@@ -101,16 +101,16 @@ def join_names(names, own, reading):
             ids[i] = i if before.get(i) == name else same[0]
             if ids[i] != i:
                 kind = "classes with another id than in train, matched by name"
-                reading.note(kind, f"{name}, {i} and {ids[i]}")
+                reading.notes.add(kind, f"{name}, {i} and {ids[i]}")
             continue
         if before and alike and not same:
-            reading.error("classes written in another way than in train", f"{name!r}, {alike[0]!r}")
+            reading.errors.add("classes written in another way than in train", f"{name!r}, {alike[0]!r}")
         elif before:
-            reading.note("classes that train does not have", name)
+            reading.notes.add("classes that train does not have", name)
         ids[i] = i if i not in names else max(names) + 1
         names[ids[i]] = name
     if before and not {*before.values()} & {*own.values()}:
-        reading.error(f"none of train's classes is here: {', '.join(before.values())}")
+        reading.errors.add(f"none of train's classes is here: {', '.join(before.values())}")
     return ids
 
 
@@ -140,7 +140,7 @@ def clean(table, labels, reading):
     note(real & ~kept, "boxes outside their image, dropped")
     note(kept & over, "boxes reaching over the image edge, clipped")
     if over.sum() > max(2, len(boxes) / 2):
-        reading.note("most boxes reach over the edge of their image or lie outside: are they written in "
+        reading.notes.add("most boxes reach over the edge of their image or lie outside: are they written in "
                           "another way (COCO's is x, y, width, height), or was the image larger?")
     order = np.lexsort((*cut.T, label, image))
     rows = np.column_stack([image, label, cut])[order]
@@ -162,10 +162,10 @@ def clean(table, labels, reading):
             continue
         found.append(AnnotatedImage(*row, *(column[start:end] for column in columns)))
         if start == end:
-            reading.note("images without boxes, kept", f"{row[1]}, image id {row[0]}")
+            reading.notes.add("images without boxes, kept", f"{row[1]}, image id {row[0]}")
         if end - start > CROWDED:
             kind = f"images with more than {CROWDED} boxes, kept; a model needs as many queries"
-            reading.note(kind, f"{row[1]}, image id {row[0]}: {end - start}")
+            reading.notes.add(kind, f"{row[1]}, image id {row[0]}: {end - start}")
     return found
 
 
@@ -206,17 +206,17 @@ def compare_splits(categories, readings):
         absent = [name for label, name in enumerate(categories.values()) if label not in present]
         if reading.images and absent:
             more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
-            reading.note(f"no box of class {', '.join(absent[:10])}{more}")
+            reading.notes.add(f"no box of class {', '.join(absent[:10])}{more}")
         if split == "train" and reading.images and not present and not reading.errors:
             crowds = any(image.crowd.any() for image in reading.images)
-            reading.error(f"not a single usable box to train on in {len(reading.images)} images"
+            reading.errors.add(f"not a single usable box to train on in {len(reading.images)} images"
                                + ": all are crowd regions (iscrowd, VOC: difficult)" * crowds)
         for image in reading.images:
             path = os.path.realpath(image.path) if os.path.islink(image.path) else image.path
             folder, name = os.path.split(path)
             first, home = earlier.setdefault(os.path.join(real(folder), name), (image, split))
             if first is not image:
-                reading.note(already_in(home, split), f"{image.path} is {first.path}")
+                reading.notes.add(already_in(home, split), f"{image.path} is {first.path}")
 
 
 def already_in(home, split):

@@ -546,13 +546,12 @@ def test_the_folder_one_level_up_names_the_one_that_is_meant(tmp_path):
 
 
 VOC_BROKEN = {
-    "not XML": (lambda text: text[:-20], "XML files that cannot be read: 1 .first: .*1.xml: "),
+    "not XML": (lambda text: text[:-20], "cannot be used: 1 .first: .*1.xml cannot be read"),
     "CVAT": (lambda text: "<annotations><version/></annotations>", "CVAT's own form: export as COCO 1.0"),
-    "another root": (lambda text: "<svg/>", "without VOC annotations: 1 .*<svg>"),
+    "another root": (lambda text: "<svg/>", "has no VOC annotations, but <svg>"),
     "no name": (lambda text: text.replace("<name>cat</name>", ""), "objects without a <name>: 1 .*object 1"),
     "no box": (lambda text: text.replace("bndbox", "robndbox"), "no four numbers xmin, .*: 1 .*object 1"),
     "no number": (lambda text: text.replace("<xmin>11", "<xmin>x"), "no four numbers.*: x, 9, 30, 24"),
-    "entities": (lambda text: "<!DOCTYPE a [<!ENTITY a 'ha'>]>" + text, "declares entities"),
     "GBK": (lambda text: text.replace("cat", "\u72d7").encode("gbk"), "save it as UTF-8"),
 }
 
@@ -585,7 +584,7 @@ def test_data_yaml_as_people_write_it(text, names, tmp_path):
 
 
 @pytest.mark.parametrize("text, words", {
-    "names: [a, b": "cannot be read as YAML: line",
+    "names: [a, b": "cannot be read as YAML: .*line",
     "names: {dog: 0}": "names should be a list",
     "names: []": "names should be a list",
     "train: images/train": "names should be a list",
