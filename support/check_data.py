@@ -31,11 +31,9 @@ def check_files(readings):
             fault = "are of another size" if isinstance(error, SizeUserError) else "cannot be used"
             reading.errors.add(f"image files that {fault}", str(error))
             continue
-        notes = {"photos to be turned (EXIF), used as they were annotated": orientation in range(2, 9),
-                 "photos with an EXIF orientation that does not exist, used as they are":
-                     orientation not in range(1, 9),
-                 "images of several frames or pages, the first is used": several}
-        for kind in [kind for kind, found in notes.items() if found] + [dark] * bool(dark):
+        turned = orientation in range(2, 9) and "photos to be turned (EXIF), used as they were annotated"
+        frames = several and "images of several frames or pages, the first is used"
+        for kind in filter(None, (turned, frames, dark)):
             reading.notes.add(kind, image.path)
         original, home = originals.setdefault(fingerprint, (image.path, split))
         if os.path.realpath(original) != os.path.realpath(image.path):  # one file: noted when it was read
@@ -44,12 +42,11 @@ def check_files(readings):
 
 def find_unlisted(readings):
     """Adds a note about image files that lie beside the annotated ones, but no annotations name them."""
-    listed = {image.path for reading in readings.values() for image in reading.images}
-    seen = set()
+    seen = {image.path for reading in readings.values() for image in reading.images}
     for reading in readings.values():
-        for folder in sorted({os.path.dirname(image.path) for image in reading.images} - seen):
-            seen.add(folder)
-            for path in sorted({*map(str, images_in(folder))} - listed):
+        for folder in sorted({os.path.dirname(image.path) for image in reading.images}):
+            for path in sorted({*map(str, images_in(folder))} - seen):
+                seen.add(path)
                 reading.notes.add("image files that no annotations name, not used", path)
 
 

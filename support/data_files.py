@@ -15,7 +15,6 @@ from support import UserError, reason, shorten, visible
 from support.images import IMAGE_SUFFIXES, OTHER_SUFFIXES, file_size
 
 JUNK = ("._", ".ipynb_checkpoints", "__MACOSX")  # systems and notebooks make them
-CROWD, NO_CROWD = (1, "1", "true", "True"), (0, "0", "", None, "false", "False")
 MOST_FILES, MOST_BYTES = 3 * 10 ** 6, 10 ** 8  # below a folder; in a text file
 
 
@@ -63,8 +62,7 @@ class Table:
     def add(self, image, category, box, place, area=None, crowd=None):
         """image, category: positions in `images` and `names`; box: xyxy; area, crowd: as they are written."""
         area = math.inf if area is None else number(area) or -1
-        crowd = 1 if crowd in CROWD else 0 if crowd in NO_CROWD else 2
-        self.numbers.extend((image, category, *box, area, crowd))
+        self.numbers.extend((image, category, *box, area, crowd in (1, "1", "true", "True")))
         self.places.append(place)
 
 

@@ -47,12 +47,10 @@ def as_user_error(path, image_id):
             yield
     except Exception as error:
         kind = SizeUserError if isinstance(error, SizeUserError) else UserError
-        what = f"{reason(error)}; repair or remove it"
-        if isinstance(error, UnidentifiedImageError):
-            what = f"{what_is_it(path)}; repair or remove it"
-        elif isinstance(error, Image.DecompressionBombError):
+        what = what_is_it(path) if isinstance(error, UnidentifiedImageError) else reason(error)
+        if isinstance(error, Image.DecompressionBombError):
             what = f"more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; cut it into tiles"
-        raise kind(f"{path} (image id {image_id}): {what}") from None
+        raise kind(f"{path} (image id {image_id}): {what}; repair or remove it") from None
 
 
 def what_is_it(path):
@@ -97,9 +95,8 @@ def open_image(annotated):
 def load_image(annotated):
     """An AnnotatedImage's pixels as a PIL image in RGB. UserError if damaged or not of the annotated size.
 
-    A camera stores what its sensor saw, plus an EXIF note "turn me". Tools that obey the note draw boxes on
-    the turned image, others on the raw one: the annotated size tells which. Where it does not (half a turn, a
-    mirror, a square) we obey, as nearly all tools do.
+    Tools that obey a camera's EXIF note "turn me" draw boxes on the turned image, others on the raw one: the
+    annotated size tells which. Where it does not (half a turn, a mirror, a square) we obey.
     """
     with as_user_error(annotated.path, annotated.id), open_image(annotated) as raw:
         size, shown = (annotated.width, annotated.height), size_shown(raw)
@@ -115,7 +112,6 @@ def nearly_black(raw):
     """A note on a PIL image of 16 bits that are hardly used, as of 12-bit sensors; None for others."""
     if raw.mode.startswith("I") and np.asarray(raw).max() < 2 ** 14:
         return "16-bit images with values below 16384: (nearly) black, scale all of them to 65535"
-    return None
 
 
 def to_rgb(image):
