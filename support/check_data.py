@@ -1,4 +1,4 @@
-"""What is in a data set, and all that is wrong with it: `python -m support.check_data DIR`."""
+"""Prints what is in a data set, and all that is wrong with it: `python -m support.check_data DIR`."""
 import argparse
 import hashlib
 import os
@@ -24,7 +24,6 @@ def check_files(readings):
             with as_user_error(image.path, image.id), Image.open(image.path) as raw:
                 orientation = raw.getexif().get(ExifTags.Base.Orientation, 1)
                 several = getattr(raw, "n_frames", 1) > 1 and raw.format != "MPO"  # a photo with a small copy
-                dark = nearly_black(raw)
             with open(image.path, "rb") as file:
                 fingerprint = hashlib.sha256(file.read()).digest()
         except (UserError, OSError) as error:
@@ -33,7 +32,7 @@ def check_files(readings):
             continue
         turned = orientation in range(2, 9) and "photos to be turned (EXIF), used as they were annotated"
         frames = several and "images of several frames or pages, the first is used"
-        for kind in filter(None, (turned, frames, dark)):
+        for kind in filter(None, (turned, frames, nearly_black(image))):
             reading.notes.add(kind, image.path)
         original, home = originals.setdefault(fingerprint, (image.path, split))
         if os.path.realpath(original) != os.path.realpath(image.path):  # one file: noted when it was read
@@ -73,15 +72,14 @@ def format_table(categories, readings):
         } | {f"  {name}": (labels == label).sum() for label, name in [*enumerate(categories.values())][:20]}
 
     columns = {split: column(reading.images) for split, reading in readings.items() if reading.images}
-    rows = [("", *columns)] + [(key, *(one[key] for one in columns.values()))
-                               for key in next(iter(columns.values()), ())]
+    keys = list(next(iter(columns.values()), ()))
+    rows = [("", *columns)] + [(key, *(one[key] for one in columns.values())) for key in keys]
     return "\n".join(f"{key[:40]:<40}" + "".join(f"{cell:>22}" for cell in cells) for key, *cells in rows)
 
 
 def main(argv=None):
     """Checks the data set that the command line names. Returns 1 if train.py would refuse it, otherwise 0."""
-    p = argparse.ArgumentParser(
-        prog="python -m support.check_data", description="Says what is in a data set and all that is wrong.")
+    p = argparse.ArgumentParser(prog="python -m support.check_data", description=__doc__)
     p.add_argument("folder", nargs="?", metavar="DIR", help="with COCO, VOC or YOLO annotations")
     for name in ("train-json", "train-images", "val-json", "val-images"):
         p.add_argument(f"--{name}", metavar="PATH", help="instead of DIR: the four paths, or the two of val")
@@ -92,9 +90,6 @@ def main(argv=None):
     given = {"train": (args.train_json, args.train_images), "val": (args.val_json, args.val_images)}
     if args.folder is None and not any(map(any, given.values())):
         p.error("which folder?")
-    if args.folder == "shapes":
-        print("shapes is the embedded data set: there is nothing to check.")
-        return 0
     only_val = args.folder is None and not any(given["train"])
     splits = ("val",) if only_val else ("train", "val")
     categories, readings = read_splits(args.folder, given, splits, share=args.split, seed=args.seed)
@@ -103,9 +98,10 @@ def main(argv=None):
     find_unlisted(readings)
     print(format_table(categories, readings))
     for split, reading in readings.items():
-        lines = [f"  error: {line}" for line in reading.errors.lines()]
-        lines += [f"  note: {line}" for line in reading.notes.lines()]
-        print(f"\n{split}: {visible(reading.path or 'not found')}", *lines or ["  nothing wrong"], sep="\n")
+        print(f"\n{split}: {visible(reading.path or 'not found')}")
+        for kind, problems in (("error", reading.errors), ("note", reading.notes)):
+            for line in problems.lines():
+                print(f"  {kind}: {line}")
     if any(reading.errors for reading in readings.values()):
         print("\ntrain.py will not use this: correct the errors and check again.")
         return 1

@@ -1,6 +1,5 @@
 """Image files: what annotations say about one, its pixels, and one line if it is damaged."""
 import contextlib
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,12 +72,9 @@ def size_shown(raw):
 
 
 def images_in(folder):
-    """The image files in a folder, by their endings, as sorted Paths. UserError if it cannot be read."""
-    try:
-        return sorted(path for path in Path(folder).iterdir()
-                      if path.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: {reason(error)}") from None
+    """The image files in a folder, by their endings, as sorted Paths."""
+    return sorted(path for path in Path(folder).iterdir()
+                  if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
 
 
 def file_size(path, image_id):
@@ -108,10 +104,12 @@ def load_image(annotated):
         return to_rgb(ImageOps.exif_transpose(raw) if size == shown else raw)
 
 
-def nearly_black(raw):
-    """A note on a PIL image of 16 bits that are hardly used, as of 12-bit sensors; None for others."""
-    if raw.mode.startswith("I") and np.asarray(raw).max() < 2 ** 14:
-        return "16-bit images with values below 16384: (nearly) black, scale all of them to 65535"
+def nearly_black(annotated):
+    """A note on an image of 16 bits that are hardly used, as of 12-bit sensors; None for others."""
+    with contextlib.suppress(UserError), as_user_error(annotated.path, annotated.id), \
+            open_image(annotated) as raw:
+        if raw.mode.startswith("I") and np.asarray(raw).max() < 2 ** 14:
+            return "16-bit images with values below 16384: (nearly) black, scale all of them to 65535"
 
 
 def to_rgb(image):

@@ -138,7 +138,7 @@ def clean(table, labels, reading):
     note(real & ~kept, "boxes outside their image, dropped")
     note(kept & over, "boxes reaching over the image edge, clipped")
     if over.sum() > max(2, len(boxes) / 2):
-        reading.notes.add("most boxes reach over their image: COCO's are x, y, width, height. Was it larger?")
+        reading.notes.add("most boxes reach over the edge of their image: COCO expects x, y, width, height")
     order = np.lexsort((*cut.T, label, image))
     rows = np.column_stack([image, label, cut])[order]
     twice = np.zeros(len(boxes), bool)
