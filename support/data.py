@@ -23,15 +23,7 @@ from torchvision.transforms import v2
 
 from support import UserError, visible
 from support.evaluation import to_coco
-from support.images import (
-    AnnotatedImage,
-    file_size,
-    images_in,
-    load_image,
-    nearly_black,
-    size_shown,
-    to_input_and_target,
-)
+from support.images import bare_image, images_in, load_image, nearly_black, to_input_and_target
 from support.shapes import Shapes
 from support.splits import read_splits
 
@@ -179,24 +171,15 @@ def first_with_boxes(dataset, n, augment=False):
 
 # ---- Load --------------------------------------------------------------------------------------------------
 def from_images(paths, augment="laptop", size=None):
-    """Image files, and all images in folders, as a data set without boxes, prepared as for evaluation.
-
-    paths: one or several; PIL images are taken, too. augment, size: as in `load`. Raises UserError.
-    """
-    nothing = np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0), np.zeros(0, bool)
+    """Image files, all images in folders, and PIL images as a data set without boxes, as for evaluation."""
     images = []
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        if isinstance(path, Image.Image):
-            width, height = size_shown(path)
-            images.append(AnnotatedImage(len(images), f"image {len(images)}", height, width, *nothing, path))
-            continue
-        inside = images_in(path) if os.path.isdir(path) else [path]
+        inside = [path]
+        if not isinstance(path, Image.Image):
+            inside = images_in(path) if os.path.isdir(path) else [path] * os.path.exists(path)
         if not inside:
-            raise UserError(f"{path}: no images in this folder")
-        if not os.path.exists(path):
-            raise UserError(f"{path}: no such image or folder")
-        for i, file in enumerate(inside, len(images)):
-            images.append(AnnotatedImage(i, str(file), *file_size(file, i), *nothing))
+            raise UserError(f"{path}: no such image, or no images in this folder")
+        images += [bare_image(i, image) for i, image in enumerate(inside, len(images))]
     return CocoFolder("images", images, {}, [], False, augment, size or default_size(augment), seed=0)
 
 
@@ -225,8 +208,6 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
     """
     if augment not in ("laptop", "paper", "none"):
         raise UserError(f'augment can be "laptop", "paper" or "none", not {augment!r}')
-    if size is not None and size < 32 or seed < 0:
-        raise UserError(f"size must be at least 32 pixels (it is {size}) and seed at least 0 (it is {seed})")
     given = {"train": (train_json, train_images), "val": (val_json, val_images)}
     if folder in (None, "shapes") and not any(map(any, given.values())):
         if split is not None:
@@ -238,18 +219,15 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
     size = size or default_size(augment)
     categories, readings = read_splits(folder, given, splits, class_names, split, seed)
     for reading in (reading for reading in readings.values() if reading.errors):
-        message, *others = reading.errors.lines()
+        message = reading.errors.lines()[0]
         if reading.path is None:
             raise UserError(message)
-        more = f" (and {len(others)} more kinds of errors)" if others else ""
-        same = shlex.quote(str(folder)) if folder else "with the same paths"
-        same += f" --split {split}" if split else ""
-        raise UserError(f"{reading.path}: {message}{more}; to see everything: "
-                        f"python -m support.check_data {same}")
+        same = (shlex.quote(str(folder)) if folder else "with the same paths") + f" --split {split}" * bool(split)
+        raise UserError(f"{reading.path}: {message}; to see everything: python -m support.check_data {same}")
     datasets = {}
     for part in splits:
         reading = readings[part]
-        name = visible(f"{Path(reading.path).stem if folder is None else Path(folder).resolve().name} {part}")
+        name = visible(f"{Path(folder).resolve().name if folder else Path(reading.path).stem} {part}")
         if dark := nearly_black(reading.images[0]):
             reading.notes.add(dark, reading.images[0].path)
         notes = [visible(f"{reading.path}: {line}") for line in reading.notes.lines()]

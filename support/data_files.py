@@ -128,8 +128,7 @@ class Tree:
 
         It is looked for as it is written, and then by its name alone anywhere below the top.
         """
-        plain = unquote(name.split("?d=")[-1]) if "%" in name or "?d=" in name else name  # Label Studio's
-        plain = plain.replace("\\", "/")
+        plain = unquote(name.split("?d=")[-1]).replace("\\", "/")  # Label Studio's and Windows'
         for spelling in (name, plain):
             for k, place in enumerate(source.places):
                 if found := self.find(os.path.join(place, spelling)):

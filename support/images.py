@@ -83,6 +83,14 @@ def file_size(path, image_id):
         return size_shown(raw)[::-1]
 
 
+def bare_image(i, image):
+    """A PIL image or a file as an AnnotatedImage without boxes."""
+    nothing = np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0), np.zeros(0, bool)
+    if isinstance(image, Image.Image):
+        return AnnotatedImage(i, f"image {i}", *size_shown(image)[::-1], *nothing, image)
+    return AnnotatedImage(i, str(image), *file_size(image, i), *nothing)
+
+
 def open_image(annotated):
     """A context with its PIL image, which is closed if it came from a file."""
     return contextlib.nullcontext(annotated.pixels) if annotated.pixels else Image.open(annotated.path)

@@ -104,16 +104,16 @@ def find_source(tree, split, unsplit):
     """The Source of a split. UserError with what is there and what to do if there is none."""
     if source := search(tree, split, unsplit):
         return source
-    counts = Counter(os.path.splitext(path)[1].lower() for path in {*tree.files.values()})
+    endings = Counter(os.path.splitext(path)[1].lower() for path in {*tree.files.values()})
     here = sorted({key[len(tree.top) + 1:].split(os.sep)[0] + "/" for key in tree.folders} - {"/"})[:9]
-    here += [f"{count} {ending or 'without ending'}" for ending, count in counts.most_common(6)]
+    here += [f"{count} {ending or 'without ending'}" for ending, count in endings.most_common(6)]
     raise UserError(
         f"{tree.top}: no {split} annotations here. Expected annotations/instances_{split}.json (COCO), "
         f"ImageSets/Main/{split}.txt (VOC), data.yaml (YOLO) or another layout of docs/options.md. "
-        f"Found {', '.join(here) or 'nothing'}. {find_hint(tree, split, unsplit, counts)}")
+        f"Found {', '.join(here) or 'nothing'}. {find_hint(tree, split, unsplit)}")
 
 
-def find_hint(tree, split, unsplit, counts):
+def find_hint(tree, split, unsplit):
     """What to do about a folder in which a split was not found."""
     def source(*where):
         with contextlib.suppress(UserError):
@@ -139,9 +139,7 @@ def find_hint(tree, split, unsplit, counts):
     for path in tree.inside(tree.top, ".txt")[:20]:
         if read_labels(path, False, Reading()):
             return f"{path} is a YOLO label file: write the names of its classes into {tree.top}/classes.txt"
-    ending = next((ending for ending in (".csv", ".tfrecord", ".parquet", ".zip") if ending in counts), None)
-    return f"{ending} files are not read, export the data as COCO" if ending else \
-        f"For another layout give --{split}-json and --{split}-images"
+    return f"Export the data as COCO, or give --{split}-json and --{split}-images"
 
 
 def given_source(split, path, folder):

@@ -74,8 +74,7 @@ def parse_coco(path):
 
 def as_id(value):
     """An id as a whole number if it says one ("1", 1.0), another text as it is, otherwise None."""
-    if isinstance(value, str) and value.isdecimal() and len(value) < 99 or \
-            isinstance(value, float) and value.is_integer():
+    if isinstance(value, str) and value.isdecimal() or isinstance(value, float) and value.is_integer():
         return int(value)
     return value if type(value) is int or isinstance(value, str) and value else None
 
@@ -88,11 +87,10 @@ def by_id(entries, what, told_by, reading):
         if i is None:
             where = f"{what} number {k + 1}: {reprlib.repr(entry.get('id'))}"
             reading.errors.add(f"{what} ids that are not whole numbers", where)
-            continue
-        if type(entry["id"]) is not int:
-            reading.notes.add(f"{what} ids that are text or fractions, read as numbers", repr(entry["id"]))
-        if found.setdefault(i, entry).get(told_by) != entry.get(told_by):
+        elif found.setdefault(i, entry).get(told_by) != entry.get(told_by):
             reading.errors.add(f"{what} ids that occur twice", f"{what} id {i}")
+        elif type(entry["id"]) is not int:
+            reading.notes.add(f"{what} ids that are text or fractions, read as numbers", repr(entry["id"]))
     if not entries:
         reading.errors.add(f"the list of {what} entries is empty")
     whole = all(type(i) is int and abs(i) < 2 ** 63 for i in found)
@@ -105,20 +103,13 @@ def read_coco(source, tree, reading, known, wanted):
     found, whole = by_id(contents["categories"], "category", "name", reading)
     table, category_of = Table({}), {i: k for k, i in enumerate(found)}
     for i, entry in found.items():
-        name = visible(str(entry.get("name") or "").strip())
-        if not name:
-            reading.notes.add("categories without a name, called by their id", f"category id {i}")
-        if name in table.names.values():
-            reading.notes.add("categories of the same name, kept apart", f"category id {i}: {name}")
-        table.names[whole[i]] = name or str(i)
+        table.names[whole[i]] = visible(str(entry.get("name") or "").strip()) or str(i)
     if not wanted:
         return table
     found, id_of = by_id(contents["images"], "image", "file_name", reading)
     for i, entry in found.items():
-        name, path = entry.get("file_name") or entry.get("coco_url"), None  # LVIS has the second
-        if isinstance(name, str):
-            path = tree.image(name, source, reading, f"image id {i}")
-        else:
+        name = entry.get("file_name") or entry.get("coco_url")  # LVIS has the second
+        path = tree.image(name, source, reading, f"image id {i}") if name else \
             reading.errors.add("images without a file_name", f"image id {i}")
         size = entry.get("height"), entry.get("width")
         table.images.append(path and image_row(id_of[i], path, *size, reading))
@@ -324,8 +315,10 @@ def read_labels(path, keypoints, reading):
         lines = read_text(path).splitlines()
     except UserError as error:
         reading.errors.add("label files that cannot be read", f"{path}: {error}")
-    for k, words in ((k, line.split()) for k, line in enumerate(lines, 1) if line.strip()):
-        label, *corners = map(number, words)
+    for k, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        label, *corners = map(number, line.split())
         corners = corners[:4] if keypoints else corners
         fault = ("label lines with more than numbers" if None in (label, *corners) else
                  "label lines that are neither class, x, y, width, height nor a class and a polygon"
@@ -333,7 +326,7 @@ def read_labels(path, keypoints, reading):
                  "labels that are not shares of the image, from 0 to 1; are they pixels?"
                  if max(map(abs, corners)) > 2 else None)
         if fault:
-            reading.errors.add(fault, f"{path}, line {k}: {reprlib.repr(lines[k - 1])}")
+            reading.errors.add(fault, f"{path}, line {k}: {reprlib.repr(line)}")
         elif len(corners) == 4:
             x, y, w, h = corners
             found.append((k, label, (x - w / 2, y - h / 2, x + w / 2, y + h / 2)))
@@ -374,8 +367,6 @@ def read_yolo(source, tree, reading, known, wanted):
         reading.errors.add(kind, unknown[0][1], len(unknown))
     if used and set(used) == {None}:
         raise UserError(f"no image has labels; {used[None]} has no .txt beside it or in labels/ for images/")
-    if "kpt_shape" in config:
-        reading.notes.add("keypoints (kpt_shape in data.yaml) are not used")
     homes = {os.path.dirname(labels): os.path.dirname(image) for labels, image in used.items() if labels}
     for labels in {*tree.files.values()} - {*used}:
         folder, name = os.path.split(labels)

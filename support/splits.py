@@ -15,7 +15,6 @@ from support.layouts import NAMES, find_source, given_source, search
 from support.readers import read_coco, read_voc, read_yolo
 
 READERS = {"COCO": read_coco, "VOC": read_voc, "YOLO": read_yolo}
-SHARES = "most boxes are from 0 to 1: are they shares of the image, as in YOLO's files? Pixels are expected"
 SMALLEST_SIDE = 0.1  # pixels; float32 arithmetic leaves nothing of a box that is thinner
 
 
@@ -125,7 +124,7 @@ def clean(table, labels, reading):
     with np.errstate(invalid="ignore"):  # infinite numbers
         shares = (abs(boxes - 0.5) <= 0.51).all(1) & (boxes % 1 != 0).any(1)
     if not table.from_shares and shares.sum() > len(boxes) / 2:
-        note(shares, SHARES, reading.errors)
+        note(shares, "most boxes are from 0 to 1: shares of the image? Pixels are expected", reading.errors)
     boxes[:, :2] -= table.from_one
     sizes = np.array([row[:1:-1] if row else (0, 0) for row in table.images]).reshape(-1, 2)[image]  # w, h
     cut = boxes.clip(0, np.tile(sizes, 2))

@@ -675,7 +675,7 @@ def test_yolo_without_val_without_names_without_images(tmp_path):
 def test_a_folder_without_a_known_layout_lists_what_is_there(tmp_path):
     (tmp_path / "photos").mkdir(), (tmp_path / "labels.csv").touch()
     write_image(tmp_path / "photos/1.png")
-    with pytest.raises(UserError, match="no train annotations here.*photos/.*1 .csv.*export"):
+    with pytest.raises(UserError, match="no train annotations here.*photos/.*1 .csv.*Export"):
         read(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         read(tmp_path / "nowhere")
