@@ -35,7 +35,7 @@ def check_files(readings):
         for kind in filter(None, (turned, frames, nearly_black(image))):
             reading.notes.add(kind, image.path)
         original, home = originals.setdefault(fingerprint, (image.path, split))
-        if os.path.realpath(original) != os.path.realpath(image.path):  # one file: noted when it was read
+        if original != image.path:  # the same path was noted when it was read
             reading.notes.add(already_in(home, split), f"{image.path} is {original}")
 
 

@@ -9,6 +9,7 @@ Legend: B images, C classes, n objects in one image, H x W pixels. Boxes are (cx
 unpadded image; `boxes_xyxy` are two corners in pixels.
 """
 import copy
+import functools
 import itertools
 import os
 import shlex
@@ -51,7 +52,6 @@ class CocoFolder(Dataset):
         self.category_ids, self.class_names = list(categories), list(categories.values())
         self.augment, self.size, self.seed = augment, size, seed
         self.transform = make_transform(train, augment, size, flip)
-        self._coco = None
 
     def __len__(self):
         return len(self.images)
@@ -81,7 +81,8 @@ class CocoFolder(Dataset):
 
     def subset(self, indices):
         some = copy.copy(self)
-        some.images, some._coco = [self.images[index] for index in indices], None
+        some.images = [self.images[index] for index in indices]
+        some.__dict__.pop("coco", None)
         return some
 
     @property
@@ -92,11 +93,9 @@ class CocoFolder(Dataset):
     def max_boxes(self):
         return max(map(self.count_boxes, range(len(self))), default=0)
 
-    @property
+    @functools.cached_property
     def coco(self):
-        if self._coco is None:
-            self._coco = to_coco(self, self.images)
-        return self._coco
+        return to_coco(self, self.images)
 
 
 # ---- Augmentation ------------------------------------------------------------------------------------------
@@ -178,7 +177,8 @@ def from_images(paths, augment="laptop", size=None):
         if not isinstance(path, Image.Image):
             inside = images_in(path) if os.path.isdir(path) else [path] * os.path.exists(path)
         if not inside:
-            raise UserError(f"{path}: no such image, or no images in this folder")
+            what = "images in this folder" if os.path.isdir(path) else "such image or folder"
+            raise UserError(f"{path}: no {what}")
         images += [bare_image(i, image) for i, image in enumerate(inside, len(images))]
     return CocoFolder("images", images, {}, [], False, augment, size or default_size(augment), seed=0)
 
@@ -222,7 +222,8 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
         message = reading.errors.lines()[0]
         if reading.path is None:
             raise UserError(message)
-        same = (shlex.quote(str(folder)) if folder else "with the same paths") + f" --split {split}" * bool(split)
+        same = shlex.quote(str(folder)) if folder else "with the same paths"
+        same += f" --split {split}" if split else ""
         raise UserError(f"{reading.path}: {message}; to see everything: python -m support.check_data {same}")
     datasets = {}
     for part in splits:

@@ -1,14 +1,13 @@
 """Where the annotations and images of a split are, in the layouts of folders that tools write."""
 import contextlib
-import mmap
 import os
 import re
 from collections import Counter
 
 from support import UserError
-from support.data_files import Reading, Source, Tree, key_of
+from support.data_files import Reading, Source, Tree, key_of, read_text
 from support.images import IMAGE_SUFFIXES
-from support.readers import locate, parse_coco, read_config, read_labels, read_xml
+from support.readers import MOST_JSON, locate, parse_coco, read_config, read_labels, read_xml
 
 NAMES = {"train": ["train", "training", "trainval"], "val": ["val", "valid", "validation", "test"]}
 ALIKE = [["train", "training"], ["val", "valid", "validation"], ["test"]]
@@ -33,9 +32,9 @@ OTHER_TASKS = ("person_keypoints", "captions", "stuff", "panoptic", "image_info"
 
 def mentions(path, *words):
     """Whether all of these bytes are in a file."""
-    with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:  # ValueError: an empty file
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return all(content.find(word) >= 0 for word in words)
+    with contextlib.suppress(UserError):
+        content = read_text(path, MOST_JSON, as_bytes=True)
+        return all(word in content for word in words)
 
 
 def one_coco(paths, certain):

@@ -1,6 +1,5 @@
 """Reads train and val: joins their classes, cleans the boxes, holds images out for --split, compares both."""
 import contextlib
-import functools
 import gc
 import hashlib
 import os
@@ -189,7 +188,7 @@ def hold_out(reading, share, seed):
 
 def compare_splits(categories, readings):
     """Adds to the Readings what shows only when all of their images are known."""
-    real, earlier = functools.cache(os.path.realpath), {}  # {path without links: (path as found, split)}
+    earlier = {}  # {path: its split}
     for split, reading in readings.items():
         present = {label for image in reading.images for label in image.labels[~image.crowd].tolist()}
         absent = [name for label, name in enumerate(categories.values()) if label not in present]
@@ -200,11 +199,9 @@ def compare_splits(categories, readings):
             reading.errors.add(f"not a single usable box to train on in {len(reading.images)} images"
                                + ": all are crowd regions (iscrowd, VOC: difficult)" * crowds)
         for image in reading.images:
-            path = os.path.realpath(image.path) if os.path.islink(image.path) else image.path
-            folder, name = os.path.split(path)
-            first, home = earlier.setdefault(os.path.join(real(folder), name), (image, split))
-            if first is not image:
-                reading.notes.add(already_in(home, split), f"{image.path} is {first.path}")
+            if image.path in earlier:
+                reading.notes.add(already_in(earlier[image.path], split), image.path)
+            earlier.setdefault(image.path, split)
 
 
 def already_in(home, split):
