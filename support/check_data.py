@@ -1,7 +1,6 @@
 """Prints what is in a data set, and all that is wrong with it: `python -m support.check_data DIR`."""
 import argparse
 import hashlib
-import os
 import sys
 
 import numpy as np
@@ -9,7 +8,7 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from support import UserError, visible
-from support.images import SizeUserError, as_user_error, images_in, load_image, nearly_black
+from support.images import as_user_error, load_image, nearly_black
 from support.report import one_line_errors
 from support.splits import already_in, read_splits
 
@@ -22,31 +21,19 @@ def check_files(readings):
         try:
             load_image(image)
             with as_user_error(image.path, image.id), Image.open(image.path) as raw:
-                orientation = raw.getexif().get(ExifTags.Base.Orientation, 1)
-                several = getattr(raw, "n_frames", 1) > 1 and raw.format != "MPO"  # a photo with a small copy
+                turned = raw.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
             with open(image.path, "rb") as file:
                 fingerprint = hashlib.sha256(file.read()).digest()
         except (UserError, OSError) as error:
-            fault = "are of another size" if isinstance(error, SizeUserError) else "cannot be used"
-            reading.errors.add(f"image files that {fault}", str(error))
+            reading.errors.add("image files that cannot be used", str(error))
             continue
-        turned = orientation in range(2, 9) and "photos to be turned (EXIF), used as they were annotated"
-        frames = several and "images of several frames or pages, the first is used"
-        for kind in filter(None, (turned, frames, nearly_black(image))):
-            reading.notes.add(kind, image.path)
+        if turned:
+            reading.notes.add("photos to be turned (EXIF), used as they were annotated", image.path)
+        if dark := nearly_black(image):
+            reading.notes.add(dark, image.path)
         original, home = originals.setdefault(fingerprint, (image.path, split))
         if original != image.path:  # the same path was noted when it was read
             reading.notes.add(already_in(home, split), f"{image.path} is {original}")
-
-
-def find_unlisted(readings):
-    """Adds a note about image files that lie beside the annotated ones, but no annotations name them."""
-    seen = {image.path for reading in readings.values() for image in reading.images}
-    for reading in readings.values():
-        for folder in sorted({os.path.dirname(image.path) for image in reading.images}):
-            for path in sorted({*map(str, images_in(folder))} - seen):
-                seen.add(path)
-                reading.notes.add("image files that no annotations name, not used", path)
 
 
 def format_table(categories, readings):
@@ -72,7 +59,7 @@ def format_table(categories, readings):
         } | {f"  {name}": (labels == label).sum() for label, name in [*enumerate(categories.values())][:20]}
 
     columns = {split: column(reading.images) for split, reading in readings.items() if reading.images}
-    keys = list(next(iter(columns.values()), ()))
+    keys = next(iter(columns.values()), ())
     rows = [("", *columns)] + [(key, *(one[key] for one in columns.values())) for key in keys]
     return "\n".join(f"{key[:40]:<40}" + "".join(f"{cell:>22}" for cell in cells) for key, *cells in rows)
 
@@ -95,7 +82,6 @@ def main(argv=None):
     categories, readings = read_splits(args.folder, given, splits, share=args.split, seed=args.seed)
     if not args.no_images:
         check_files(readings)
-    find_unlisted(readings)
     print(format_table(categories, readings))
     for split, reading in readings.items():
         print(f"\n{split}: {visible(reading.path or 'not found')}")

@@ -50,8 +50,9 @@ class CocoFolder(Dataset):
     def __init__(self, name, images, categories, notes, train, augment, size, seed, flip=True, held_out=None):
         self.name, self.images, self.notes, self.held_out = name, images, notes, held_out
         self.category_ids, self.class_names = list(categories), list(categories.values())
-        self.augment, self.size, self.seed = augment, size, seed
-        self.transform = make_transform(train, augment, size, flip)
+        self.augment, self.seed = augment, seed
+        self.size = size or (PAPER_SIZE if augment == "paper" else LAPTOP_SIZE)
+        self.transform = make_transform(train, augment, self.size, flip)
 
     def __len__(self):
         return len(self.images)
@@ -63,7 +64,7 @@ class CocoFolder(Dataset):
             image = tv_tensors.Image(v2.functional.pil_to_tensor(load_image(annotated)))  # uint8 [3, H, W]
         except UserError as error:
             more = "; python -m support.check_data DIR finds all such images" if self.class_names else ""
-            raise type(error)(f"{error}{more}") from None
+            raise UserError(f"{error}{more}") from None
         boxes = tv_tensors.BoundingBoxes(annotated.boxes_xyxy[~annotated.crowd], format="XYXY",
                                          canvas_size=(annotated.height, annotated.width))  # [n, 4]
         target = {"boxes": boxes, "labels": torch.from_numpy(annotated.labels[~annotated.crowd])}
@@ -180,12 +181,7 @@ def from_images(paths, augment="laptop", size=None):
             what = "images in this folder" if os.path.isdir(path) else "such image or folder"
             raise UserError(f"{path}: no {what}")
         images += [bare_image(i, image) for i, image in enumerate(inside, len(images))]
-    return CocoFolder("images", images, {}, [], False, augment, size or default_size(augment), seed=0)
-
-
-def default_size(augment):
-    """The pixels of a folder's images if nobody says, as make_transform means them."""
-    return PAPER_SIZE if augment == "paper" else LAPTOP_SIZE
+    return CocoFolder("images", images, {}, [], False, augment, size, seed=0)
 
 
 def largest_canvas(size, augment):
@@ -216,7 +212,6 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
                   "val": Shapes(250, size or SHAPES_SIZE, 0, "val")}
         return {part: shapes[part] for part in splits}
 
-    size = size or default_size(augment)
     categories, readings = read_splits(folder, given, splits, class_names, split, seed)
     for reading in (reading for reading in readings.values() if reading.errors):
         message = reading.errors.lines()[0]

@@ -19,10 +19,6 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 THINNEST = 30  # an image longer than this many times its short side may have no pixels left when made small
 
 
-class SizeUserError(UserError):
-    """An image file has another size than its annotations say."""
-
-
 @dataclass
 class AnnotatedImage:
     """Where one image is and what is on it, in pixels of the image as it was annotated."""
@@ -45,11 +41,10 @@ def as_user_error(path, image_id):
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half of what is refused
             yield
     except Exception as error:
-        kind = SizeUserError if isinstance(error, SizeUserError) else UserError
         what = what_is_it(path) if isinstance(error, UnidentifiedImageError) else reason(error)
         if isinstance(error, Image.DecompressionBombError):
             what = f"more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; cut it into tiles"
-        raise kind(f"{path} (image id {image_id}): {what}; repair or remove it") from None
+        raise UserError(f"{path} (image id {image_id}): {what}; repair or remove it") from None
 
 
 def what_is_it(path):
@@ -105,7 +100,7 @@ def load_image(annotated):
     with as_user_error(annotated.path, annotated.id), open_image(annotated) as raw:
         size, shown = (annotated.width, annotated.height), size_shown(raw)
         if size not in (shown, raw.size):
-            raise SizeUserError(f"the file has {shown[0]} x {shown[1]} pixels, its annotations say "
+            raise UserError(f"the file has {shown[0]} x {shown[1]} pixels, its annotations say "
                             f"{annotated.width} x {annotated.height}")
         if max(size) > THINNEST * min(size):
             raise UserError(f"{annotated.width} x {annotated.height} pixels are too thin to be resized")

@@ -152,10 +152,9 @@ def read_xml(path):
     except (ValueError, LookupError, SyntaxError) as error:  # LookupError: unknown encoding
         read_text(path)  # that it is not in UTF-8 says more
         raise UserError(f"cannot be read: {reason(error)}") from None
-    if root.tag == "annotations":
-        raise UserError("is in CVAT's own form: export as COCO 1.0 or Pascal VOC 1.1")
     if root.tag != "annotation":
-        raise UserError(f"has no VOC annotations, but <{root.tag}>")
+        raise UserError("is in CVAT's own form: export as COCO 1.0 or Pascal VOC 1.1"
+                        if root.tag == "annotations" else f"has no VOC annotations, but <{root.tag}>")
     return root
 
 
