@@ -10,7 +10,7 @@ from tqdm import tqdm
 from support import UserError, visible
 from support.images import as_user_error, load_image, nearly_black
 from support.report import one_line_errors
-from support.splits import already_in, read_splits
+from support.splits import read_splits
 
 
 def check_files(readings):
@@ -33,7 +33,7 @@ def check_files(readings):
             reading.notes.add(dark, image.path)
         original, home = originals.setdefault(fingerprint, (image.path, split))
         if original != image.path:  # the same path was noted when it was read
-            reading.notes.add(already_in(home, split), f"{image.path} is {original}")
+            reading.notes.add(f"images that are in {home} already, kept", f"{image.path} is {original}")
 
 
 def format_table(categories, readings):

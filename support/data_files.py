@@ -124,10 +124,7 @@ class Tree:
                       if key.startswith(start) and key.endswith(endings) and os.path.isfile(path))
 
     def image(self, name, source, reading, where):
-        """The path of the image that annotations call `name`. None, and an error, if there is none.
-
-        It is looked for as it is written, and then by its name alone anywhere below the top.
-        """
+        """The path of an image: `name` as written, or its last part anywhere. None, and an error, if lost."""
         plain = unquote(name.split("?d=")[-1]).replace("\\", "/")  # Label Studio's and Windows'
         for spelling in (name, plain):
             for k, place in enumerate(source.places):
@@ -145,10 +142,9 @@ class Tree:
             kind = "image files in another folder than the annotations say, found by their name"
             reading.notes.add(kind, f"{name} is {found[0]}")
             return found[0]
-        kind = "image files that are not where the annotations say, with several of that name elsewhere" \
-            if found else "image files that do not exist"
+        kind = "do not exist" if not found else "are lost, with several of that name elsewhere"
         place = ", ".join([os.path.join(source.places[0], name), where, *found[:2]])
-        return reading.errors.add(kind, place)
+        return reading.errors.add(f"image files that {kind}", place)
 
 
 def read_text(path, most=MOST_BYTES, as_bytes=False):

@@ -53,7 +53,7 @@ def class_file(tree, names):
     configs = [path for pattern in ("data.yaml", "*.yaml", "*.yml", "*.data") for path in tree.match(pattern)
                if pattern == "data.yaml" or mentions(path, b"names")]
     places = [place.format(name) + file for place in CLASS_PLACES for name in names for file in CLASS_FILES]
-    return next(iter(configs), None) or next((path for place in places for path in tree.match(place)), None)
+    return next(iter(configs + [path for place in places for path in tree.match(place)]), None)
 
 
 def in_places(tree, form, path, name):

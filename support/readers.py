@@ -1,7 +1,6 @@
 """The three readers. Each turns the annotations of one split into a Table with boxes in pixels.
 
-A repair is a note and whatever needs a person is an error, both of the Reading. `known` are the classes of
-train, {id: name}. Without `wanted` only the classes are read.
+`known` are the classes of train, {id: name}. Without `wanted` only the classes are read.
 """
 import contextlib
 import json
@@ -359,12 +358,11 @@ def read_yolo(source, tree, reading, known, wanted):
             else:
                 unknown.append((label, f"{labels}, line {line}: {label:g}"))
     if unknown:
-        last = max(table.names)
-        from_one = {label for label, _ in unknown} == {last + 1} and 0 not in table.numbers[1::8]
-        hint = f"; they seem to count from 1, and YOLO counts from 0 to {last}" if from_one else ""
+        from_one = {label for label, _ in unknown} == {len(table.names)} and 0 not in table.numbers[1::8]
+        hint = "; they seem to count from 1, and YOLO counts from 0" if from_one else ""
         kind = f"labels whose class id is not among the {len(table.names)} names{hint}"
         reading.errors.add(kind, unknown[0][1], len(unknown))
-    if used and set(used) == {None}:
+    if {*used} == {None}:
         raise UserError(f"no image has labels; {used[None]} has no .txt beside it or in labels/ for images/")
     homes = {os.path.dirname(labels): os.path.dirname(image) for labels, image in used.items() if labels}
     for labels in {*tree.files.values()} - {*used}:

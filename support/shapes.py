@@ -1,6 +1,7 @@
 """The embedded data set: nothing to download, drawn when asked for, learned in minutes on a laptop."""
 import colorsys
 import copy
+import functools
 import math
 
 import numpy as np
@@ -33,7 +34,6 @@ class Shapes(Dataset):
         self.numbers = range(num_images)  # of the images: a subset has some of them
         self.size, self.seed, self.split = size, seed, split
         self.name, self.notes = f"shapes {split}", []
-        self._coco = None
 
     def __len__(self):
         return len(self.numbers)
@@ -91,7 +91,8 @@ class Shapes(Dataset):
 
     def subset(self, indices):
         some = copy.copy(self)
-        some.numbers, some._coco = [self.numbers[index] for index in indices], None
+        some.numbers = [self.numbers[index] for index in indices]
+        some.__dict__.pop("coco", None)
         return some
 
     @property
@@ -100,11 +101,9 @@ class Shapes(Dataset):
         some = range(min(250, len(self)))
         return round(len(self) / max(1, len(some)) * sum(map(self.count_boxes, some)))
 
-    @property
+    @functools.cached_property
     def coco(self):
-        if self._coco is None:
-            self._coco = to_coco(self, (self.draw(index)[1] for index in range(len(self))))
-        return self._coco
+        return to_coco(self, (self.draw(index)[1] for index in range(len(self))))
 
 
 def draw_background(rng, height, width):

@@ -143,7 +143,6 @@ def clean(table, labels, reading):
     twice[order[1:]] = (rows[1:] == rows[:-1]).all(1)
     note(kept & twice, "boxes given more than once, with the same class, kept")
     note(kept & crowd, "crowd regions (VOC: difficult), neither trained on nor evaluated")
-    note(kept & ~(area > 0), "areas that are not numbers above 0, those of the boxes are used")
     area = np.minimum(np.where(area > 0, area, np.inf), left.prod(1))  # an outline may not have been clipped
 
     chosen = np.flatnonzero(kept)
@@ -200,10 +199,5 @@ def compare_splits(categories, readings):
                                + ": all are crowd regions (iscrowd, VOC: difficult)" * crowds)
         for image in reading.images:
             if image.path in earlier:
-                reading.notes.add(already_in(earlier[image.path], split), image.path)
+                reading.notes.add(f"images that are in {earlier[image.path]} already, kept", image.path)
             earlier.setdefault(image.path, split)
-
-
-def already_in(home, split):
-    """The kind of problem that an image is when it has been in `home` before."""
-    return f"images that are in {home} already, " + ("kept" if home == split else "so val is too easy")

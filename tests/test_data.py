@@ -168,7 +168,7 @@ def test_check_data_sees_in_the_files_what_annotations_cannot_tell(folder, capsy
     (folder / "val/2.png").write_bytes((folder / "train/2.png").read_bytes())
     assert check_data.main([str(folder)]) == 0
     text = capsys.readouterr().out
-    assert f"so val is too easy: 1 (first: {folder}/val/2.png is {folder}/train/2.png)" in text
+    assert f"in train already, kept: 1 (first: {folder}/val/2.png is {folder}/train/2.png)" in text
     rows = [line.split("  ") for line in text.splitlines()]
     assert ["images", "3", "2"] in [[cell.strip() for cell in row if cell.strip()] for row in rows]
     (folder / "train/1.png").write_bytes(b"x")

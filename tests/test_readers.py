@@ -295,7 +295,7 @@ REPAIRED = {  # what tools write, and the note about it
     "no size": (edit("images", 0, width=..., height=0), ""),
     "size as text": (edit("images", 0, width="64", height=48.0), ""),
     "no iscrowd": (edit("annotations", 0, iscrowd=...), ""),
-    "false iscrowd": (edit("annotations", 0, iscrowd=False, area=0), "areas that are not numbers above 0"),
+    "false iscrowd": (edit("annotations", 0, iscrowd=False, area=0), ""),
     "only polygons": (edit("annotations", 0, bbox=..., segmentation=[
         [10, 8, 30, 8, 30, 9], [10, 20, 12, 24, 11, 9]]), "from outlines, because there is no bbox: 1"),
     "VIA's polygon": (edit("annotations", 0, bbox=[], segmentation=[10, 8, 30, 8, 30, 24]), "from outlines"),
