@@ -75,8 +75,6 @@ def main(argv=None):
     p.add_argument("--no-images", action="store_true", help="opens no image, except YOLO's for their size")
     args = p.parse_args(argv)
     given = {"train": (args.train_json, args.train_images), "val": (args.val_json, args.val_images)}
-    if args.folder is None and not any(map(any, given.values())):
-        p.error("which folder?")
     only_val = args.folder is None and not any(given["train"])
     splits = ("val",) if only_val else ("train", "val")
     categories, readings = read_splits(args.folder, given, splits, share=args.split, seed=args.seed)

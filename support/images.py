@@ -55,8 +55,6 @@ def what_is_it(path):
             return "a pointer of Git LFS, run git lfs pull"
         if start[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
             return "HEIC, whatever its name says; save it as JPEG"
-        if start.lstrip().startswith(b"<"):
-            return "a web page or XML"
     return "not an image, or damaged"
 
 

@@ -225,9 +225,8 @@ def read_voc(source, tree, reading, known, wanted):
             corners = [text(thing, f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
             box = [number(corner) for corner in corners]
             if category is None or None in box:
-                kind = "without a <name>" if category is None else \
-                    "whose <bndbox> has no four numbers xmin, ymin, xmax, ymax"
-                reading.errors.add(f"objects {kind}", f"{xml}, object {k}: {', '.join(corners)}")
+                lacks = "name" if category is None else "four numbers xmin, ymin, xmax, ymax"
+                reading.errors.add(f"objects without {lacks}", f"{xml}, object {k}: {', '.join(corners)}")
             else:
                 table.add(i, category, box, (xml, k), crowd=text(thing, "difficult"))
     return table

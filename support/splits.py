@@ -29,10 +29,9 @@ def without_garbage_collection():
 
 @without_garbage_collection()
 def read_splits(folder, given, splits, class_names=(), share=None, seed=0):
-    """({category id: name}, {split: Reading}), as far as they can be read.
+    """({category id: name}, {split: Reading}). UserError only for paths that make no sense.
 
-    given: the paths of data.load as {split: (json, images)}. share: of the training images, held out as val.
-    UserError only for paths that make no sense.
+    given: {split: (json, images)}. share: of the training images, held out as val.
     """
     if folder is not None and any(map(any, given.values())):
         raise UserError("give a data folder or the four paths (--train-json, ...), not both")
@@ -75,8 +74,7 @@ def read_splits(folder, given, splits, class_names=(), share=None, seed=0):
     for split, (table, ids) in tables.items():
         if table.from_one and from_zero:
             table.from_one = False
-            readings[split].notes.add(
-                "some xmin or ymin is 0, so pixels are counted from 0 and nothing is subtracted")
+            readings[split].notes.add("an xmin or ymin is 0: pixels counted from 0, nothing is subtracted")
         if split in splits:
             labels = np.array([list(names).index(i) for i in ids.values()], np.int64)
             readings[split].images = clean(table, labels, readings[split])
@@ -158,10 +156,9 @@ def clean(table, labels, reading):
 
 
 def hold_out(reading, share, seed):
-    """Takes a share of the images out of a Reading and returns them as that of val.
+    """Takes a share of the images out of a Reading, and returns them as that of val.
 
-    Which ones follows from the names of all and the seed. Images with the same classes stand together in a
-    row, rare classes first, and every n-th is taken.
+    Images with the same classes are together in a row, rare classes first, and every n-th is taken.
     """
     def name(image):
         return os.fsencode(os.path.basename(image.path))

@@ -101,7 +101,6 @@ SPOILT = {  # what is done to an image file, and what is said of it
     "empty": (lambda path: path.write_bytes(b""), "not an image, or damaged"),
     "Git LFS": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
     "HEIC": (lambda path: path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(99)), "HEIC, .*save it as JPEG"),
-    "a web page": (lambda path: path.write_text("<!DOCTYPE html>"), "a web page"),
     "floating point": (lambda path: Image.new("F", (64, 48)).save(path, format="TIFF"), "floating-point"),
     "another size": (lambda path: write_image(path, width=100), "100 x 48 .*annotations say 64 x 48"),
     "lost": (lambda path: path.unlink(), "No such file"),
