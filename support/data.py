@@ -1,9 +1,4 @@
-"""Data for all detectors: a folder or the embedded shapes in, padded batches out.
-
-    load()                      the embedded data set `shapes`: nothing to download, drawn when asked for
-    load("my/folder")           your own images; layouts.LAYOUTS has the layouts of a folder
-    dataset[index]              one image and its target; dataset[epoch, index] also chooses the augmentation
-    collate(batch)              images of different sizes -> one padded tensor and its mask
+"""Data for all detectors: `load` gives the sets of a folder or the embedded shapes, `collate` a padded batch.
 
 Legend: B images, C classes, n objects in one image, H x W pixels. Boxes are (cx, cy, w, h) in [0, 1] of the
 unpadded image; `boxes_xyxy` are two corners in pixels.

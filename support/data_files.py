@@ -1,5 +1,4 @@
 """What all readers share: files that are found in any spelling, problems, and boxes as they are written."""
-import functools
 import json
 import math
 import os
@@ -76,6 +75,7 @@ class Tree:
 
     def __init__(self, top):
         self.top, self.files, self.folders, self.junk = os.path.abspath(top), {}, {}, []  # {key: path}
+        self.called = defaultdict(list)  # {key of a bare name, with or without ending: [images]}
         for folder, folders, names in os.walk(self.top, followlinks=True):
             self.junk += [os.path.join(folder, name) for name in folders + names if name.startswith(JUNK)]
             folders[:] = sorted(name for name in folders if not name.startswith((".", *JUNK)) and not (
@@ -88,17 +88,10 @@ class Tree:
                 if key.endswith(IMAGE_SUFFIXES):
                     stem = os.path.splitext(key)[0]
                     self.files[stem] = "" if stem in self.files else path  # "": several are called so
+                    for name in (key, stem):
+                        self.called[os.path.basename(name)].append(path)
             if len(self.files) > MOST_FILES:
                 raise UserError(f"{self.top}: over {MOST_FILES:,} files; is this the folder of the data?")
-
-    @functools.cached_property
-    def called(self):
-        """{key of a bare name, with or without ending: [images]}."""
-        found = defaultdict(list)
-        for key, path in self.files.items():
-            if path and path.lower().endswith(IMAGE_SUFFIXES):
-                found[os.path.basename(key)].append(path)
-        return found
 
     def find(self, path):
         """The file at a path, or None. A device or a FIFO is none."""

@@ -63,8 +63,8 @@ def in_places(tree, form, path, name):
     patterns = [place.format(word) for word in (name, *alike) for place in IMAGE_PLACES]
     places = [folder for pattern in patterns for folder in tree.match(pattern) if os.path.isdir(folder)]
     places.append(path if os.path.isdir(path) else os.path.dirname(path))
-    return Source(form, path, list(dict.fromkeys(places)),
-                  {word + year for word in others for year in ("", "2014", "2017")})
+    avoid = {word + year for word in others for year in ("", "2014", "2017")}
+    return Source(form, path, list(dict.fromkeys(places)), avoid)
 
 
 def search(tree, split, unsplit=False):

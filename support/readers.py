@@ -114,8 +114,7 @@ def read_coco(source, tree, reading, known, wanted):
         table.images.append(path and image_row(id_of[i], path, *size, reading))
 
     index, annotations = {i: k for k, i in enumerate(found)}, contents.pop("annotations")
-    others = len(annotations) - len({entry[5] for entry in annotations if type(entry[5]) is int})
-    if others:  # they serve messages only
+    if others := len(annotations) - len({entry[5] for entry in annotations if type(entry[5]) is int}):
         reading.notes.add(f"annotation ids that are missing, text or given twice, not used: {others}")
 
     def where(place):
