@@ -1,7 +1,6 @@
-"""What is in a data set, and all that is wrong with it: `python -m support.check_data DIR`."""
+"""Prints what is in a data set, and all that is wrong with it: `python -m support.check_data DIR`."""
 import argparse
 import hashlib
-import os
 import sys
 
 import numpy as np
@@ -9,9 +8,9 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from support import UserError, visible
-from support.images import SizeUserError, as_user_error, images_in, load_image, nearly_black
+from support.images import as_user_error, load_image, nearly_black
 from support.report import one_line_errors
-from support.splits import already_in, read_splits
+from support.splits import read_splits
 
 
 def check_files(readings):
@@ -22,35 +21,19 @@ def check_files(readings):
         try:
             load_image(image)
             with as_user_error(image.path, image.id), Image.open(image.path) as raw:
-                orientation = raw.getexif().get(ExifTags.Base.Orientation, 1)
-                several = getattr(raw, "n_frames", 1) > 1 and raw.format != "MPO"  # a photo with a small copy
-                dark = nearly_black(raw)
+                turned = raw.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
             with open(image.path, "rb") as file:
                 fingerprint = hashlib.sha256(file.read()).digest()
         except (UserError, OSError) as error:
-            fault = "are of another size" if isinstance(error, SizeUserError) else "cannot be used"
-            reading.errors.add(f"image files that {fault}", str(error))
+            reading.errors.add("image files that cannot be used", str(error))
             continue
-        notes = {"photos to be turned (EXIF), used as they were annotated": orientation in range(2, 9),
-                 "photos with an EXIF orientation that does not exist, used as they are":
-                     orientation not in range(1, 9),
-                 "images of several frames or pages, the first is used": several}
-        for kind in [kind for kind, found in notes.items() if found] + [dark] * bool(dark):
-            reading.notes.add(kind, image.path)
+        if turned:
+            reading.notes.add("photos to be turned (EXIF), used as they were annotated", image.path)
+        if dark := nearly_black(image):
+            reading.notes.add(dark, image.path)
         original, home = originals.setdefault(fingerprint, (image.path, split))
-        if os.path.realpath(original) != os.path.realpath(image.path):  # one file: noted when it was read
-            reading.notes.add(already_in(home, split), f"{image.path} is {original}")
-
-
-def find_unlisted(readings):
-    """Adds a note about image files that lie beside the annotated ones, but no annotations name them."""
-    listed = {image.path for reading in readings.values() for image in reading.images}
-    seen = set()
-    for reading in readings.values():
-        for folder in sorted({os.path.dirname(image.path) for image in reading.images} - seen):
-            seen.add(folder)
-            for path in sorted({*map(str, images_in(folder))} - listed):
-                reading.notes.add("image files that no annotations name, not used", path)
+        if original != image.path:  # the same path was noted when it was read
+            reading.notes.add(f"images that are in {home} already, kept", f"{image.path} is {original}")
 
 
 def format_table(categories, readings):
@@ -76,15 +59,14 @@ def format_table(categories, readings):
         } | {f"  {name}": (labels == label).sum() for label, name in [*enumerate(categories.values())][:20]}
 
     columns = {split: column(reading.images) for split, reading in readings.items() if reading.images}
-    rows = [("", *columns)] + [(key, *(one[key] for one in columns.values()))
-                               for key in next(iter(columns.values()), ())]
+    keys = next(iter(columns.values()), ())
+    rows = [("", *columns)] + [(key, *(one[key] for one in columns.values())) for key in keys]
     return "\n".join(f"{key[:40]:<40}" + "".join(f"{cell:>22}" for cell in cells) for key, *cells in rows)
 
 
 def main(argv=None):
     """Checks the data set that the command line names. Returns 1 if train.py would refuse it, otherwise 0."""
-    p = argparse.ArgumentParser(
-        prog="python -m support.check_data", description="Says what is in a data set and all that is wrong.")
+    p = argparse.ArgumentParser(prog="python -m support.check_data", description=__doc__)
     p.add_argument("folder", nargs="?", metavar="DIR", help="with COCO, VOC or YOLO annotations")
     for name in ("train-json", "train-images", "val-json", "val-images"):
         p.add_argument(f"--{name}", metavar="PATH", help="instead of DIR: the four paths, or the two of val")
@@ -93,22 +75,17 @@ def main(argv=None):
     p.add_argument("--no-images", action="store_true", help="opens no image, except YOLO's for their size")
     args = p.parse_args(argv)
     given = {"train": (args.train_json, args.train_images), "val": (args.val_json, args.val_images)}
-    if args.folder is None and not any(map(any, given.values())):
-        p.error("which folder?")
-    if args.folder == "shapes":
-        print("shapes is the embedded data set: there is nothing to check.")
-        return 0
     only_val = args.folder is None and not any(given["train"])
     splits = ("val",) if only_val else ("train", "val")
     categories, readings = read_splits(args.folder, given, splits, share=args.split, seed=args.seed)
     if not args.no_images:
         check_files(readings)
-    find_unlisted(readings)
     print(format_table(categories, readings))
     for split, reading in readings.items():
-        lines = [f"  error: {line}" for line in reading.errors.lines()]
-        lines += [f"  note: {line}" for line in reading.notes.lines()]
-        print(f"\n{split}: {visible(reading.path or 'not found')}", *lines or ["  nothing wrong"], sep="\n")
+        print(f"\n{split}: {visible(reading.path or 'not found')}")
+        for kind, problems in (("error", reading.errors), ("note", reading.notes)):
+            for line in problems.lines():
+                print(f"  {kind}: {line}")
     if any(reading.errors for reading in readings.values()):
         print("\ntrain.py will not use this: correct the errors and check again.")
         return 1

@@ -1,16 +1,10 @@
-"""Data for all detectors: a folder or the embedded shapes in, padded batches out.
-
-    load()                      the embedded data set `shapes`: nothing to download, drawn when asked for
-    load("my/folder")           your own images; layouts.LAYOUTS has the layouts of a folder
-    dataset[index]              one image and its target; dataset[epoch, index] also chooses the augmentation
-    collate(batch)              images of different sizes -> one padded tensor and its mask
+"""Data for all detectors: `load` gives the sets of a folder or the embedded shapes, `collate` a padded batch.
 
 Legend: B images, C classes, n objects in one image, H x W pixels. Boxes are (cx, cy, w, h) in [0, 1] of the
 unpadded image; `boxes_xyxy` are two corners in pixels.
-Whatever is wrong with somebody's data ends in a UserError, a single line for the person who runs the program.
 """
-import contextlib
 import copy
+import functools
 import itertools
 import os
 import shlex
@@ -25,22 +19,11 @@ from torchvision.transforms import v2
 
 from support import UserError, visible
 from support.evaluation import to_coco
-from support.images import (
-    IMAGE_SUFFIXES,
-    AnnotatedImage,
-    as_user_error,
-    file_size,
-    images_in,
-    load_image,
-    nearly_black,
-    open_image,
-    size_shown,
-    to_input_and_target,
-)
+from support.images import bare_image, images_in, load_image, nearly_black, to_input_and_target
 from support.shapes import Shapes
 from support.splits import read_splits
 
-LAPTOP_SIZE = {"shapes": 96, "folder": 256}  # longest side in pixels
+SHAPES_SIZE, LAPTOP_SIZE = 96, 256  # longest side in pixels
 PAPER_SIZE, PAPER_LONGEST = 800, 1333  # DETR's: the short side, and the most for the long one
 
 
@@ -49,25 +32,22 @@ class CocoFolder(Dataset):
 
     class_names, category_ids   lists by class index 0..C-1: the name, and the id in the annotation file
     name, notes                 for messages; `notes` says what was repaired or left out, a line each
-    num_boxes, max_boxes        in all images; in the fullest one. Without crowds.
+    num_boxes, max_boxes        in all images; in the fullest one. Without crowds, as count_boxes(index)
     held_out                    of a val that --split made: tells these images from any others; or None
-    count_boxes(index)          in one image
     path_of(index)              the image file; of shapes, which have none, "shapes-7"
-    subset(indices)             some of the images as a data set of their own
     coco                        the ground truth as a pycocotools object, in original pixels and ids
 
     dataset[key], key an index or (epoch, index), returns the image, float32 [3, H, W] with ImageNet's mean
     and std taken out, and a target: labels int64 [n]; boxes float32 [n, 4]; image_id; size, the original
-    (height, width). Random numbers depend on (seed, epoch, index) alone, whichever worker draws them, and no
-    global generator moves. Raises UserError for an image that cannot be used.
+    (height, width). Random numbers depend on (seed, epoch, index) only, and no global generator moves.
     """
 
     def __init__(self, name, images, categories, notes, train, augment, size, seed, flip=True, held_out=None):
         self.name, self.images, self.notes, self.held_out = name, images, notes, held_out
         self.category_ids, self.class_names = list(categories), list(categories.values())
-        self.augment, self.size, self.seed = augment, size, seed
-        self.transform = make_transform(train, augment, size, flip)
-        self._coco = None
+        self.augment, self.seed = augment, seed
+        self.size = size or (PAPER_SIZE if augment == "paper" else LAPTOP_SIZE)
+        self.transform = make_transform(train, augment, self.size, flip)
 
     def __len__(self):
         return len(self.images)
@@ -79,7 +59,7 @@ class CocoFolder(Dataset):
             image = tv_tensors.Image(v2.functional.pil_to_tensor(load_image(annotated)))  # uint8 [3, H, W]
         except UserError as error:
             more = "; python -m support.check_data DIR finds all such images" if self.class_names else ""
-            raise type(error)(f"{error}{more}") from None
+            raise UserError(f"{error}{more}") from None
         boxes = tv_tensors.BoundingBoxes(annotated.boxes_xyxy[~annotated.crowd], format="XYXY",
                                          canvas_size=(annotated.height, annotated.width))  # [n, 4]
         target = {"boxes": boxes, "labels": torch.from_numpy(annotated.labels[~annotated.crowd])}
@@ -97,7 +77,8 @@ class CocoFolder(Dataset):
 
     def subset(self, indices):
         some = copy.copy(self)
-        some.images, some._coco = [self.images[index] for index in indices], None
+        some.images = [self.images[index] for index in indices]
+        some.__dict__.pop("coco", None)
         return some
 
     @property
@@ -108,19 +89,14 @@ class CocoFolder(Dataset):
     def max_boxes(self):
         return max(map(self.count_boxes, range(len(self))), default=0)
 
-    @property
+    @functools.cached_property
     def coco(self):
-        if self._coco is None:
-            self._coco = to_coco(self, self.images)
-        return self._coco
+        return to_coco(self, self.images)
 
 
 # ---- Augmentation ------------------------------------------------------------------------------------------
 class RandomSizeCrop(torch.nn.Module):
-    """Cuts out a window with sides of smallest..largest pixels, each uniform, as far as the image reaches.
-
-    An object of which less than a pixel is left disappears together with its label.
-    """
+    """Cuts out a window with sides of smallest..largest pixels. Objects outside go with their labels."""
 
     def __init__(self, smallest, largest):
         super().__init__()
@@ -133,14 +109,12 @@ class RandomSizeCrop(torch.nn.Module):
 
 
 def make_transform(train, augment, size, flip=True):
-    """What happens to an image before the network: a function (image, target) -> (image, target).
+    """A function (image, target) -> (image, target). Without `flip` nothing is mirrored.
 
     "none"    the image is resized to just fit into size x size pixels, its shape kept
     "laptop"  the same; in training also mirrored, lighter or darker, and half the time magnified and cut
     "paper"   DETR's: short side 800 (training: 480 to 800), long side up to 1333; in training also mirrored,
               and half the time cut to 384 to 600 before. `size` stands for the 800 and scales all of these.
-
-    Without `flip` nothing is mirrored: for text, and where left and right are different classes.
     """
     mirror = [v2.RandomHorizontalFlip()] if flip else []
     if augment == "paper":
@@ -169,8 +143,7 @@ def make_transform(train, augment, size, flip=True):
 def collate(batch):
     """List of (image, target) -> images [B, 3, H, W], mask [B, H, W] bool, list of B targets.
 
-    Each image sits in the top left corner of a common canvas. The rest is zeros (ImageNet's mean colour),
-    where the mask is True: without it the network could not tell padding from a grey wall.
+    Each image is in the top left corner of a common canvas. The rest is zeros, where the mask is True.
     """
     images, targets = zip(*batch)
     height, width = max(image.shape[1] for image in images), max(image.shape[2] for image in images)
@@ -193,37 +166,17 @@ def first_with_boxes(dataset, n, augment=False):
 
 # ---- Load --------------------------------------------------------------------------------------------------
 def from_images(paths, augment="laptop", size=None):
-    """Image files, and all images in folders, as a data set without boxes, prepared as for evaluation.
-
-    paths: one or several; PIL images are taken, too. augment, size: as in `load`. Raises UserError.
-    """
-    nothing = np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0), np.zeros(0, bool)
+    """Image files, all images in folders, and PIL images as a data set without boxes, as for evaluation."""
     images = []
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        if isinstance(path, Image.Image):
-            width, height = size_shown(path)
-            images.append(AnnotatedImage(len(images), f"image {len(images)}", height, width, *nothing, path))
-            continue
-        inside = images_in(path) if os.path.isdir(path) else [path]
+        inside = [path]
+        if not isinstance(path, Image.Image):
+            inside = images_in(path) if os.path.isdir(path) else [path] * os.path.exists(path)
         if not inside:
-            raise UserError(f"{path}: no images in this folder; looked for {' '.join(IMAGE_SUFFIXES)}")
-        if not os.path.exists(path):
-            raise UserError(f"{path}: no such image or folder")
-        for i, file in enumerate(inside, len(images)):
-            images.append(AnnotatedImage(i, str(file), *file_size(file, i), *nothing))
-    return CocoFolder("images", images, {}, [], False, augment, size or default_size(augment, False), seed=0)
-
-
-def is_shapes(folder, *paths):
-    """Whether these arguments of `load` mean the embedded data set."""
-    return folder in (None, "shapes") and all(path is None for path in paths)
-
-
-def default_size(augment, is_shapes):
-    """What `load` takes for `size` if nobody says: pixels, as make_transform means them."""
-    if is_shapes:
-        return LAPTOP_SIZE["shapes"]
-    return PAPER_SIZE if augment == "paper" else LAPTOP_SIZE["folder"]
+            what = "images in this folder" if os.path.isdir(path) else "such image or folder"
+            raise UserError(f"{path}: no {what}")
+        images += [bare_image(i, image) for i, image in enumerate(inside, len(images))]
+    return CocoFolder("images", images, {}, [], False, augment, size, seed=0)
 
 
 def largest_canvas(size, augment):
@@ -238,46 +191,36 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
 
     folder       None or "shapes": the embedded set. Otherwise a folder in one of LAYOUTS. Or give the four
                  paths (VOC: instead of a JSON file, a list in ImageSets/Main or a folder of XML files)
-    size         pixels, see make_transform; by default default_size
-    augment      "laptop", "paper" or "none", see make_transform; not for shapes, of which there are enough
-    seed         of the augmentation, and of the shapes to train on. The shapes to validate on never change:
-                 runs with different seeds compare.
+    size, augment, flip   see make_transform; augment and flip are not for shapes
+    seed         of the augmentation, and of the shapes to train on. The shapes to validate on never change.
     splits       val alone needs no training set; if there is one, its classes are those of val
     split        this share of the training images is held out as val, by `seed`; there must be no other val
-    flip         whether images to train on are mirrored, see make_transform
     class_names  of a model that is evaluated: VOC files of val alone then get the numbers of these
     """
     if augment not in ("laptop", "paper", "none"):
         raise UserError(f'augment can be "laptop", "paper" or "none", not {augment!r}')
-    if size is not None and size < 32 or seed < 0:
-        raise UserError(f"size must be at least 32 pixels (it is {size}) and seed at least 0 (it is {seed})")
     given = {"train": (train_json, train_images), "val": (val_json, val_images)}
-    shapes_wanted = is_shapes(folder, train_json, train_images, val_json, val_images)
-    size = size or default_size(augment, shapes_wanted)
-    if shapes_wanted and split is not None:
-        raise UserError("the embedded shapes have a val of their own: leave out --split")
-    if shapes_wanted:
-        shapes = {"train": Shapes(20000, size, seed, "train"), "val": Shapes(250, size, 0, "val")}
+    if folder in (None, "shapes") and not any(map(any, given.values())):
+        if split is not None:
+            raise UserError("the embedded shapes have a val of their own: leave out --split")
+        shapes = {"train": Shapes(20000, size or SHAPES_SIZE, seed, "train"),
+                  "val": Shapes(250, size or SHAPES_SIZE, 0, "val")}
         return {part: shapes[part] for part in splits}
 
     categories, readings = read_splits(folder, given, splits, class_names, split, seed)
     for reading in (reading for reading in readings.values() if reading.errors):
-        message, *others = reading.errors.lines()
+        message = reading.errors.lines()[0]
         if reading.path is None:
             raise UserError(message)
-        more = f" (and {len(others)} more kinds of errors)" if others else ""
         same = shlex.quote(str(folder)) if folder else "with the same paths"
         same += f" --split {split}" if split else ""
-        raise UserError(f"{reading.path}: {message}{more}; to see everything: "
-                        f"python -m support.check_data {same}")
+        raise UserError(f"{reading.path}: {message}; to see everything: python -m support.check_data {same}")
     datasets = {}
     for part in splits:
         reading = readings[part]
-        name = visible(f"{Path(reading.path).stem if folder is None else Path(folder).resolve().name} {part}")
-        first = reading.images[0]
-        with contextlib.suppress(UserError), as_user_error(first.path, first.id), open_image(first) as raw:
-            if dark := nearly_black(raw):
-                reading.note(dark, first.path)
+        name = visible(f"{Path(folder).resolve().name if folder else Path(reading.path).stem} {part}")
+        if dark := nearly_black(reading.images[0]):
+            reading.notes.add(dark, reading.images[0].path)
         notes = [visible(f"{reading.path}: {line}") for line in reading.notes.lines()]
         datasets[part] = CocoFolder(name, reading.images, categories, notes, part == "train", augment, size,
                                     seed, flip, reading.held_out)

@@ -1,5 +1,4 @@
 """What all readers share: files that are found in any spelling, problems, and boxes as they are written."""
-import functools
 import json
 import math
 import os
@@ -15,7 +14,6 @@ from support import UserError, reason, shorten, visible
 from support.images import IMAGE_SUFFIXES, OTHER_SUFFIXES, file_size
 
 JUNK = ("._", ".ipynb_checkpoints", "__MACOSX")  # systems and notebooks make them
-CROWD, NO_CROWD = (1, "1", "true", "True"), (0, "0", "", None, "false", "False")
 MOST_FILES, MOST_BYTES = 3 * 10 ** 6, 10 ** 8  # below a folder; in a text file
 
 
@@ -38,12 +36,6 @@ class Reading:
     errors: Problems = field(default_factory=Problems)  # need a person: data.load refuses
     notes: Problems = field(default_factory=Problems)  # were dealt with, each says how
     held_out: str | None = None  # of a val that --split made: tells these images from any others
-
-    def error(self, kind, where="", count=1):
-        self.errors.add(kind, where, count)
-
-    def note(self, kind, where="", count=1):
-        self.notes.add(kind, where, count)
 
 
 @dataclass
@@ -69,8 +61,7 @@ class Table:
     def add(self, image, category, box, place, area=None, crowd=None):
         """image, category: positions in `images` and `names`; box: xyxy; area, crowd: as they are written."""
         area = math.inf if area is None else number(area) or -1
-        crowd = 1 if crowd in CROWD else 0 if crowd in NO_CROWD else 2
-        self.numbers.extend((image, category, *box, area, crowd))
+        self.numbers.extend((image, category, *box, area, crowd in (1, "1", "true", "True")))
         self.places.append(place)
 
 
@@ -84,6 +75,7 @@ class Tree:
 
     def __init__(self, top):
         self.top, self.files, self.folders, self.junk = os.path.abspath(top), {}, {}, []  # {key: path}
+        self.called = defaultdict(list)  # {key of a bare name, with or without ending: [images]}
         for folder, folders, names in os.walk(self.top, followlinks=True):
             self.junk += [os.path.join(folder, name) for name in folders + names if name.startswith(JUNK)]
             folders[:] = sorted(name for name in folders if not name.startswith((".", *JUNK)) and not (
@@ -96,17 +88,10 @@ class Tree:
                 if key.endswith(IMAGE_SUFFIXES):
                     stem = os.path.splitext(key)[0]
                     self.files[stem] = "" if stem in self.files else path  # "": several are called so
+                    for name in (key, stem):
+                        self.called[os.path.basename(name)].append(path)
             if len(self.files) > MOST_FILES:
                 raise UserError(f"{self.top}: over {MOST_FILES:,} files; is this the folder of the data?")
-
-    @functools.cached_property
-    def called(self):
-        """{key of a bare name, with or without ending: [images]}."""
-        found = defaultdict(list)
-        for key, path in self.files.items():
-            if path and path.lower().endswith(IMAGE_SUFFIXES):
-                found[os.path.basename(key)].append(path)
-        return found
 
     def find(self, path):
         """The file at a path, or None. A device or a FIFO is none."""
@@ -132,18 +117,14 @@ class Tree:
                       if key.startswith(start) and key.endswith(endings) and os.path.isfile(path))
 
     def image(self, name, source, reading, where):
-        """The path of the image that annotations call `name`. None, and an error, if there is none.
-
-        It is looked for as it is written, and then by its name alone anywhere below the top.
-        """
-        plain = unquote(name.split("?d=")[-1]) if "%" in name or "?d=" in name else name  # Label Studio's
-        plain = plain.replace("\\", "/")
+        """The path of an image: `name` as written, or its last part anywhere. None, and an error, if lost."""
+        plain = unquote(name.split("?d=")[-1]).replace("\\", "/")  # Label Studio's and Windows'
         for spelling in (name, plain):
             for k, place in enumerate(source.places):
                 if found := self.find(os.path.join(place, spelling)):
                     source.places.insert(0, source.places.pop(k))  # the next one is probably here, too
                     if not found.startswith(self.top + os.sep):
-                        reading.note("image files outside of the data folder", found)
+                        reading.notes.add("image files outside of the data folder", found)
                     return found
         parts = key_of(plain).split("/")[::-1]
         found = [path for path in self.called.get(parts[0], ()) if os.path.isfile(path)
@@ -152,12 +133,11 @@ class Tree:
         found = [path for path, count in zip(found, same) if count == max(same)]  # the most folders in common
         if len(found) == 1:
             kind = "image files in another folder than the annotations say, found by their name"
-            reading.note(kind, f"{name} is {found[0]}")
+            reading.notes.add(kind, f"{name} is {found[0]}")
             return found[0]
-        kind = "image files that are not where the annotations say, with several of that name elsewhere" \
-            if found else "image files that do not exist"
+        kind = "do not exist" if not found else "are lost, with several of that name elsewhere"
         place = ", ".join([os.path.join(source.places[0], name), where, *found[:2]])
-        return reading.error(kind, place)
+        return reading.errors.add(f"image files that {kind}", place)
 
 
 def read_text(path, most=MOST_BYTES, as_bytes=False):
@@ -190,13 +170,13 @@ def image_row(i, path, height, width, reading):
     """An entry of Table.images; None, and an error, if it is bad. Without a size the file's is taken."""
     sides = [number(side or 0) for side in (height, width)]
     if path.lower().endswith(OTHER_SUFFIXES):
-        return reading.error("image files that Pillow does not read: save them as .jpg or .png", path)
+        return reading.errors.add("image files that Pillow does not read: save them as .jpg or .png", path)
     try:
         if 0 in sides:
             sides = file_size(path, i)
     except UserError as error:
-        return reading.error("image files that cannot be used", str(error))
+        return reading.errors.add("image files that cannot be used", str(error))
     if None in sides or min(sides) < 1 or any(side % 1 for side in sides):
         kind = "images whose width and height are not whole numbers above 0 (may be left out)"
-        return reading.error(kind, f"{path}, image id {i}: {reprlib.repr([width, height])}")
+        return reading.errors.add(kind, f"{path}, image id {i}: {reprlib.repr([width, height])}")
     return i, path, int(sides[0]), int(sides[1])

@@ -1,6 +1,5 @@
 """Image files: what annotations say about one, its pixels, and one line if it is damaged."""
 import contextlib
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,6 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gi
 OTHER_SUFFIXES = (".heic", ".heif", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".svg", ".exr", ".dcm")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 THINNEST = 30  # an image longer than this many times its short side may have no pixels left when made small
-
-
-class SizeUserError(UserError):
-    """An image file has another size than its annotations say."""
 
 
 @dataclass
@@ -46,13 +41,10 @@ def as_user_error(path, image_id):
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half of what is refused
             yield
     except Exception as error:
-        kind = SizeUserError if isinstance(error, SizeUserError) else UserError
-        what = f"{reason(error)}; repair or remove it"
-        if isinstance(error, UnidentifiedImageError):
-            what = f"{what_is_it(path)}; repair or remove it"
-        elif isinstance(error, Image.DecompressionBombError):
+        what = what_is_it(path) if isinstance(error, UnidentifiedImageError) else reason(error)
+        if isinstance(error, Image.DecompressionBombError):
             what = f"more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; cut it into tiles"
-        raise kind(f"{path} (image id {image_id}): {what}") from None
+        raise UserError(f"{path} (image id {image_id}): {what}; repair or remove it") from None
 
 
 def what_is_it(path):
@@ -63,8 +55,6 @@ def what_is_it(path):
             return "a pointer of Git LFS, run git lfs pull"
         if start[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
             return "HEIC, whatever its name says; save it as JPEG"
-        if start.lstrip().startswith(b"<"):
-            return "a web page or XML"
     return "not an image, or damaged"
 
 
@@ -75,18 +65,23 @@ def size_shown(raw):
 
 
 def images_in(folder):
-    """The image files in a folder, by their endings, as sorted Paths. UserError if it cannot be read."""
-    try:
-        return sorted(path for path in Path(folder).iterdir()
-                      if path.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: {reason(error)}") from None
+    """The image files in a folder, by their endings, as sorted Paths."""
+    return sorted(path for path in Path(folder).iterdir()
+                  if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
 
 
 def file_size(path, image_id):
     """(height, width) of an image file as a viewer shows it."""
     with as_user_error(path, image_id), Image.open(path) as raw:
         return size_shown(raw)[::-1]
+
+
+def bare_image(i, image):
+    """A PIL image or a file as an AnnotatedImage without boxes."""
+    nothing = np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0), np.zeros(0, bool)
+    if isinstance(image, Image.Image):
+        return AnnotatedImage(i, f"image {i}", *size_shown(image)[::-1], *nothing, image)
+    return AnnotatedImage(i, str(image), *file_size(image, i), *nothing)
 
 
 def open_image(annotated):
@@ -97,25 +92,25 @@ def open_image(annotated):
 def load_image(annotated):
     """An AnnotatedImage's pixels as a PIL image in RGB. UserError if damaged or not of the annotated size.
 
-    A camera stores what its sensor saw, plus an EXIF note "turn me". Tools that obey the note draw boxes on
-    the turned image, others on the raw one: the annotated size tells which. Where it does not (half a turn, a
-    mirror, a square) we obey, as nearly all tools do.
+    Tools that obey a camera's EXIF note "turn me" draw boxes on the turned image, others on the raw one: the
+    annotated size tells which. Where it does not (half a turn, a mirror, a square) we obey.
     """
     with as_user_error(annotated.path, annotated.id), open_image(annotated) as raw:
         size, shown = (annotated.width, annotated.height), size_shown(raw)
         if size not in (shown, raw.size):
-            raise SizeUserError(f"the file has {shown[0]} x {shown[1]} pixels, its annotations say "
+            raise UserError(f"the file has {shown[0]} x {shown[1]} pixels, its annotations say "
                             f"{annotated.width} x {annotated.height}")
         if max(size) > THINNEST * min(size):
             raise UserError(f"{annotated.width} x {annotated.height} pixels are too thin to be resized")
         return to_rgb(ImageOps.exif_transpose(raw) if size == shown else raw)
 
 
-def nearly_black(raw):
-    """A note on a PIL image of 16 bits that are hardly used, as of 12-bit sensors; None for others."""
-    if raw.mode.startswith("I") and np.asarray(raw).max() < 2 ** 14:
-        return "16-bit images with values below 16384: (nearly) black, scale all of them to 65535"
-    return None
+def nearly_black(annotated):
+    """A note on an image of 16 bits that are hardly used, as of 12-bit sensors; None for others."""
+    with contextlib.suppress(UserError), as_user_error(annotated.path, annotated.id), \
+            open_image(annotated) as raw:
+        if raw.mode.startswith("I") and np.asarray(raw).max() < 2 ** 14:
+            return "16-bit images with values below 16384: (nearly) black, scale all of them to 65535"
 
 
 def to_rgb(image):

@@ -1,48 +1,28 @@
 """Where the annotations and images of a split are, in the layouts of folders that tools write."""
 import contextlib
-import mmap
 import os
 import re
 from collections import Counter
 
 from support import UserError
-from support.data_files import Reading, Source, Tree, key_of
+from support.data_files import Reading, Source, Tree, key_of, read_text
 from support.images import IMAGE_SUFFIXES
-from support.readers import locate, parse_coco, read_config, read_labels, read_xml
+from support.readers import MOST_JSON, locate, parse_coco, read_config, read_labels, read_xml
 
 NAMES = {"train": ["train", "training", "trainval"], "val": ["val", "valid", "validation", "test"]}
 ALIKE = [["train", "training"], ["val", "valid", "validation"], ["test"]]
-LAYOUTS = [  # (format, annotations below the folder, in any case); {} is one of NAMES; the first fit is taken
-    ("COCO", "annotations/instances_{}2017.json"),
-    ("COCO", "annotations/instances_{}.json"),
-    ("COCO", "annotations/*{}*.json"),
-    ("COCO", "{}/_annotations.coco.json"),  # Roboflow
-    ("COCO", "{}/*.json"),  # FiftyOne: labels.json
-    ("COCO", "{}/annotations/*.json"),
-    ("COCO", "images/{}/*.json"),
-    ("COCO", "labels/*{}*.json"),
-    ("COCO", "*{}*.json"),
-    ("VOC", "imagesets/main/{}.txt"),  # a list of names; the boxes are in Annotations/*.xml
-    ("VOC", "imagesets/{}.txt"),
-    ("VOC", "imagesets/main/*_{}.txt"),  # VoTT: a list for each class, and all images in each
-    ("VOC", "annotations/{}"),  # a folder with XML files in it or below
-    ("VOC", "labels/{}"),
-    ("VOC", "images/{}"),
-    ("VOC", "{}"),
-    ("YOLO", "images/{}"),  # a folder or a list of images; data.yaml may name others
-    ("YOLO", "images/{}2017"),
-    ("YOLO", "{}/images"),
-    ("YOLO", "data/{}"),
-    ("YOLO", "obj_{}_data"),
-    ("YOLO", "{}.txt"),
-    ("YOLO", "{}"),
-]
-UNSPLIT = [  # all images together, for --split
-    ("COCO", "*.json"), ("COCO", "annotations/*.json"), ("COCO", "labels/*.json"),
-    ("VOC", "imagesets/main/default.txt"), ("VOC", "annotations"), ("VOC", "labels"), ("VOC", "images"),
-    ("VOC", "."),
-    ("YOLO", "images"), ("YOLO", "obj_train_data"), ("YOLO", "data"), ("YOLO", "."),
-]
+LAYOUTS = {  # annotations below the folder, in any case; {} is one of NAMES. The first fit is taken. Those
+    # without {} are for --split: all images are together
+    "COCO": ["annotations/instances_{}2017.json", "annotations/instances_{}.json", "annotations/*{}*.json",
+             "{}/_annotations.coco.json", "{}/*.json", "{}/annotations/*.json", "images/{}/*.json",
+             "labels/*{}*.json", "*{}*.json", "*.json", "annotations/*.json", "labels/*.json"],
+    "VOC": ["imagesets/main/{}.txt", "imagesets/{}.txt",  # lists of names; the boxes are in Annotations/*.xml
+            "imagesets/main/*_{}.txt",  # VoTT: a list for each class, and all images in each
+            "annotations/{}", "labels/{}", "images/{}", "{}",  # folders with XML files in them or below
+            "imagesets/main/default.txt", "annotations", "labels", "images", "."],
+    "YOLO": ["images/{}", "images/{}2017", "{}/images", "data/{}", "obj_{}_data",  # data.yaml may name others
+             "{}.txt", "{}", "images", "obj_train_data", "data", "."],  # folders or a list of images
+}
 IMAGE_PLACES = ["{}2017", "{}", "images/{}", "images/{}2017", "{}/images", "{}/data", "data/{}",
                 "{}/jpegimages", "jpegimages/{}", "images", "images/default", "jpegimages", "data", "."]
 CLASS_FILES = ["classes.txt", "obj.names", "_darknet.labels", "predefined_classes.txt", "data.yaml"]
@@ -52,9 +32,9 @@ OTHER_TASKS = ("person_keypoints", "captions", "stuff", "panoptic", "image_info"
 
 def mentions(path, *words):
     """Whether all of these bytes are in a file."""
-    with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:  # ValueError: an empty file
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return all(content.find(word) >= 0 for word in words)
+    with contextlib.suppress(UserError):
+        content = read_text(path, MOST_JSON, as_bytes=True)
+        return all(word in content for word in words)
 
 
 def one_coco(paths, certain):
@@ -70,29 +50,29 @@ def one_coco(paths, certain):
 
 def class_file(tree, names):
     """The file that names the classes of a YOLO folder, or None."""
-    found = tree.match("data.yaml") + [path for pattern in ("*.yaml", "*.yml", "*.data")
-                                       for path in tree.match(pattern) if mentions(path, b"names")]
+    configs = [path for pattern in ("data.yaml", "*.yaml", "*.yml", "*.data") for path in tree.match(pattern)
+               if pattern == "data.yaml" or mentions(path, b"names")]
     places = [place.format(name) + file for place in CLASS_PLACES for name in names for file in CLASS_FILES]
-    return next(iter(found), None) or next((path for place in places for path in tree.match(place)), None)
+    return next(iter(configs + [path for place in places for path in tree.match(place)]), None)
 
 
 def in_places(tree, form, path, name):
     """A Source: the places are the folders of `tree` for images of a split that is called `name`."""
     alike = next((words for words in ALIKE if name in words), [])
     others = [word for words in ALIKE if alike and words != alike for word in words]
-    patterns = [place.format(word) for word in dict.fromkeys((name, *alike)) for place in IMAGE_PLACES
-                if word or "{}" not in place]
+    patterns = [place.format(word) for word in (name, *alike) for place in IMAGE_PLACES]
     places = [folder for pattern in patterns for folder in tree.match(pattern) if os.path.isdir(folder)]
     places.append(path if os.path.isdir(path) else os.path.dirname(path))
-    return Source(form, path, list(dict.fromkeys(places)),
-                  {word + year for word in others for year in ("", "2014", "2017")})
+    avoid = {word + year for word in others for year in ("", "2014", "2017")}
+    return Source(form, path, list(dict.fromkeys(places)), avoid)
 
 
 def search(tree, split, unsplit=False):
     """The Source of a split by the first of LAYOUTS that a folder has, None if it has none."""
-    rows = [(name, form, layout.format(name)) for name in NAMES[split] for form, layout in LAYOUTS]
+    rows = [(name, form, layout.format(name)) for name in [*NAMES[split], *[""] * unsplit]
+            for form, layouts in LAYOUTS.items() for layout in layouts if bool(name) == ("{}" in layout)]
     config = None
-    for name, form, layout in rows + [("", *row) for row in UNSPLIT if unsplit]:
+    for name, form, layout in rows:
         found = tree.match(layout)
         if form == "COCO":
             word = re.compile(rf"(?<![a-z]){name}(?![a-z])")
@@ -123,16 +103,16 @@ def find_source(tree, split, unsplit):
     """The Source of a split. UserError with what is there and what to do if there is none."""
     if source := search(tree, split, unsplit):
         return source
-    counts = Counter(os.path.splitext(path)[1].lower() for path in {*tree.files.values()})
+    endings = Counter(os.path.splitext(path)[1].lower() for path in {*tree.files.values()})
     here = sorted({key[len(tree.top) + 1:].split(os.sep)[0] + "/" for key in tree.folders} - {"/"})[:9]
-    here += [f"{count} {ending or 'without ending'}" for ending, count in counts.most_common(6)]
+    here += [f"{count} {ending or 'without ending'}" for ending, count in endings.most_common(6)]
     raise UserError(
         f"{tree.top}: no {split} annotations here. Expected annotations/instances_{split}.json (COCO), "
         f"ImageSets/Main/{split}.txt (VOC), data.yaml (YOLO) or another layout of docs/options.md. "
-        f"Found {', '.join(here) or 'nothing'}. {find_hint(tree, split, unsplit, counts)}")
+        f"Found {', '.join(here) or 'nothing'}. {find_hint(tree, split, unsplit)}")
 
 
-def find_hint(tree, split, unsplit, counts):
+def find_hint(tree, split, unsplit):
     """What to do about a folder in which a split was not found."""
     def source(*where):
         with contextlib.suppress(UserError):
@@ -144,15 +124,13 @@ def find_hint(tree, split, unsplit, counts):
         if folder[len(tree.top):].count(os.sep) < 3 and source(Tree(folder), split):
             return f"Did you mean {folder}?"
     together = None if unsplit else source(tree, split, True)
-    jsons, xmls, wrong = tree.inside(tree.top, ".json")[:1], tree.inside(tree.top, ".xml")[:1], Reading()
+    jsons, xmls = tree.inside(tree.top, ".json")[:1], tree.inside(tree.top, ".xml")[:1]
     likely = {"COCO": [together.path], "VOC": xmls, "YOLO": []}[together.form] if together else jsons + xmls
     for path in likely:
         try:
-            parse_coco(path) if path.lower().endswith("json") else read_xml(path, wrong)
+            parse_coco(path) if path.lower().endswith("json") else read_xml(path)
         except UserError as error:
-            wrong.errors.add(f"{path} {error}")
-    if wrong.errors:
-        return wrong.errors.lines()[0]
+            return f"{path} {error}"
     if together:
         return "All images lie together: add --split 0.2 to hold some of them out"
     if class_file(tree, NAMES[split]):
@@ -160,9 +138,7 @@ def find_hint(tree, split, unsplit, counts):
     for path in tree.inside(tree.top, ".txt")[:20]:
         if read_labels(path, False, Reading()):
             return f"{path} is a YOLO label file: write the names of its classes into {tree.top}/classes.txt"
-    ending = next((ending for ending in (".csv", ".tfrecord", ".parquet", ".zip") if ending in counts), None)
-    return f"{ending} files are not read, export the data as COCO" if ending else \
-        f"For another layout give --{split}-json and --{split}-images"
+    return f"Export the data as COCO, or give --{split}-json and --{split}-images"
 
 
 def given_source(split, path, folder):

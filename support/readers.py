@@ -1,7 +1,6 @@
 """The three readers. Each turns the annotations of one split into a Table with boxes in pixels.
 
-A repair is a note and whatever needs a person is an error, both of the Reading. `known` are the classes of
-train, {id: name}. Without `wanted` only the classes are read.
+`known` are the classes of train, {id: name}. Without `wanted` only the classes are read.
 """
 import contextlib
 import json
@@ -10,23 +9,22 @@ import re
 import reprlib
 from collections import Counter
 from xml.etree import ElementTree
-from xml.sax.saxutils import escape
 
 import numpy as np
 import yaml
 from pycocotools import mask
 
 from support import UserError, reason, visible
-from support.data_files import Problems, Source, Table, image_row, key_of, number, read_text
+from support.data_files import Source, Table, image_row, key_of, number, read_text
 from support.images import IMAGE_SUFFIXES, OTHER_SUFFIXES
 
 MOST_JSON = 5 * 10 ** 9  # bytes
 FIELDS = ("image_id", "category_id", "bbox", "area", "iscrowd", "id", "from_outline")  # of COCO's annotations
-OTHER_FORMS = {  # a key in JSON files that are not COCO's: whose it is
-    "shapes": "labelme's file of one image", "_via_settings": "a project of VIA", "regions": "VIA's own form",
-    "assets": "VoTT's own form", "asset": "VoTT's own form", "objects": "Supervisely's form",
-    "items": "Datumaro's own form", "score": "a file of results", "data": "Label Studio's own form",
+OTHER_FORMS = {  # a key that JSON files of other forms have: whose form that is
     "caption": "captions, take instances_*.json", "segments_info": "panoptic, take instances_*.json",
+    "shapes": "labelme's file of one image", "assets": "VoTT's own form", "asset": "VoTT's own form",
+    "_via_settings": "a project of VIA", "regions": "VIA's own form", "objects": "Supervisely's form",
+    "items": "Datumaro's own form", "data": "Label Studio's own form", "score": "a file of results",
     "image": "CreateML's form",
 }
 NO_LABELS = re.compile(r"(?i)(classes|readme|predefined|train|training|val|valid|validation|test|images)\b.*")
@@ -34,10 +32,7 @@ NO_LABELS = re.compile(r"(?i)(classes|readme|predefined|train|training|val|valid
 
 # ---- COCO --------------------------------------------------------------------------------------------------
 def compact(entry):
-    """A JSON object; an annotation as a tuple of FIELDS, a missing box being computed from its outline.
-
-    The outline is most of an annotation, and a dict needs twice the memory of a tuple.
-    """
+    """A JSON object; an annotation as a tuple of FIELDS, which is small. A missing box is computed."""
     if "image_id" not in entry or "category_id" not in entry:
         return entry
     box, outline = entry.get("bbox"), entry.get("segmentation")
@@ -56,40 +51,29 @@ def box_around(outline):
     return [*points.min(0).tolist(), *np.ptp(points, 0).tolist()]
 
 
-def keys_in(value, depth=3):
-    """The keys in a JSON value, of its lists only those in the first entry."""
-    if isinstance(value, dict) and depth:
-        return {*value}.union(*(keys_in(inside, depth - 1) for inside in [*value.values()][:20]))
-    if isinstance(value, tuple):  # an annotation that is not below "annotations"
-        return {"score"}
-    return keys_in(value[0], depth - 1) if isinstance(value, list) and value and depth else set()
-
-
 def parse_coco(path):
-    """A COCO file as a dict, its three lists checked to be lists of dicts. UserError, without the path."""
+    """A COCO file as a dict, its three lists checked to be lists of objects. UserError, without the path."""
     text = read_text(path, MOST_JSON)
     try:
         contents = json.loads(text, object_hook=compact)
     except (ValueError, RecursionError) as error:  # ValueError: it says line and column
         raise UserError("is empty" if not text.strip() else f"cannot be read as JSON: {error}") from None
     lists = [contents.get(key) if isinstance(contents, dict) else None
-             for key in ("images", "annotations", "categories")]
-    keys = keys_in(contents)
+             for key in ("images", "categories", "annotations")]
     are_lists = all(isinstance(one, list) and all(isinstance(entry, (dict, tuple)) for entry in one)
                     for one in lists)
-    if not are_lists or keys & {"segments_info", "caption"}:
-        guess = next((f"; this is {form}" for key, form in OTHER_FORMS.items() if key in keys), "")
+    if not are_lists or any("caption" in entry or "segments_info" in entry for entry in lists[2][:1]):
+        guess = next((f"; this is {form}" for key, form in OTHER_FORMS.items() if f'"{key}"' in text), "")
         raise UserError("is no COCO file of objects, which has the lists images, annotations and categories"
                         f"{guess}. Export the data as COCO")
     contents["annotations"] = [entry if isinstance(entry, tuple) else tuple(map(entry.get, FIELDS))
-                               for entry in contents["annotations"]]
+                               for entry in lists[2]]
     return contents
 
 
 def as_id(value):
     """An id as a whole number if it says one ("1", 1.0), another text as it is, otherwise None."""
-    if isinstance(value, str) and value.isdecimal() and len(value) < 99 or \
-            isinstance(value, float) and value.is_integer():
+    if isinstance(value, str) and value.isdecimal() or isinstance(value, float) and value.is_integer():
         return int(value)
     return value if type(value) is int or isinstance(value, str) and value else None
 
@@ -101,14 +85,13 @@ def by_id(entries, what, told_by, reading):
         i = as_id(entry.get("id"))
         if i is None:
             where = f"{what} number {k + 1}: {reprlib.repr(entry.get('id'))}"
-            reading.error(f"{what} ids that are not whole numbers", where)
-            continue
-        if type(entry["id"]) is not int:
-            reading.note(f"{what} ids that are text or fractions, read as numbers", repr(entry["id"]))
-        if found.setdefault(i, entry).get(told_by) != entry.get(told_by):
-            reading.error(f"{what} ids that occur twice", f"{what} id {i}")
+            reading.errors.add(f"{what} ids that are not whole numbers", where)
+        elif found.setdefault(i, entry).get(told_by) != entry.get(told_by):
+            reading.errors.add(f"{what} ids that occur twice", f"{what} id {i}")
+        elif type(entry["id"]) is not int:
+            reading.notes.add(f"{what} ids that are text or fractions, read as numbers", repr(entry["id"]))
     if not entries:
-        reading.error(f"the list of {what} entries is empty")
+        reading.errors.add(f"the list of {what} entries is empty")
     whole = all(type(i) is int and abs(i) < 2 ** 63 for i in found)
     return found, {i: i if whole else k for k, i in enumerate(found, 1)}
 
@@ -119,28 +102,20 @@ def read_coco(source, tree, reading, known, wanted):
     found, whole = by_id(contents["categories"], "category", "name", reading)
     table, category_of = Table({}), {i: k for k, i in enumerate(found)}
     for i, entry in found.items():
-        name = visible(str(entry.get("name") or "").strip())
-        if not name:
-            reading.note("categories without a name, called by their id", f"category id {i}")
-        if name in table.names.values():
-            reading.note("categories of the same name, kept apart", f"category id {i}: {name}")
-        table.names[whole[i]] = name or str(i)
+        table.names[whole[i]] = visible(str(entry.get("name") or "").strip()) or str(i)
     if not wanted:
         return table
     found, id_of = by_id(contents["images"], "image", "file_name", reading)
     for i, entry in found.items():
-        name, path = entry.get("file_name") or entry.get("coco_url"), None  # LVIS has the second
-        if isinstance(name, str):
-            path = tree.image(name, source, reading, f"image id {i}")
-        else:
-            reading.error("images without a file_name", f"image id {i}")
+        name = entry.get("file_name") or entry.get("coco_url")  # LVIS has the second
+        path = tree.image(name, source, reading, f"image id {i}") if name else \
+            reading.errors.add("images without a file_name", f"image id {i}")
         size = entry.get("height"), entry.get("width")
         table.images.append(path and image_row(id_of[i], path, *size, reading))
 
     index, annotations = {i: k for k, i in enumerate(found)}, contents.pop("annotations")
-    others = len(annotations) - len({entry[5] for entry in annotations if type(entry[5]) is int})
-    if others:  # they serve messages only
-        reading.note(f"annotation ids that are missing, text or given twice, not used: {others}")
+    if others := len(annotations) - len({entry[5] for entry in annotations if type(entry[5]) is int}):
+        reading.notes.add(f"annotation ids that are missing, text or given twice, not used: {others}")
 
     def where(place):
         image_id, i, k = place
@@ -158,32 +133,27 @@ def read_coco(source, tree, reading, known, wanted):
             kind, value = (("image_id is not among the images", image_id) if image is None else
                            ("category_id is not among the categories", category_id) if category is None else
                            ("bbox is not four numbers", bbox))
-            reading.error(f"annotations whose {kind}", f"{where(place)}: {reprlib.repr(value)}")
+            reading.errors.add(f"annotations whose {kind}", f"{where(place)}: {reprlib.repr(value)}")
             continue
         x, y, w, h = box
         table.add(image, category, (x, y, x + w, y + h), place, area, crowd)
         if computed:
-            reading.note("boxes computed from outlines, because there is no bbox", where(place))
+            reading.notes.add("boxes computed from outlines, because there is no bbox", where(place))
     return table
 
 
 # ---- VOC ---------------------------------------------------------------------------------------------------
-def read_xml(path, reading):
-    """The root of a VOC file; None, and an error, if it is none."""
+def read_xml(path):
+    """The root of a VOC file. UserError, without the path."""
     try:
-        content = read_text(path, as_bytes=True)
-        if b"<!ENTITY" in content:  # nobody annotates with them, but a few lines of them fill any memory
-            raise UserError("declares entities")
-        root = ElementTree.fromstring(content)
-    except (UserError, ValueError, LookupError, SyntaxError) as error:  # SyntaxError: malformed
-        try:
-            why = read_text(path) and reason(error)  # that it is not in UTF-8 says more
-        except UserError as better:
-            why = better
-        return reading.error("XML files that cannot be read", f"{path}: {why}")
-    kind = "XML files of CVAT's own form: export as COCO 1.0 or Pascal VOC 1.1" if root.tag == "annotations" \
-        else "XML files without VOC annotations"
-    return root if root.tag == "annotation" else reading.error(kind, f"{path}: <{root.tag}>")
+        root = ElementTree.fromstring(read_text(path, as_bytes=True))
+    except (ValueError, LookupError, SyntaxError) as error:  # LookupError: unknown encoding
+        read_text(path)  # that it is not in UTF-8 says more
+        raise UserError(f"cannot be read: {reason(error)}") from None
+    if root.tag != "annotation":
+        raise UserError("is in CVAT's own form: export as COCO 1.0 or Pascal VOC 1.1"
+                        if root.tag == "annotations" else f"has no VOC annotations, but <{root.tag}>")
+    return root
 
 
 def voc_files(source, tree):
@@ -218,15 +188,11 @@ def voc_image(stem, name, times, source, tree, reading):
         return next(filter(None, map(tree.find, paths)), None) if name else None
 
     named, alike = at(name) or at(re.split(r"[\\/]", name)[-1]), at(os.path.basename(stem))
-    if named and (times == 1 or not alike):
-        if alike not in (None, named):
-            kind = "XML files whose <filename> is not the image called like them: <filename> is used"
-            reading.note(kind, f"{stem}.xml: {name}")
-        return named
-    if alike and alike != named:
-        kind = "XML files whose <filename> is lost or given twice: the image called like them is used"
-        reading.note(kind, f"{stem}.xml: {name or 'no <filename>'}")
-    return alike or tree.image(name or stem, source, reading, f"{stem}.xml")
+    used = named if named and (times == 1 or not alike) else alike
+    if name and alike and named != alike:
+        kind = "XML files whose <filename> is not the image called like them"
+        reading.notes.add(kind, f"{stem}.xml: {name}, {used} is used")
+    return used or tree.image(name or stem, source, reading, f"{stem}.xml")
 
 
 def read_voc(source, tree, reading, known, wanted):
@@ -236,12 +202,12 @@ def read_voc(source, tree, reading, known, wanted):
 
     roots = {}  # {path below the folder, without ending: (XML file, root)}
     for stem, xml in voc_files(source, tree).items():
-        root = read_xml(xml, reading) if xml else ElementTree.fromstring(
-            f"<annotation><filename>{escape(stem)}</filename></annotation>")
-        if root is not None:
-            roots[stem] = xml, root
         if not xml:  # Datumaro and CVAT write none
-            reading.note("listed images without an XML file, taken as images without objects", stem)
+            reading.notes.add("listed images without an XML file, taken as images without objects", stem)
+        try:
+            roots[stem] = xml, read_xml(xml) if xml else ElementTree.Element("annotation")
+        except UserError as error:
+            reading.errors.add("XML files that cannot be used", f"{xml} {error}")
     times = Counter(text(root, "filename") for _, root in roots.values())
     names = {text(thing, "name") for _, root in roots.values() for thing in root.findall("object")}
     new = sorted(names - {"", *known.values()})
@@ -258,9 +224,8 @@ def read_voc(source, tree, reading, known, wanted):
             corners = [text(thing, f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
             box = [number(corner) for corner in corners]
             if category is None or None in box:
-                kind = "objects without a <name>" if category is None else \
-                    "objects whose <bndbox> has no four numbers xmin, ymin, xmax, ymax"
-                reading.error(kind, f"{xml}, object {k}: {', '.join(corners)}")
+                lacks = "name" if category is None else "four numbers xmin, ymin, xmax, ymax"
+                reading.errors.add(f"objects without {lacks}", f"{xml}, object {k}: {', '.join(corners)}")
             else:
                 table.add(i, category, box, (xml, k), crowd=text(thing, "difficult"))
     return table
@@ -278,9 +243,7 @@ def read_config(path):
     try:
         contents = yaml.load(text, yaml.BaseLoader)  # safe_load would read the class "no" as False
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"line {mark.line + 1}: " if mark else ""
-        raise UserError(f"cannot be read as YAML: {line}{getattr(error, 'problem', error)}") from None
+        raise UserError(f"cannot be read as YAML: {error}") from None
     if not isinstance(contents, dict):
         raise UserError("should have lines such as train: images/train and names: [cat, dog]")
     return contents
@@ -288,17 +251,16 @@ def read_config(path):
 
 def read_classes(config, path, notes):
     """{class id: name} of what read_config returns."""
-    names, nc = config.get("names"), config.get("nc", config.get("classes"))
-    count = int(nc) if isinstance(nc, str) and nc.isdecimal() and len(nc) < 6 else None
+    names, count = config.get("names"), int(number(config.get("nc") or config.get("classes")) or 0)
     if isinstance(names, str) and names:
         names = read_config(locate("names", names, config, path))["names"]
-    pairs = names.items() if isinstance(names, dict) else enumerate(names or map(str, range(count or 0)))
+    pairs = names.items() if isinstance(names, dict) else enumerate(names or map(str, range(count)))
     found = {as_id(i): name for i, name in pairs}
     if not found or not all(type(i) is int and isinstance(name, str) for i, name in found.items()):
         raise UserError("names should be a list such as [cat, dog] or numbered such as {0: cat, 1: dog}, "
                         f"it is {reprlib.repr(names)}")
-    if nc is not None and count != len(found):
-        notes.add(f"nc is {reprlib.repr(nc)}, but there are {len(found)} names; the names count")
+    if count not in (0, len(found)):
+        notes.add(f"nc is {count}, but there are {len(found)} names; the names count")
     return {i: visible(name.strip() or str(i)) for i, name in sorted(found.items())}
 
 
@@ -348,9 +310,11 @@ def read_labels(path, keypoints, reading):
     try:
         lines = read_text(path).splitlines()
     except UserError as error:
-        reading.error("label files that cannot be read", f"{path}: {error}")
-    for k, words in ((k, line.split()) for k, line in enumerate(lines, 1) if line.strip()):
-        label, *corners = map(number, words)
+        reading.errors.add("label files that cannot be read", f"{path}: {error}")
+    for k, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        label, *corners = map(number, line.split())
         corners = corners[:4] if keypoints else corners
         fault = ("label lines with more than numbers" if None in (label, *corners) else
                  "label lines that are neither class, x, y, width, height nor a class and a polygon"
@@ -358,12 +322,12 @@ def read_labels(path, keypoints, reading):
                  "labels that are not shares of the image, from 0 to 1; are they pixels?"
                  if max(map(abs, corners)) > 2 else None)
         if fault:
-            reading.error(fault, f"{path}, line {k}: {reprlib.repr(lines[k - 1])}")
+            reading.errors.add(fault, f"{path}, line {k}: {reprlib.repr(line)}")
         elif len(corners) == 4:
             x, y, w, h = corners
             found.append((k, label, (x - w / 2, y - h / 2, x + w / 2, y + h / 2)))
         else:
-            reading.note("polygons, the boxes around them are used", f"{path}, line {k}")
+            reading.notes.add("polygons, the boxes around them are used", f"{path}, line {k}")
             xs, ys = corners[::2], corners[1::2]
             found.append((k, label, (min(xs), min(ys), max(xs), max(ys))))
     return found
@@ -374,14 +338,14 @@ def read_yolo(source, tree, reading, known, wanted):
     config = read_config(source.path)
     table = Table(read_classes(config, source.path, reading.notes), where="{0[0]}, line {0[1]}".format,
                   from_shares=True)
-    category_of, used, unknown = {i: k for k, i in enumerate(table.names)}, {}, Problems()
+    category_of, used, unknown = {i: k for k, i in enumerate(table.names)}, {}, []
     for k, path in enumerate(yolo_images(source, tree, reading) if wanted else ()):
         table.images.append(image_row(k + 1, path, 0, 0, reading))
         labels = labels_of(path, tree)
         if labels is None:
-            reading.note("images without a label file, taken as images without objects", path)
+            reading.notes.add("images without a label file, taken as images without objects", path)
         elif labels in used:
-            reading.note("images that share a label file, kept; masks?", f"{used[labels]}, {path}")
+            reading.notes.add("images that share a label file, kept; masks?", f"{used[labels]}, {path}")
         used[labels] = path  # {label file: image}
         _, _, height, width = table.images[k] or (0, 0, 0, 0)
         lines = read_labels(labels, "kpt_shape" in config, reading) if labels else ()
@@ -390,21 +354,18 @@ def read_yolo(source, tree, reading, known, wanted):
                 box = x0 * width, y0 * height, x1 * width, y1 * height
                 table.add(k, category_of[label], box, (labels, line))
             else:
-                unknown.add(label, f"{labels}, line {line}: {label:g}")
+                unknown.append((label, f"{labels}, line {line}: {label:g}"))
     if unknown:
-        last = max(table.names)
-        from_one = {*unknown} == {last + 1} and 0 not in table.numbers[1::8]
-        hint = f"; they seem to count from 1, and YOLO counts from 0 to {last}" if from_one else ""
-        reading.error(f"labels whose class id is not among the {len(table.names)} names{hint}",
-                           next(iter(unknown.values()))[1], sum(count for count, _ in unknown.values()))
-    if used and set(used) == {None}:
+        from_one = {label for label, _ in unknown} == {len(table.names)} and 0 not in table.numbers[1::8]
+        hint = "; they seem to count from 1, and YOLO counts from 0" if from_one else ""
+        kind = f"labels whose class id is not among the {len(table.names)} names{hint}"
+        reading.errors.add(kind, unknown[0][1], len(unknown))
+    if {*used} == {None}:
         raise UserError(f"no image has labels; {used[None]} has no .txt beside it or in labels/ for images/")
-    if "kpt_shape" in config:
-        reading.note("keypoints (kpt_shape in data.yaml) are not used")
     homes = {os.path.dirname(labels): os.path.dirname(image) for labels, image in used.items() if labels}
     for labels in {*tree.files.values()} - {*used}:
         folder, name = os.path.split(labels)
         if folder in homes and name.lower().endswith(".txt") and not NO_LABELS.match(name) \
                 and not tree.find(os.path.join(homes[folder], name[:-4])):
-            reading.note("label files without an image, not used", labels)
+            reading.notes.add("label files without an image, not used", labels)
     return table

@@ -1,6 +1,5 @@
 """Reads train and val: joins their classes, cleans the boxes, holds images out for --split, compares both."""
 import contextlib
-import functools
 import gc
 import hashlib
 import os
@@ -15,9 +14,7 @@ from support.layouts import NAMES, find_source, given_source, search
 from support.readers import read_coco, read_voc, read_yolo
 
 READERS = {"COCO": read_coco, "VOC": read_voc, "YOLO": read_yolo}
-SHARES = "most boxes are from 0 to 1: are they shares of the image, as in YOLO's files? Pixels are expected"
 SMALLEST_SIDE = 0.1  # pixels; float32 arithmetic leaves nothing of a box that is thinner
-CROWDED = 1000  # boxes in one image; every box needs a query, and memory grows with their square
 
 
 @contextlib.contextmanager
@@ -32,46 +29,42 @@ def without_garbage_collection():
 
 @without_garbage_collection()
 def read_splits(folder, given, splits, class_names=(), share=None, seed=0):
-    """({category id: name}, {split: Reading}), as far as they can be read.
+    """({category id: name}, {split: Reading}). UserError only for paths that make no sense.
 
-    given: the paths of data.load as {split: (json, images)}. share: of the training images, held out as val.
-    UserError only for paths that make no sense.
+    given: {split: (json, images)}. share: of the training images, held out as val.
     """
-    if folder is not None and any(path is not None for pair in given.values() for path in pair):
+    if folder is not None and any(map(any, given.values())):
         raise UserError("give a data folder or the four paths (--train-json, ...), not both")
     if folder is not None and not os.path.isdir(folder):
-        if os.path.isfile(folder):
-            raise UserError(f"{folder}: a file, not a folder; give the folder of annotations and images")
-        raise UserError(f'{folder or repr(folder)}: no such folder; the embedded data set is called "shapes"')
+        why = "a file, not a folder" if os.path.isfile(folder) else "no such folder"
+        raise UserError(f'{folder or repr(folder)}: {why}; the embedded data set is called "shapes"')
     tree = folder and Tree(folder)
 
     if share is not None:
         if not 0 < share < 1:
             raise UserError(f"--split {share}: it must be a share between 0 and 1, for example 0.2")
-        if any(path is not None for path in given["val"]):
+        if any(given["val"]):
             raise UserError("--split takes val from train: leave out --val-json and --val-images")
         train = val = None
         with contextlib.suppress(UserError):  # that a val of data.yaml does not exist does not matter here
-            train, val = (search(tree, name) if tree else None for name in NAMES)
+            train, val = (tree and search(tree, name) for name in NAMES)
         if train and val and (train.path, train.places) != (val.path, val.places):
             raise UserError(f"{folder} has a val of its own, {val.path}: leave out --split")
         splits = ("train",)
     names, readings, tables = {}, {}, {}
-    for split in ("train", "val") if "val" in splits else ("train",):
-        # the classes of the training set count even if only val is asked for: a model knows no others
+    for split in ("train", "val") if "val" in splits else ("train",):  # val alone has train's classes, too
         reading = Reading()
         try:
             where, source = (tree, find_source(tree, split, share is not None)) if tree else \
                 given_source(split, *given[split])
             reading.path = source.path
-            if where.junk:
-                kind = "files that systems or notebooks make, not used"
-                reading.note(kind, where.junk[0], len(where.junk))
+            for path in where.junk:
+                reading.notes.add("files that systems or notebooks make, not used", path)
             known = names or dict(enumerate(class_names, 1))  # VOC has no list of classes
             table = READERS[source.form](source, where, reading, known, split in splits)
             tables[split] = table, join_names(names, table.names, reading)
         except UserError as error:
-            reading.error(str(error))
+            reading.errors.add(str(error))
         if split in splits or reading.path or any(given[split]):  # no training set: val has its own classes
             readings[split] = reading
     names = dict(sorted(names.items()))
@@ -79,9 +72,8 @@ def read_splits(folder, given, splits, class_names=(), share=None, seed=0):
                     for k in (2, 3) for value in table.numbers[k::8])  # xmin, ymin
     for split, (table, ids) in tables.items():
         if table.from_one and from_zero:
-            kind = "some xmin or ymin is 0, so pixels are counted from 0 and nothing is subtracted"
-            readings[split].notes.add(kind)
             table.from_one = False
+            readings[split].notes.add("an xmin or ymin is 0: pixels counted from 0, nothing is subtracted")
         if split in splits:
             labels = np.array([list(names).index(i) for i in ids.values()], np.int64)
             readings[split].images = clean(table, labels, readings[split])
@@ -97,28 +89,29 @@ def join_names(names, own, reading):
     for i, name in own.items():
         same = [j for j, known in before.items() if known == name]
         alike = [known for known in before.values() if key_of(known) == key_of(name)]
-        if before.get(i) == name or len(same) == 1:
-            ids[i] = i if before.get(i) == name else same[0]
-            if ids[i] != i:
-                kind = "classes with another id than in train, matched by name"
-                reading.note(kind, f"{name}, {i} and {ids[i]}")
-            continue
-        if before and alike and not same:
-            reading.error("classes written in another way than in train", f"{name!r}, {alike[0]!r}")
-        elif before:
-            reading.note("classes that train does not have", name)
-        ids[i] = i if i not in names else max(names) + 1
-        names[ids[i]] = name
+        if before.get(i) == name:
+            ids[i] = i
+        elif len(same) == 1:
+            ids[i] = same[0]
+            kind = "classes with another id than in train, matched by name"
+            reading.notes.add(kind, f"{name}, {i} and {ids[i]}")
+        else:
+            if alike and not same:
+                reading.errors.add("classes written in another way than in train", f"{name!r}, {alike[0]!r}")
+            elif before:
+                reading.notes.add("classes that train does not have", name)
+            ids[i] = i if i not in names else max(names) + 1
+            names[ids[i]] = name
     if before and not {*before.values()} & {*own.values()}:
-        reading.error(f"none of train's classes is here: {', '.join(before.values())}")
+        reading.errors.add(f"none of train's classes is here: {', '.join(before.values())}")
     return ids
 
 
 def clean(table, labels, reading):
     """The AnnotatedImages of a Table, boxes cut to their image. What is left out or changed is noted."""
     numbers = np.array(table.numbers).reshape(-1, 8)
-    image, boxes, area = numbers[:, 0].astype(int), numbers[:, 2:6], numbers[:, 6]  # [n], [n, 4], [n]
-    label = labels[numbers[:, 1].astype(int)]
+    image, label = numbers[:, 0].astype(int), labels[numbers[:, 1].astype(int)]  # [n], [n]
+    boxes, area, crowd = numbers[:, 2:6], numbers[:, 6], numbers[:, 7] == 1  # [n, 4], [n], [n]
 
     def note(chosen, kind, problems=reading.notes):
         if found := np.flatnonzero(chosen).tolist():
@@ -127,7 +120,7 @@ def clean(table, labels, reading):
     with np.errstate(invalid="ignore"):  # infinite numbers
         shares = (abs(boxes - 0.5) <= 0.51).all(1) & (boxes % 1 != 0).any(1)
     if not table.from_shares and shares.sum() > len(boxes) / 2:
-        note(shares, SHARES, reading.errors)
+        note(shares, "most boxes are from 0 to 1: shares of the image? Pixels are expected", reading.errors)
     boxes[:, :2] -= table.from_one
     sizes = np.array([row[:1:-1] if row else (0, 0) for row in table.images]).reshape(-1, 2)[image]  # w, h
     cut = boxes.clip(0, np.tile(sizes, 2))
@@ -140,41 +133,31 @@ def clean(table, labels, reading):
     note(real & ~kept, "boxes outside their image, dropped")
     note(kept & over, "boxes reaching over the image edge, clipped")
     if over.sum() > max(2, len(boxes) / 2):
-        reading.note("most boxes reach over the edge of their image or lie outside: are they written in "
-                          "another way (COCO's is x, y, width, height), or was the image larger?")
+        reading.notes.add("most boxes reach over the edge of their image: COCO expects x, y, width, height")
     order = np.lexsort((*cut.T, label, image))
     rows = np.column_stack([image, label, cut])[order]
     twice = np.zeros(len(boxes), bool)
     twice[order[1:]] = (rows[1:] == rows[:-1]).all(1)
     note(kept & twice, "boxes given more than once, with the same class, kept")
-    note(kept & (numbers[:, 7] == 2), "iscrowd (VOC: difficult) is neither 0 nor 1, taken as 0")
-    note(kept & (numbers[:, 7] == 1), "crowd regions (VOC: difficult), neither trained on nor evaluated")
-    note(kept & ~(area > 0), "areas that are not numbers above 0, those of the boxes are used")
+    note(kept & crowd, "crowd regions (VOC: difficult), neither trained on nor evaluated")
     area = np.minimum(np.where(area > 0, area, np.inf), left.prod(1))  # an outline may not have been clipped
 
     chosen = np.flatnonzero(kept)
     chosen = chosen[np.argsort(image[chosen], kind="stable")]
     ends = np.searchsorted(image[chosen], np.arange(len(table.images) + 1))
-    columns, found = (label[chosen], cut[chosen].astype(np.float32), area[chosen],
-                      numbers[chosen, 7] == 1), []
-    for row, start, end in zip(table.images, ends, ends[1:]):
-        if row is None:
-            continue
-        found.append(AnnotatedImage(*row, *(column[start:end] for column in columns)))
-        if start == end:
-            reading.note("images without boxes, kept", f"{row[1]}, image id {row[0]}")
-        if end - start > CROWDED:
-            kind = f"images with more than {CROWDED} boxes, kept; a model needs as many queries"
-            reading.note(kind, f"{row[1]}, image id {row[0]}: {end - start}")
+    columns = label[chosen], cut[chosen].astype(np.float32), area[chosen], crowd[chosen]
+    found = [AnnotatedImage(*row, *(column[start:end] for column in columns))
+             for row, start, end in zip(table.images, ends, ends[1:]) if row]
+    for image in found:
+        if not len(image.labels):
+            reading.notes.add("images without boxes, kept", f"{image.path}, image id {image.id}")
     return found
 
 
 def hold_out(reading, share, seed):
-    """Takes a share of the images out of a Reading and returns them as that of val.
+    """Takes a share of the images out of a Reading, and returns them as that of val.
 
-    Which ones follows from the names of all and the seed, wherever the folder lies. Images with the same
-    classes stand together in a row, rare classes first, and every n-th is taken: of a class in 10 images, 2
-    at a share of 0.2.
+    Images with the same classes are together in a row, rare classes first, and every n-th is taken.
     """
     def name(image):
         return os.fsencode(os.path.basename(image.path))
@@ -200,25 +183,17 @@ def hold_out(reading, share, seed):
 
 def compare_splits(categories, readings):
     """Adds to the Readings what shows only when all of their images are known."""
-    real, earlier = functools.cache(os.path.realpath), {}  # {path without links: (path as found, split)}
+    earlier = {}  # {path: its split}
     for split, reading in readings.items():
         present = {label for image in reading.images for label in image.labels[~image.crowd].tolist()}
         absent = [name for label, name in enumerate(categories.values()) if label not in present]
         if reading.images and absent:
-            more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
-            reading.note(f"no box of class {', '.join(absent[:10])}{more}")
+            reading.notes.add(f"no box of class {', '.join(absent)}")
         if split == "train" and reading.images and not present and not reading.errors:
             crowds = any(image.crowd.any() for image in reading.images)
-            reading.error(f"not a single usable box to train on in {len(reading.images)} images"
+            reading.errors.add(f"not a single usable box to train on in {len(reading.images)} images"
                                + ": all are crowd regions (iscrowd, VOC: difficult)" * crowds)
         for image in reading.images:
-            path = os.path.realpath(image.path) if os.path.islink(image.path) else image.path
-            folder, name = os.path.split(path)
-            first, home = earlier.setdefault(os.path.join(real(folder), name), (image, split))
-            if first is not image:
-                reading.note(already_in(home, split), f"{image.path} is {first.path}")
-
-
-def already_in(home, split):
-    """The kind of problem that an image is when it has been in `home` before."""
-    return f"images that are in {home} already, " + ("kept" if home == split else "so val is too easy")
+            if image.path in earlier:
+                reading.notes.add(f"images that are in {earlier[image.path]} already, kept", image.path)
+            earlier.setdefault(image.path, split)

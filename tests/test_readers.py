@@ -295,7 +295,7 @@ REPAIRED = {  # what tools write, and the note about it
     "no size": (edit("images", 0, width=..., height=0), ""),
     "size as text": (edit("images", 0, width="64", height=48.0), ""),
     "no iscrowd": (edit("annotations", 0, iscrowd=...), ""),
-    "false iscrowd": (edit("annotations", 0, iscrowd=False, area=0), "areas that are not numbers above 0"),
+    "false iscrowd": (edit("annotations", 0, iscrowd=False, area=0), ""),
     "only polygons": (edit("annotations", 0, bbox=..., segmentation=[
         [10, 8, 30, 8, 30, 9], [10, 20, 12, 24, 11, 9]]), "from outlines, because there is no bbox: 1"),
     "VIA's polygon": (edit("annotations", 0, bbox=[], segmentation=[10, 8, 30, 8, 30, 24]), "from outlines"),
@@ -546,13 +546,12 @@ def test_the_folder_one_level_up_names_the_one_that_is_meant(tmp_path):
 
 
 VOC_BROKEN = {
-    "not XML": (lambda text: text[:-20], "XML files that cannot be read: 1 .first: .*1.xml: "),
+    "not XML": (lambda text: text[:-20], "cannot be used: 1 .first: .*1.xml cannot be read"),
     "CVAT": (lambda text: "<annotations><version/></annotations>", "CVAT's own form: export as COCO 1.0"),
-    "another root": (lambda text: "<svg/>", "without VOC annotations: 1 .*<svg>"),
-    "no name": (lambda text: text.replace("<name>cat</name>", ""), "objects without a <name>: 1 .*object 1"),
-    "no box": (lambda text: text.replace("bndbox", "robndbox"), "no four numbers xmin, .*: 1 .*object 1"),
-    "no number": (lambda text: text.replace("<xmin>11", "<xmin>x"), "no four numbers.*: x, 9, 30, 24"),
-    "entities": (lambda text: "<!DOCTYPE a [<!ENTITY a 'ha'>]>" + text, "declares entities"),
+    "another root": (lambda text: "<svg/>", "has no VOC annotations, but <svg>"),
+    "no name": (lambda text: text.replace("<name>cat</name>", ""), "objects without name: 1 .*object 1"),
+    "no box": (lambda text: text.replace("bndbox", "robndbox"), "without four numbers.*: 1 .*object 1"),
+    "no number": (lambda text: text.replace("<xmin>11", "<xmin>x"), "without four numbers.*: x, 9, 30, 24"),
     "GBK": (lambda text: text.replace("cat", "\u72d7").encode("gbk"), "save it as UTF-8"),
 }
 
@@ -585,7 +584,7 @@ def test_data_yaml_as_people_write_it(text, names, tmp_path):
 
 
 @pytest.mark.parametrize("text, words", {
-    "names: [a, b": "cannot be read as YAML: line",
+    "names: [a, b": "cannot be read as YAML: .*line",
     "names: {dog: 0}": "names should be a list",
     "names: []": "names should be a list",
     "train: images/train": "names should be a list",
@@ -676,7 +675,7 @@ def test_yolo_without_val_without_names_without_images(tmp_path):
 def test_a_folder_without_a_known_layout_lists_what_is_there(tmp_path):
     (tmp_path / "photos").mkdir(), (tmp_path / "labels.csv").touch()
     write_image(tmp_path / "photos/1.png")
-    with pytest.raises(UserError, match="no train annotations here.*photos/.*1 .csv.*export"):
+    with pytest.raises(UserError, match="no train annotations here.*photos/.*1 .csv.*Export"):
         read(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         read(tmp_path / "nowhere")
