@@ -1,7 +1,7 @@
 """Model files: loading them, checking the options of build(), and checking that a model keeps the contract.
 
 A model file is any .py file with RECIPE and build(num_classes, **options), see docs/contract.md. --model
-takes the name of our files, at the top level and in relatives/, or the path of your own, such as work/mine.py.
+takes the name of one of ours (the top level and relatives/), or the path of your own, such as work/mine.py.
 """
 import importlib.util
 import inspect
