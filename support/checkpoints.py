@@ -113,8 +113,7 @@ def in_our_names(module, checkpoint):
 def initialise(model, module, checkpoint, class_names):
     """Copies all tensors that fit into the model and prints the others; of queries as many as both have.
 
-    It copies a class head only if the checkpoint names the same classes. People who fine-tune DETR on their
-    own data do the same: they delete the class head and keep everything else. Raises UserError.
+    It copies a class head only if the checkpoint names the same classes. Raises UserError.
     """
     given, left = dict(in_our_names(module, checkpoint)), {}
     queries = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}

@@ -71,7 +71,7 @@ def make_parser(description):
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 usage="train.py [--FLAG VALUE ...]; --help explains every flag")
     add, one_of = p.add_argument, p.add_mutually_exclusive_group().add_argument
-    add("--model", type=name, help=f"a .py file, or one of {', '.join(files.known_files())}")
+    add("--model", type=name, help=f"a .py file, or one of {', '.join(files.known_files())}; default detr")
     add("--preset", choices=("laptop", "paper"), default="laptop", help="default laptop: small, from scratch")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="of the model; may be repeated")
     add("--data", type=name, metavar="DIR", help="folder in COCO, VOC or YOLO format; default: shapes")
@@ -109,7 +109,7 @@ def make_parser(description):
     add("--device", type=name, default="auto", help="auto (default), cpu, mps, cuda or cuda:1")
     add("--workers", type=between(int, 0, 256, "0 to 256"), default=machine.default_workers(),
         help="processes that load images; 0: the main process does it")
-    add("--seed", type=between(int, 0, 2**31, "0 to 2**31"), default=0, help="of all random numbers")
+    add("--seed", type=between(int, 0, 2**31, "0 to 2**31"), default=0, help="of all randomness; default 0")
     return p
 
 

@@ -50,16 +50,15 @@ def advice_for(error):
 def divergence(error, run):
     """The message of a run whose numbers are no longer finite."""
     layer = first_bad_layer(run.model, *(x.to(run.args.device) for x in run.parts[-1][:2]))
-    where = f"; first bad layer {layer}" if layer else ""
     amp = " or give --no-amp" if run.args.amp else ""
     lr = run.optimizer.param_groups[0]["lr"]
-    return (f"The model diverged at step {run.step} (lr {lr:.2g}): {error}{where}. Lower --lr{amp}, and "
-            f"continue from the last checkpoint: {run.command} --lr {run.args.lr / 10:g}")
+    return (f"The model diverged at step {run.step} (lr {lr:.2g}): {error}; first bad layer {layer}. Lower "
+            f"--lr{amp}, and continue from the last checkpoint: {run.command} --lr {run.args.lr / 10:g}")
 
 
 @torch.no_grad()
 def first_bad_layer(model, images, mask):
-    """The name of the first layer to return numbers that are not finite; None if all are finite again."""
+    """The name of the first layer to return numbers that are not finite, or "none"."""
     names, bad = {module: name for name, module in model.named_modules() if name}, []
 
     def check(module, inputs, output):
@@ -70,7 +69,7 @@ def first_bad_layer(model, images, mask):
 
     with torch.nn.modules.module.register_module_forward_hook(check):
         model(images, mask)
-    return next(iter(bad), None)
+    return next(iter(bad), "none")
 
 
 # ---- Before a run ------------------------------------------------------------------------------------------
