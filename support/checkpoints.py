@@ -48,12 +48,9 @@ def load_checkpoint(path):
     path = Path(path)
     path = path / "last.pt" if path.is_dir() else path
     checkpoint = read_file(path)
-    if not isinstance(checkpoint, dict) or "model_options" not in checkpoint:
-        raise UserError(f"{path}: not a checkpoint of train.py. To start a new run from official weights, "
-                        "give --init")
-    if checkpoint.get("format") != FORMAT:
-        raise UserError(f"{path}: written by another version of train.py, which this one cannot read; start "
-                        "a new run")
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise UserError(f"{path}: not a checkpoint of this version of train.py. To start a new run from "
+                        "official weights, give --init")
     return {**checkpoint, "path": str(path)}
 
 
@@ -72,12 +69,11 @@ def check_data(checkpoint, datasets):
     """Raises UserError unless the data are those of the checkpoint, in whatever folder they are now."""
     for dataset in datasets.values():
         if checkpoint["class_names"] != dataset.class_names:
-            known, given = (", ".join(names) for names in (checkpoint["class_names"], dataset.class_names))
-            raise UserError(f"the checkpoint has the classes {known}, but the data has {given}")
+            raise UserError(f"the checkpoint has the classes {', '.join(checkpoint['class_names'])}, but the "
+                            f"data has {', '.join(dataset.class_names)}")
         if dataset.held_out and checkpoint["held_out"] not in (None, dataset.held_out):
-            raise UserError("--split selects other images than when the run began, because images were "
-                            "added, removed or renamed. To evaluate on others, give --val-json and "
-                            "--val-images")
+            raise UserError("--split selects other images than when the run began, because images changed. "
+                            "To evaluate on others, give --val-json and --val-images")
     if "train" in datasets and checkpoint["num_images"] != len(datasets["train"]):
         raise UserError(f"the run was trained on {checkpoint['num_images']} images, but here are "
                         f"{len(datasets['train'])}. To train on other images, start a new run with --init")
@@ -117,19 +113,17 @@ def in_our_names(module, checkpoint):
 def initialise(model, module, checkpoint, class_names):
     """Copies all tensors that fit into the model and prints the others; of queries as many as both have.
 
-    It copies a class head only if the checkpoint names the same classes. People who fine-tune DETR on their
-    own data do the same: they delete the class head and keep everything else. Raises UserError.
+    It copies a class head only if the checkpoint names the same classes. Raises UserError.
     """
-    given, left = dict(in_our_names(module, checkpoint)), []
+    given, left = dict(in_our_names(module, checkpoint)), {}
     queries = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
     state, copied = model.state_dict(), 0
     for name, tensor in state.items():
         source = given.pop(name, None)
         if source is None:
-            if not name.endswith("num_batches_tracked"):  # frozen BatchNorm has none
-                left.append(f"{name}: not in the file, keeps its random values")
+            left[name] = "not in the file, keeps its random values"
         elif name.startswith("class_head.") and checkpoint.get("class_names") != class_names:
-            left.append(f"{name}: for other classes, keeps its random values")
+            left[name] = "for other classes, keeps its random values"
         elif source.shape == tensor.shape:
             tensor.copy_(source)
             copied += 1
@@ -137,14 +131,14 @@ def initialise(model, module, checkpoint, class_names):
             n = min(len(source), len(tensor))
             tensor[:n] = source[:n]
             copied += 1
-            left.append(f"{name}: the first {n} of the file's {len(source)} queries, for {len(tensor)} here")
+            left[name] = f"the first {n} of the file's {len(source)} queries, for {len(tensor)} here"
         else:
-            left.append(f"{name}: {list(source.shape)} in the file, {list(tensor.shape)} here; "
-                        "keeps its random values")
-    left += [f"{name}: only in the file, not used" for name in given
-             if not name.endswith("num_batches_tracked")]
-    print(f"init     {copied} of {len(state)} tensors copied" + (", except:" if left else ""))
-    for line in left[:12] + [f"and {len(left) - 12} more"] * (len(left) > 12):
+            left[name] = f"{list(source.shape)} in the file, {list(tensor.shape)} here; keeps random values"
+    left |= dict.fromkeys(given, "only in the file, not used")
+    lines = [f"{name}: {why}" for name, why in left.items()
+             if not name.endswith("num_batches_tracked")]  # frozen BatchNorm has none
+    print(f"init     {copied} of {len(state)} tensors copied" + (", except:" if lines else ""))
+    for line in lines[:12] + [f"and {len(lines) - 12} more"] * (len(lines) > 12):
         print(f"         {line}")
     if copied < len(state) / 2:
         raise UserError("--init: most of it does not fit. Give --model, --preset and --option of its run")

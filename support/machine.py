@@ -84,16 +84,11 @@ def join(device):
     """Joins this process to those of torchrun: each has its own GPU, or a share of the CPU."""
     if WORLD == 1:
         return
-    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if name not in os.environ]
-    if missing:
-        raise UserError(f"WORLD_SIZE is set in the environment, but {', '.join(missing)} is not: start with "
-                        "torchrun, or unset WORLD_SIZE")
     if torch.device(device).type != "cpu":
-        local, count = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
+        local, count = int(os.environ.get("LOCAL_RANK") or 0), torch.accelerator.device_count()
         if local >= count or torch.device(device).index is not None:
-            raise UserError(f"--device {device}: each process needs its own device, and there "
-                            f"{'is' if count == 1 else 'are'} {count}; lower --nproc-per-node")
+            raise UserError(f"--device {device}: each process needs its own device, and torch sees {count}; "
+                            "lower --nproc-per-node")
         torch.accelerator.set_device_index(local)
     torch.distributed.init_process_group(torch.distributed.get_default_backend_for_device(device))
     if RANK:

@@ -30,8 +30,7 @@ def load_model_file(name):
     """The module behind --model: one of our names, or the path of any .py file. Raises UserError."""
     path = known_files().get(str(name)) or Path(name)
     if not path.is_file() or path.suffix != ".py":
-        problem = "not a .py file" if path.is_file() else "no such file"
-        raise UserError(f"--model {name}: {problem}; give one of {', '.join(known_files())} or a .py file")
+        raise UserError(f"--model {name}: no such .py file; give one, or one of {', '.join(known_files())}")
     for folder in (ROOT, path.resolve().parent):
         if str(folder) not in sys.path:
             sys.path.append(str(folder))  # at the end: a neighbour called torch.py must not hide torch
@@ -102,8 +101,7 @@ def check_options(module, options):
 
 def without_download(module, options):
     """The options of a model whose backbone gets its weights from a checkpoint, if it has that option."""
-    known = default_options(module)
-    has_it = not known or "pretrained_backbone" in known
+    has_it = "pretrained_backbone" in (default_options(module) or ["pretrained_backbone"])
     return {**options, "pretrained_backbone": False} if has_it else options
 
 
@@ -127,8 +125,6 @@ def build_model(module, num_classes, options):
         value, needed = model.recipe.get(name), '"softmax" or "focal"' if name == "class_loss" else "a number"
         if value not in ("softmax", "focal") if name == "class_loss" else not isinstance(value, (int, float)):
             raise UserError(f"{file}: RECIPE's {name} is {value!r}, it must be {needed}")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError(f"{file}: no parameter of the model requires a gradient")
     return model
 
 

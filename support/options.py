@@ -13,26 +13,13 @@ from support.checkpoints import load_checkpoint, read_init
 
 # --preset laptop: learns from random weights on two CPU cores. LAPTOP of a model file overrides it.
 LAPTOP = dict(
-    steps=3600,
-    batch_size=16,
-    lr=3e-4,
-    lr_backbone=3e-4,  # from scratch the backbone learns like the rest
-    warmup=100,
-    schedule="cosine",
-    clip_norm=1.0,
-    backbone="resnet18",
-    backbone_norm="batch",
-    pretrained_backbone=False,
-    hidden_dim=128,
-    enc_layers=1,
-    dec_layers=3,
-    dim_feedforward=512,
-    dropout=0.0,
+    lr=3e-4, lr_backbone=3e-4,  # from scratch the backbone learns like the rest
+    steps=3600, batch_size=16, warmup=100, schedule="cosine", clip_norm=1.0,
+    backbone="resnet18", backbone_norm="batch", pretrained_backbone=False,
+    hidden_dim=128, enc_layers=1, dec_layers=3, dim_feedforward=512, dropout=0.0,
 )
 TRAINING = ("steps", "epochs", "lr_drop", "batch_size", "lr", "lr_backbone", "warmup", "schedule",
             "clip_norm", "weight_decay")  # the rest of a preset are options of the model
-# Options that we assume for a model file that does not show them, see default_options
-LAPTOP_OPTIONS = (*(name for name in LAPTOP if name not in TRAINING), "num_queries")
 PATHS = ("data", "train_json", "train_images", "val_json", "val_images")
 # These flags define a run. --resume may change all others.
 FIXED = ("model", "preset", "option", "out", "size", "seed", "batch_size", "overfit", "init", "split",
@@ -83,27 +70,22 @@ def make_parser(description):
     """Every flag. Those that depend on preset or run have no default here: parse() sets these."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 usage="train.py [--FLAG VALUE ...]; --help explains every flag")
-    names = ", ".join(files.known_files())
     add, one_of = p.add_argument, p.add_mutually_exclusive_group().add_argument
-    add("--model", type=name, help=f"one of {names} (default: detr), or a path to a .py file")
-    add("--preset", choices=("laptop", "paper"), default="laptop",
-        help="small and from scratch (default), or as in the paper")
-    add("--option", action="append", default=[], metavar="NAME=VALUE",
-        help="an option of the model, as in its build(); may be given several times")
-    add("--data", type=name, metavar="DIR",
-        help="folder in COCO, VOC or YOLO format; default: the embedded shapes")
+    add("--model", type=name, help=f"a .py file, or one of {', '.join(files.known_files())}; default detr")
+    add("--preset", choices=("laptop", "paper"), default="laptop", help="default laptop: small, from scratch")
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="of the model; may be repeated")
+    add("--data", type=name, metavar="DIR", help="folder in COCO, VOC or YOLO format; default: shapes")
     for path in ("train-json", "train-images", "val-json", "val-images"):
         add(f"--{path}", type=name, metavar="PATH", help="instead of --data: the four paths one by one")
     add("--split", type=between(float, 1e-9, 1 - 1e-9, "between 0 and 1, for example 0.2"), metavar="SHARE",
         help="take this share of the training images as val, e.g. 0.2; --seed determines which")
-    add("--no-flip", action="store_true",
-        help="never mirror images: for text, and where left and right are different classes")
+    add("--no-flip", action="store_true", help="never mirror images: for text and classes such as left hand")
     add("--size", type=between(int, 32, 8192, "32 to 8192 pixels"), help="pixels; laptop: longest side "
         "(96 for shapes, 256 for folders), paper: shortest side (800)")
     add("--out", type=name, help="folder for results; default runs/MODEL-DATA")
     one_of("--resume", type=name, metavar="RUN", help="continue a run exactly: its folder or a checkpoint")
-    one_of("--init", type=name, metavar="FILE", help="start from the weights of another run (file, or its "
-           "folder: best.pt) or of an official checkpoint; other classes and other numbers of queries fit")
+    one_of("--init", type=name, metavar="FILE", help="start from the weights of another run (its folder: "
+           "best.pt) or of an official checkpoint")
     one_of("--eval", action="store_true", help="only evaluate --weights")
     add("--weights", type=name, metavar="FILE", help="for --eval: a checkpoint, or a run's folder: last.pt")
     add("--overfit", type=COUNT, metavar="N", help="train and evaluate on the same N images")
@@ -119,18 +101,15 @@ def make_parser(description):
     add("--schedule", choices=("step", "cosine"), help="one drop to a tenth, or cosine to zero")
     add("--lr-drop", type=COUNT, help="epoch of the drop (--schedule step)")
     add("--warmup", type=between(int, 0, 10**9, "0 or greater"), help="steps of growing learning rate")
-    add("--eval-every", type=COUNT,
-        help="steps between evaluations and checkpoints; default a tenth of the run, in paper an epoch")
+    add("--eval-every", type=COUNT, help="steps; default a tenth of the run, in paper an epoch")
     add("--log-every", type=COUNT, default=20, help="steps between lines in log.jsonl; default 20")
     add("--amp", action=argparse.BooleanOptionalAction, default=False,
         help="autocast to bfloat16, on older CUDA cards to float16; matching and losses stay in float32")
     add("--compile", action="store_true", help="torch.compile the model")
-    add("--device", type=name, default="auto",
-        help="auto (default: cuda, mps or xpu if there is one, otherwise cpu), or as torch writes it: cuda:1")
+    add("--device", type=name, default="auto", help="auto (default), cpu, mps, cuda or cuda:1")
     add("--workers", type=between(int, 0, 256, "0 to 256"), default=machine.default_workers(),
         help="processes that load images; 0: the main process does it")
-    add("--seed", type=between(int, 0, 2**31, "0 to 2**31"), default=0,
-        help="of initial weights, data order, augmentation and dropout; default 0")
+    add("--seed", type=between(int, 0, 2**31, "0 to 2**31"), default=0, help="of all randomness; default 0")
     return p
 
 
@@ -208,7 +187,7 @@ def preset_values(preset, module):
     """All values of a preset: for training (the names in TRAINING) and options of the model (the rest)."""
     recipe = {name: value for name, value in module.RECIPE.items() if name in TRAINING}
     if preset == "laptop":
-        known = files.default_options(module) or LAPTOP_OPTIONS  # not every model has an encoder
+        known = files.default_options(module) or LAPTOP  # not every model has an encoder
         small = {name: value for name, value in LAPTOP.items() if name in TRAINING or name in known}
         return {**recipe, "epochs": None, **small, **getattr(module, "LAPTOP", {})}
     return {**recipe, "steps": None, "warmup": 0, "schedule": "step", **getattr(module, "PAPER", {})}
@@ -232,7 +211,7 @@ def parse_model_options(pairs):
 def resolve(request, train_set):
     """Fills in values that depend on the data: queries, size, steps, eval_every; args are final after it."""
     args, parts, options = request.args, request.args.accumulate * machine.WORLD, request.model_options
-    known = files.default_options(request.module) or LAPTOP_OPTIONS
+    known = files.default_options(request.module) or ("num_queries",)
     if args.preset == "laptop" and "num_queries" in known and "num_queries" not in options:
         # Twice the most objects: with fewer queries boxes get lost, with many more learning is slow
         room = max(20, 2 * train_set.max_boxes, request.init.get("model_options", {}).get("num_queries", 0))

@@ -3,7 +3,6 @@ import contextlib
 import copy
 import math
 import re
-import shlex
 import sys
 import time
 
@@ -22,10 +21,8 @@ def one_line_errors():
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         yield
-    except (UserError, OSError) as error:
+    except (UserError, OSError, FloatingPointError) as error:
         raise SystemExit(one_line(error))
-    except FloatingPointError as error:
-        raise SystemExit(f"The model is broken: {error}.")
     except KeyboardInterrupt:
         raise SystemExit("\nInterrupted.")
     except (RuntimeError, MemoryError) as error:
@@ -52,17 +49,16 @@ def advice_for(error):
 
 def divergence(error, run):
     """The message of a run whose numbers are no longer finite."""
-    where = where_it_went_bad(run.model, *(x.to(run.args.device) for x in run.parts[-1][:2]))
+    layer = first_bad_layer(run.model, *(x.to(run.args.device) for x in run.parts[-1][:2]))
     amp = " or give --no-amp" if run.args.amp else ""
     lr = run.optimizer.param_groups[0]["lr"]
-    return (f"The model diverged at step {run.step} (lr {lr:.2g}): {error}; {where}. Lower --lr{amp}, and "
-            f"continue from the last checkpoint: python train.py --resume {shlex.quote(str(run.folder))} "
-            f"--lr {run.args.lr / 10:g}")
+    return (f"The model diverged at step {run.step} (lr {lr:.2g}): {error}; first bad layer {layer}. Lower "
+            f"--lr{amp}, and continue from the last checkpoint: {run.command} --lr {run.args.lr / 10:g}")
 
 
 @torch.no_grad()
-def where_it_went_bad(model, images, mask):
-    """The first layer to return numbers that are not finite; if none does, where gradients are not finite."""
+def first_bad_layer(model, images, mask):
+    """The name of the first layer to return numbers that are not finite, or "none"."""
     names, bad = {module: name for name, module in model.named_modules() if name}, []
 
     def check(module, inputs, output):
@@ -73,19 +69,12 @@ def where_it_went_bad(model, images, mask):
 
     with torch.nn.modules.module.register_module_forward_hook(check):
         model(images, mask)
-    if bad:
-        return f"first bad layer {bad[0]}"
-    # Backward runs from the end, so the last of them went bad first
-    bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    return f"first bad gradient {bad[-1]}" if bad else "all layers are finite again"
+    return next(iter(bad), "none")
 
 
 # ---- Before a run ------------------------------------------------------------------------------------------
 def announce(model, datasets, request, train_step):
-    """Prints the settings of a run, its expected time, and warnings.
-
-    train_step: a function of (model, parts) that does one step, see try_out.
-    """
+    """Prints the settings of a run, its expected time, and warnings. train_step: see try_out."""
     args, train_set, done = request.args, datasets["train"], (request.checkpoint or {}).get("step", 0)
     amp = f" in {str(machine.amp_dtype(args.device))[6:]}" if args.amp else ""
     print(f"model    {args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
@@ -101,18 +90,15 @@ def announce(model, datasets, request, train_step):
     minutes = max(1, math.ceil(seconds * (args.steps - done) / 60))
     print(f"time     about {minutes} minute{'s' * (minutes > 1)} plus evaluations; memory "
           f"{machine.peak_memory(args.device)} for the largest possible batch")
-    for warning in warnings(model, train_set, args, queries):
+    for warning in warnings(train_set, args, queries):
         print(f"WARNING  {warning}")
 
 
-def warnings(model, train_set, args, queries):
+def warnings(train_set, args, queries):
     """Reasons for a low AP that are known before the run, one sentence each."""
     if queries < train_set.max_boxes:
         yield (f"{queries} queries, but an image has {train_set.max_boxes} boxes: the rest can never "
                "be found. Raise --option num_queries=N.")
-    published = model.recipe.get("batch_size", 0)
-    if args.preset == "paper" and args.lr == model.recipe.get("lr") and args.batch_size < published:
-        yield f"lr {args.lr:g} is for batches of {published} images; yours have {args.batch_size}: lower it."
     if args.preset == "paper" and args.steps < 100_000 and not args.init:
         yield (f"the transformer starts from random weights and gets {args.steps} steps. DETR needs "
                "more than 100,000: expect AP near 0, or give --init.")
@@ -121,7 +107,7 @@ def warnings(model, train_set, args, queries):
 
 
 def try_out(model, train_set, args, train_step, file):
-    """(seconds, queries) of one training step on a copy of the model, so that the step changes nothing.
+    """(seconds, queries) of one training step, train_step(model, parts), on a copy of the model.
 
     First comes one step on the largest possible batch, so that a lack of memory shows now and not in an hour.
     Raises UserError for this, for an error in the model's file, and for output that breaks the contract.

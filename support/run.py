@@ -23,16 +23,11 @@ FILES = ("args.json", "last.pt", "best.pt", "log.jsonl", "curves.png", "predicti
 
 
 class Run:
-    """Everything about a run that is neither model nor data. Only the process of rank 0 writes.
+    """Everything about a run that is neither model nor data. Only the process of rank 0 writes."""
 
-    step     optimiser steps done
-    best     the highest AP so far, -1 before the first evaluation
-    metrics  of the last evaluation; {} before the first one
-    window   values of each step since the last line of log.jsonl
-    judged   the step of the last evaluation
-    learned  evaluations in a row, since this start, with AP as good as 1
-    parts    the batch of this step, kept for the message of a divergence
-    """
+    # step: optimiser steps done; judged: the step of the last evaluation, metrics: its numbers; best: the
+    # highest AP; window: values of each step since the last line of log.jsonl
+    STATE = ("step", "judged", "best", "window", "metrics")
 
     def __init__(self, request, model, optimizer, datasets):
         """Claims a folder for a new run. Raises UserError if it cannot."""
@@ -44,8 +39,7 @@ class Run:
                          "num_images": len(train_set), "held_out": datasets["val"].held_out}
         self.steps_per_epoch = len(train_set) // self.args.batch_size
         start = resumed or dict(step=0, judged=0, best=-1.0, seconds=0.0, window=[], metrics={}, scaler={})
-        self.step, self.judged, self.best, self.window, self.metrics = (
-            start[name] for name in ("step", "judged", "best", "window", "metrics"))
+        self.step, self.judged, self.best, self.window, self.metrics = (start[name] for name in self.STATE)
         self.started = time.time() - start["seconds"]
         if start["scaler"]:
             self.scaler.load_state_dict(start["scaler"])
@@ -60,10 +54,7 @@ class Run:
 
     @contextlib.contextmanager
     def underway(self):
-        """Around the loop: a progress bar, Ctrl-C, and a summary at the end.
-
-        If an error ends the run, such as an unreadable image, the run is saved first.
-        """
+        """Around the loop: a progress bar, Ctrl-C, a summary. A run that an error ends is saved first."""
         self.bar = tqdm(total=self.args.steps, initial=self.step, unit="step", dynamic_ncols=True,
                         disable=True if machine.RANK else None)
         for number in machine.STOP_SIGNALS:
@@ -92,14 +83,11 @@ class Run:
 
     def stopped(self):
         """Whether to end before the last step: --overfit has been learned, or a process was told to stop."""
-        return self.is_learned() or any(machine.gather(bool(self.signals)))
-
-    def is_learned(self):
-        return self.args.overfit is not None and self.learned >= LEARNED[1]
+        return self.learned >= LEARNED[1] or any(machine.gather(bool(self.signals)))
 
     def finish(self):
         """Prints a summary. If the run was stopped, raises UserError with the command that resumes it."""
-        learned = self.is_learned()
+        learned = self.learned >= LEARNED[1]
         if self.evaluation_is_due() or self.step < self.args.steps and not learned:
             self.save("last.pt")
             message = f"Stopped at step {self.step} of {self.args.steps}; nothing is lost. Resume with: "
@@ -137,7 +125,7 @@ class Run:
     def evaluated(self, metrics, predictions):
         """Writes the numbers, keeps the best weights and the last, draws predictions and curves."""
         self.metrics, self.judged = metrics, self.step
-        self.learned = self.learned + 1 if metrics["AP"] >= LEARNED[0] else 0
+        self.learned = self.learned + 1 if self.args.overfit and metrics["AP"] >= LEARNED[0] else 0
         self.write(eval=metrics)
         improved, self.best = metrics["AP"] >= self.best, max(self.best, metrics["AP"])
         if improved:
@@ -159,9 +147,8 @@ class Run:
         if machine.RANK == 0:
             save(self.folder / name, {
                 "format": FORMAT, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "step": self.step, "judged": self.judged,
-                "best": self.best, "seconds": time.time() - self.started, "window": self.window,
-                "metrics": self.metrics,
+                "scaler": self.scaler.state_dict(), "seconds": time.time() - self.started,
+                **{name: getattr(self, name) for name in self.STATE},
                 "args": vars(self.args), "model_options": self.model_options, **self.identity})
 
     def describe(self):
@@ -175,16 +162,10 @@ class Run:
 
 
 def means(window):
-    """{name: mean} over the steps; "skipped" is the share of them that --amp skipped in float16.
-
-    A step may lack values: a skipped step has no gradient norm.
-    """
+    """{name: mean of its finite values}; a step that --amp skips in float16 has no finite gradient norm."""
     values = {name: [step[name] for step in window if math.isfinite(step.get(name, math.inf))]
               for name in window[-1]}
-    means = {name: sum(numbers) / len(numbers) for name, numbers in values.items() if numbers}
-    if skipped := sum(not math.isfinite(step.get("grad_norm", 0)) for step in window):
-        means["skipped"] = skipped / len(window)
-    return means
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items() if numbers}
 
 
 def claim_folder(args, module):
@@ -193,8 +174,6 @@ def claim_folder(args, module):
     name = f"{Path(args.model).stem}-{Path(source).resolve().name}"
     names = [name] + [f"{name}-{i}" for i in range(2, 1000)]
     for folder in [Path(args.out)] if args.out else [Path("runs") / name for name in names]:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--out {folder}: this is a file, but a run needs its own folder")
         folder.mkdir(parents=True, exist_ok=True)
         taken = sorted({*FILES, Path(module.__file__).name}.intersection(os.listdir(folder)))
         with contextlib.suppress(FileExistsError):

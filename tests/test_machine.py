@@ -29,12 +29,8 @@ def test_auto_takes_what_there_is_and_a_device_that_is_not_there_gets_a_sentence
 
 def test_each_process_takes_a_card_of_its_own(two_cards, monkeypatch):
     monkeypatch.setattr(machine, "WORLD", 3)
-    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "2")
-    with pytest.raises(UserError, match="its own device, and there are 2; lower --nproc-per-node"):
-        machine.join("cuda")
-    monkeypatch.delenv("LOCAL_RANK")
-    with pytest.raises(UserError, match="LOCAL_RANK is not: start with torchrun, or unset WORLD_SIZE"):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="its own device, and torch sees 2; lower --nproc-per-node"):
         machine.join("cuda")
 
 
@@ -51,7 +47,7 @@ def test_images_are_loaded_by_copies_of_this_process_or_by_itself(monkeypatch):
     (torch.OutOfMemoryError("CUDA out of memory"), "Out of memory. Raise --accumulate"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "loads images.* --workers 0"),
     (FileNotFoundError(2, "No such file", "x.png"), "x.png"), (UserError("a: b"), "^a: b$"),
-    (FloatingPointError("logits are not finite"), "broken: logits"), (KeyboardInterrupt(), "Interrupted"),
+    (FloatingPointError("logits are not finite"), "^logits are"), (KeyboardInterrupt(), "Interrupted"),
 ])
 def test_errors_that_people_meet_end_in_one_line(error, words):
     with pytest.raises(SystemExit, match=words) as end, report.one_line_errors():
