@@ -143,8 +143,8 @@ def collate(batch):
     padded = torch.zeros(len(images), 3, height, width)  # [B, 3, H, W]
     mask = torch.ones(len(images), height, width, dtype=torch.bool)  # [B, H, W]
     for image, canvas, padding in zip(images, padded, mask):
-        canvas[:, :image.shape[1], :image.shape[2]] = image
-        padding[:image.shape[1], :image.shape[2]] = False
+        h, w = image.shape[1:]
+        canvas[:, :h, :w], padding[:h, :w] = image, False
     return padded, mask, list(targets)
 
 
@@ -162,15 +162,14 @@ def from_images(paths, augment="laptop", size=None):
     """Image files, all images in folders, and PIL images as a data set without boxes, as for evaluation."""
     found = []
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        inside = [path]
-        if not isinstance(path, Image.Image) and os.path.isdir(path):
-            inside = sorted(file for file in Path(path).iterdir()
-                            if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-        elif not isinstance(path, Image.Image) and not os.path.exists(path):
+        if isinstance(path, Image.Image) or os.path.isfile(path):
+            found.append(path)
+        elif not os.path.isdir(path):
             raise UserError(f"{path}: no such image or folder")
-        if not inside:
+        elif inside := [file for file in Path(path).iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]:
+            found += sorted(filter(os.path.isfile, inside))
+        else:
             raise UserError(f"{path}: no images in this folder")
-        found += inside
     images = [bare_image(i, image) for i, image in enumerate(found)]
     return CocoFolder("images", images, {}, [], False, augment, size, seed=0)
 
