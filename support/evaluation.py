@@ -53,11 +53,8 @@ def to_coco(dataset, annotated_images, scores=None):
         for i, (label, box) in enumerate(zip(annotated.labels.tolist(), boxes)):
             annotations.append({
                 "id": len(annotations) + 1,  # not the file's: COCOeval takes a match with id 0 for no match
-                "image_id": annotated.id,
-                "category_id": dataset.category_ids[label],
-                "bbox": box,
-                "area": float(annotated.areas[i]),
-                "iscrowd": int(annotated.crowd[i]),
+                "image_id": annotated.id, "category_id": dataset.category_ids[label], "bbox": box,
+                "area": float(annotated.areas[i]), "iscrowd": int(annotated.crowd[i]),
                 "score": scores[k][i] if scores else 1.0,
             })
     coco = COCO()
@@ -82,16 +79,11 @@ METRICS = {
     "AR_medium": "AR100 of medium objects",
     "AR_large": "AR100 of large objects",
 }
-
-
 WARNED = set()  # names of data sets, so that a run prints the warning once
 
 
 def coco_eval(dataset, predictions):
-    """{name of METRICS: number} for {image id: dict from `postprocess`}, over all images of the data set.
-
-    An image without an entry counts as one in which nothing was found.
-    """
+    """{name of METRICS: number} of {image id: dict from `postprocess`}; nothing was found in other images."""
     if dataset.max_boxes > 100 and dataset.name not in WARNED:
         WARNED.add(dataset.name)
         print(f"WARNING  {dataset.name}: an image has {dataset.max_boxes} objects, but COCO's AP counts at "
@@ -112,10 +104,7 @@ def coco_eval(dataset, predictions):
 
 
 def signs_of_collapse(all_boxes, predictions):
-    """Numbers for the log that show whether a model predicts the same boxes everywhere.
-
-    all_boxes: [Q, 4] of every image, in the same units; predictions: as for coco_eval.
-    """
+    """Whether a model predicts the same boxes everywhere. all_boxes: [Q, 4] of each image, in one unit."""
     fewest = min(len(boxes) for boxes in all_boxes)  # two stages: a small image has fewer
     boxes = torch.stack([boxes[:fewest] for boxes in all_boxes])  # [N, Q, 4]
     seen = torch.cat([one["labels"][one["scores"] > 0.3] for one in predictions.values()]).unique()
