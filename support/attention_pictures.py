@@ -1,7 +1,6 @@
 """A picture for each method: the figure of its paper.
 
-draw_look(model, scene) chooses it by the arrays that look() finds in the model, and by the outputs of the
-model in training. The model's name does not matter, so that the file of another method needs no entry here.
+draw_look() chooses it by the arrays that look() finds and by outputs in training, not by the model's name.
 """
 import math
 from functools import partial
@@ -168,8 +167,8 @@ def draw_salient_points(scene):
 # ---- Additional stages and queries of training -------------------------------------------------------------
 def draw_stages(scene):
     """SQR: the same query at every stage, marked where one was better than the last (fading positives)."""
-    best, S = scene.detected_queries(20), len(scene.scores)
-    best = sorted(best, key=lambda item: -scene.fading_positives(item[0])[2].sum())[:4]  # a stable sort
+    S = len(scene.scores)
+    best = sorted(scene.detected_queries(20), key=lambda item: -scene.fading_positives(item[0])[2].sum())[:4]
     known = "\ntruth green; orange: better than the last stage in IoU and score" if scene.truth else ""
     figure, panels = square_panels(len(best), S, f"The same query at every stage, one query a row{known}")
     for row, (query, _, _) in zip(panels, best):
