@@ -1,7 +1,6 @@
 """Data for all detectors: `load` gives the sets of a folder or the embedded shapes, `collate` a padded batch.
 
-Legend: B images, C classes, n objects in one image, H x W pixels. Boxes are (cx, cy, w, h) in [0, 1] of the
-unpadded image; `boxes_xyxy` are two corners in pixels.
+Legend as in support/evaluation.py; n objects in one image, H x W pixels.
 """
 import copy
 import functools

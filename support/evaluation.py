@@ -25,11 +25,10 @@ def boxes_to_pixels(boxes, size):
 def postprocess(logits, boxes, sizes, softmax, num_classes=None, most=100):
     """Outputs of one stage -> scored boxes. Low scores stay, because AP measures the ranking.
 
-    logits [B, Q, C] (with softmax C + 1, the last is no-object) and boxes [B, Q, 4] of the model;
-    sizes: B pairs (height, width) of the original images. Returns B dicts: scores [k], labels [k], boxes [k,
-    4] xyxy in original pixels. With softmax: the best class of each query, k = Q. Otherwise: the best `most`
-    of all Q * C pairs, so a query may give two answers; COCO's AP counts 100 in an image. num_classes: the
-    number of real classes, without SMCA's additional sigmoid; answers of other classes are left out.
+    logits [B, Q, C] (with softmax C + 1, the last is no-object), boxes [B, Q, 4]; sizes: B pairs (height,
+    width) of the original images. Returns B dicts: scores [k], labels [k], boxes [k, 4] xyxy in original
+    pixels. With softmax: the best class of each query, k = Q. Otherwise: the best `most` of all Q * C pairs,
+    so a query may give two answers. num_classes: of real classes, without SMCA's additional sigmoid.
     """
     logits = logits.float()
     if softmax:
