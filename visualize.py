@@ -16,11 +16,10 @@ from types import SimpleNamespace
 
 from support import UserError, data
 from support.attention_pictures import draw_look
-from support.checkpoints import load_checkpoint, read_init
 from support.look import CannotDraw, make_scene
 from support.options import parse_model_options
 from support.pictures import draw_detections, save
-from support.predict import of_official, of_run
+from support.predict import load
 from support.report import one_line_errors
 
 
@@ -82,10 +81,7 @@ def picture_names(files):
 
 def main(argv=None):
     args = parse(argv)
-    if args.weights:
-        detector = of_run(load_checkpoint(args.weights), args.model, args.option)
-    else:
-        detector = of_official(read_init(args.init), args.init, args.model, args.option)
+    detector = load(args.weights or args.init, args.model, **args.option)
     if args.images:
         dataset = detector.dataset(args.images)
     else:

@@ -1,7 +1,6 @@
 """A picture for each method: the figure of its paper.
 
-draw_look(model, scene) chooses it by the arrays that look() finds in the model, and by the outputs of the
-model in training. The model's name does not matter, so that the file of another method needs no entry here.
+draw_look() chooses it by the arrays that look() finds and by outputs in training, not by the model's name.
 """
 import math
 from functools import partial
@@ -20,9 +19,11 @@ SAMPLES = dict(cmap="plasma", ec="white", lw=0.3, zorder=1)  # sampling points, 
 
 
 # ---- Panels ------------------------------------------------------------------------------------------------
-def show_scene(axes, scene, title, boxes=(), grey=False):
-    """The photo with boxes: [(box [4], colour, line style)]."""
+def show_scene(axes, scene, title, boxes=(), grey=False, window=None):
+    """The photo with boxes: [(box [4], colour, line style)]. window: arguments of zoom."""
     show(axes, scene.photo, scene.size, drawable(title), grey)
+    if window:
+        zoom(axes, scene, *window)
     for box, colour, style in boxes:
         draw_box(axes, box, colour, style)
 
@@ -118,14 +119,13 @@ def draw_sampling(scene):
             title = f"query of {name}" if part == "decoder" else "pixel of level 1, at the centre of a box"
             if part == "encoder":  # its queries are the pixels, those of the finest level first
                 query = scene.token_at(box.view(2, 2).mean(0), shapes[0])
-            show_scene(axes, scene, title, [(box, PREDICTED, "-")], grey=True)
+            show_scene(axes, scene, title, [(box, PREDICTED, "-")], grey=True, window=(box, 2.5))
             locations, weights = scene.to_pixels(seen["locations"][0, query]), seen["weights"][0, query]
             for level, marker in zip(range(len(shapes)), markers):
                 w = weights[:, level].flatten().numpy()
                 dots = show_points(axes, locations[:, level], w, 14 + 100 * w, vmin=0, vmax=1, marker=marker,
                                    **SAMPLES)
             show_points(axes, scene.to_pixels(seen["reference"][0, query, 0, :2]), REFERENCE)
-            zoom(axes, scene, box, 2.5)
     figure.colorbar(dots, ax=panels, shrink=0.6, label="weight; those of a head sum to 1")
     for i, ((h, w), marker) in enumerate(zip(shapes, markers)):
         axes.scatter([], [], c="grey", marker=marker, label=f"level {i + 1}: {h} x {w} cells")
@@ -142,9 +142,8 @@ def draw_samples(scene):
     title = "Last decoder layer: where, and at which scale, a query samples the feature maps"
     figure, panels = square_panels(1, len(best), title, side=4.0)
     for axes, (_, box, name), points, colours in zip(panels[0], best, xy, scales):
-        show_scene(axes, scene, name, [(box, PREDICTED, "-")], grey=True)
+        show_scene(axes, scene, name, [(box, PREDICTED, "-")], grey=True, window=(box, 2.5))
         dots = show_points(axes, points, colours, 24, vmin=scales.min(), vmax=scales.max(), **SAMPLES)
-        zoom(axes, scene, box, 2.5)
     figure.colorbar(dots, ax=panels, shrink=0.8, label="log2 of the stride that is read")
     return figure
 
@@ -168,8 +167,8 @@ def draw_salient_points(scene):
 # ---- Additional stages and queries of training -------------------------------------------------------------
 def draw_stages(scene):
     """SQR: the same query at every stage, marked where one was better than the last (fading positives)."""
-    best, S = scene.detected_queries(20), len(scene.scores)
-    best = sorted(best, key=lambda item: -scene.fading_positives(item[0])[2].sum())[:4]  # a stable sort
+    S = len(scene.scores)
+    best = sorted(scene.detected_queries(20), key=lambda item: -scene.fading_positives(item[0])[2].sum())[:4]
     known = "\ntruth green; orange: better than the last stage in IoU and score" if scene.truth else ""
     figure, panels = square_panels(len(best), S, f"The same query at every stage, one query a row{known}")
     for row, (query, _, _) in zip(panels, best):
@@ -178,9 +177,8 @@ def draw_stages(scene):
         for stage, axes in enumerate(row):
             overlap = f", IoU {iou[stage]:.2f}" if truth else ", finds nothing" if scene.truth else ""
             title = f"stage {stage + 1}: {scene.in_words(stage, query)}{overlap}"
-            show_scene(axes, scene, title, truth + [(boxes[stage], PREDICTED, "-")])
+            show_scene(axes, scene, title, truth + [(boxes[stage], PREDICTED, "-")], window=(boxes, 1.3))
             axes.title.set_color("#e65100" if better[stage] else "black")
-            zoom(axes, scene, boxes, 1.3)
     return figure
 
 
@@ -195,10 +193,10 @@ def draw_parts(scene, parts, softmax):
             boxes = boxes_to_pixels(out["boxes"][stage, 0], scene.size)
             claims = (labels == scene.labels[-1, query]) & (scores > scene.threshold)
             claims &= box_iou(boxes, box[None])[:, 0] >= 0.5
-            show_scene(axes, scene, f"{part}: {claims.sum()} x {name.rsplit(' ', 1)[0]}")
+            title = f"{part}: {claims.sum()} x {name.rsplit(' ', 1)[0]}"
+            show_scene(axes, scene, title, window=(box, 2))
             for claimed, score in zip(boxes[claims], scores[claims].tolist()):
                 draw_box(axes, claimed, PREDICTED, alpha=0.2 + 0.8 * score)
-            zoom(axes, scene, box, 2)
     return figure
 
 
@@ -215,12 +213,11 @@ def draw_denoising(scene, noisy, out):
         true, name = boxes_to_pixels(true, scene.size), scene.class_names[label]
         scores = torch.cat([torch.ones(1, N), out["logits"][:, 0, :, label].sigmoid()])  # [1 + S, N]
         for axes, stage, step in zip(row, (0, 1, S), ("with noise", "after layer 1", f"after layer {S}")):
-            iou = box_iou(boxes[stage, target == k], true[None]).mean()
-            show_scene(axes, scene, f"{name} {step}: mean IoU {iou:.2f}", [(true, TRUE, "--")])
+            title = f"{name} {step}: mean IoU {box_iou(boxes[stage, target == k], true[None]).mean():.2f}"
+            show_scene(axes, scene, title, [(true, TRUE, "--")], window=(true, 2.5))
             for query in range(k, N, n)[:2 * MOST_GROUPS]:  # copy c of object k has place c * n + k
                 colour = PREDICTED if target[query] == k else REFERENCE
                 draw_box(axes, boxes[stage, query], colour, alpha=0.2 + 0.8 * scores[stage, query].item())
-            zoom(axes, scene, true, 2.5)
     return figure
 
 

@@ -4,11 +4,11 @@ import hashlib
 import sys
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags
 from tqdm import tqdm
 
 from support import UserError, visible
-from support.images import as_user_error, load_image, nearly_black
+from support.images import load_image, nearly_black, opened
 from support.report import one_line_errors
 from support.splits import read_splits
 
@@ -20,7 +20,7 @@ def check_files(readings):
     for split, reading, image in tqdm(images, "images", dynamic_ncols=True, leave=False, disable=None):
         try:
             load_image(image)
-            with as_user_error(image.path, image.id), Image.open(image.path) as raw:
+            with opened(image.path, image.id) as raw:
                 turned = raw.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
             with open(image.path, "rb") as file:
                 fingerprint = hashlib.sha256(file.read()).digest()

@@ -1,7 +1,6 @@
 """Data for all detectors: `load` gives the sets of a folder or the embedded shapes, `collate` a padded batch.
 
-Legend: B images, C classes, n objects in one image, H x W pixels. Boxes are (cx, cy, w, h) in [0, 1] of the
-unpadded image; `boxes_xyxy` are two corners in pixels.
+Legend as in support/evaluation.py; n objects in one image, H x W pixels.
 """
 import copy
 import functools
@@ -19,7 +18,7 @@ from torchvision.transforms import v2
 
 from support import UserError, visible
 from support.evaluation import to_coco
-from support.images import bare_image, images_in, load_image, nearly_black, to_input_and_target
+from support.images import IMAGE_SUFFIXES, bare_image, load_image, nearly_black, to_input_and_target
 from support.shapes import Shapes
 from support.splits import read_splits
 
@@ -95,17 +94,10 @@ class CocoFolder(Dataset):
 
 
 # ---- Augmentation ------------------------------------------------------------------------------------------
-class RandomSizeCrop(torch.nn.Module):
+def random_size_crop(smallest, largest, image, target):
     """Cuts out a window with sides of smallest..largest pixels. Objects outside go with their labels."""
-
-    def __init__(self, smallest, largest):
-        super().__init__()
-        self.smallest, self.largest = smallest, largest
-
-    def forward(self, image, target):
-        height, width = (int(torch.randint(min(self.smallest, side), min(self.largest, side) + 1, ()))
-                         for side in image.shape[-2:])
-        return v2.SanitizeBoundingBoxes()(*v2.RandomCrop((height, width))(image, target))
+    sides = [int(torch.randint(min(smallest, side), min(largest, side) + 1, ())) for side in image.shape[-2:]]
+    return v2.SanitizeBoundingBoxes()(*v2.RandomCrop(sides)(image, target))
 
 
 def make_transform(train, augment, size, flip=True):
@@ -124,14 +116,14 @@ def make_transform(train, augment, size, flip=True):
             return v2.RandomShortestSize([size], longest)
         resize = v2.RandomShortestSize([round(side * scale) for side in range(480, 801, 32)], longest)
         cut = [v2.RandomShortestSize([round(side * scale) for side in (400, 500, 600)]),
-               RandomSizeCrop(round(384 * scale), round(600 * scale)), resize]
+               functools.partial(random_size_crop, round(384 * scale), round(600 * scale)), resize]
         return v2.Compose([*mirror, v2.RandomChoice([resize, v2.Compose(cut)])])
 
     fit = v2.Resize(size=None, max_size=size)
     if augment == "none" or not train:
         return fit
     magnify = [v2.Resize(size=None, max_size=round(size * zoom)) for zoom in (1.0, 1.2, 1.4, 1.6)]
-    cut = [v2.RandomChoice(magnify), RandomSizeCrop(round(size * 0.7), size)]
+    cut = [v2.RandomChoice(magnify), functools.partial(random_size_crop, round(size * 0.7), size)]
     return v2.Compose([
         *mirror,  # not upside down: right for cells, wrong for people and most of the world
         v2.RandomChoice([fit, v2.Compose(cut)]),
@@ -150,8 +142,8 @@ def collate(batch):
     padded = torch.zeros(len(images), 3, height, width)  # [B, 3, H, W]
     mask = torch.ones(len(images), height, width, dtype=torch.bool)  # [B, H, W]
     for image, canvas, padding in zip(images, padded, mask):
-        canvas[:, :image.shape[1], :image.shape[2]] = image
-        padding[:image.shape[1], :image.shape[2]] = False
+        h, w = image.shape[1:]
+        canvas[:, :h, :w], padding[:h, :w] = image, False
     return padded, mask, list(targets)
 
 
@@ -167,15 +159,17 @@ def first_with_boxes(dataset, n, augment=False):
 # ---- Load --------------------------------------------------------------------------------------------------
 def from_images(paths, augment="laptop", size=None):
     """Image files, all images in folders, and PIL images as a data set without boxes, as for evaluation."""
-    images = []
+    found = []
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        inside = [path]
-        if not isinstance(path, Image.Image):
-            inside = images_in(path) if os.path.isdir(path) else [path] * os.path.exists(path)
-        if not inside:
-            what = "images in this folder" if os.path.isdir(path) else "such image or folder"
-            raise UserError(f"{path}: no {what}")
-        images += [bare_image(i, image) for i, image in enumerate(inside, len(images))]
+        if isinstance(path, Image.Image) or os.path.isfile(path):
+            found.append(path)
+        elif not os.path.isdir(path):
+            raise UserError(f"{path}: no such image or folder")
+        elif inside := [file for file in Path(path).iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]:
+            found += sorted(filter(os.path.isfile, inside))
+        else:
+            raise UserError(f"{path}: no images in this folder")
+    images = [bare_image(i, image) for i, image in enumerate(found)]
     return CocoFolder("images", images, {}, [], False, augment, size, seed=0)
 
 

@@ -25,11 +25,10 @@ def boxes_to_pixels(boxes, size):
 def postprocess(logits, boxes, sizes, softmax, num_classes=None, most=100):
     """Outputs of one stage -> scored boxes. Low scores stay, because AP measures the ranking.
 
-    logits [B, Q, C] (with softmax C + 1, the last is no-object) and boxes [B, Q, 4] of the model;
-    sizes: B pairs (height, width) of the original images. Returns B dicts: scores [k], labels [k], boxes [k,
-    4] xyxy in original pixels. With softmax: the best class of each query, k = Q. Otherwise: the best `most`
-    of all Q * C pairs, so a query may give two answers; COCO's AP counts 100 in an image. num_classes: the
-    number of real classes, without SMCA's additional sigmoid; answers of other classes are left out.
+    logits [B, Q, C] (with softmax C + 1, the last is no-object), boxes [B, Q, 4]; sizes: B pairs (height,
+    width) of the original images. Returns B dicts: scores [k], labels [k], boxes [k, 4] xyxy in original
+    pixels. With softmax: the best class of each query, k = Q. Otherwise: the best `most` of all Q * C pairs,
+    so a query may give two answers. num_classes: of real classes, without SMCA's additional sigmoid.
     """
     logits = logits.float()
     if softmax:
@@ -53,11 +52,8 @@ def to_coco(dataset, annotated_images, scores=None):
         for i, (label, box) in enumerate(zip(annotated.labels.tolist(), boxes)):
             annotations.append({
                 "id": len(annotations) + 1,  # not the file's: COCOeval takes a match with id 0 for no match
-                "image_id": annotated.id,
-                "category_id": dataset.category_ids[label],
-                "bbox": box,
-                "area": float(annotated.areas[i]),
-                "iscrowd": int(annotated.crowd[i]),
+                "image_id": annotated.id, "category_id": dataset.category_ids[label], "bbox": box,
+                "area": float(annotated.areas[i]), "iscrowd": int(annotated.crowd[i]),
                 "score": scores[k][i] if scores else 1.0,
             })
     coco = COCO()
@@ -82,16 +78,11 @@ METRICS = {
     "AR_medium": "AR100 of medium objects",
     "AR_large": "AR100 of large objects",
 }
-
-
 WARNED = set()  # names of data sets, so that a run prints the warning once
 
 
 def coco_eval(dataset, predictions):
-    """{name of METRICS: number} for {image id: dict from `postprocess`}, over all images of the data set.
-
-    An image without an entry counts as one in which nothing was found.
-    """
+    """{name of METRICS: number} of {image id: dict from `postprocess`}; nothing was found in other images."""
     if dataset.max_boxes > 100 and dataset.name not in WARNED:
         WARNED.add(dataset.name)
         print(f"WARNING  {dataset.name}: an image has {dataset.max_boxes} objects, but COCO's AP counts at "
@@ -112,10 +103,7 @@ def coco_eval(dataset, predictions):
 
 
 def signs_of_collapse(all_boxes, predictions):
-    """Numbers for the log that show whether a model predicts the same boxes everywhere.
-
-    all_boxes: [Q, 4] of every image, in the same units; predictions: as for coco_eval.
-    """
+    """Whether a model predicts the same boxes everywhere. all_boxes: [Q, 4] of each image, in one unit."""
     fewest = min(len(boxes) for boxes in all_boxes)  # two stages: a small image has fewer
     boxes = torch.stack([boxes[:fewest] for boxes in all_boxes])  # [N, Q, 4]
     seen = torch.cat([one["labels"][one["scores"] > 0.3] for one in predictions.values()]).unique()

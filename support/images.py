@@ -2,7 +2,6 @@
 import contextlib
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,12 +33,13 @@ class AnnotatedImage:
 
 
 @contextlib.contextmanager
-def as_user_error(path, image_id):
-    """Whatever PIL raises for a damaged file becomes a UserError: OSError, SyntaxError, struct.error, ..."""
+def opened(path, image_id, pixels=None):
+    """The PIL image of a file, or `pixels`. Whatever PIL raises becomes a UserError: SyntaxError, ..."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half of what is refused
-            yield
+            with contextlib.nullcontext(pixels) if pixels else Image.open(path) as raw:
+                yield raw
     except Exception as error:
         what = what_is_it(path) if isinstance(error, UnidentifiedImageError) else reason(error)
         if isinstance(error, Image.DecompressionBombError):
@@ -64,15 +64,9 @@ def size_shown(raw):
     return raw.size[::-1] if turned and raw.format != "TIFF" else raw.size  # PIL has turned a TIFF's size
 
 
-def images_in(folder):
-    """The image files in a folder, by their endings, as sorted Paths."""
-    return sorted(path for path in Path(folder).iterdir()
-                  if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-
-
 def file_size(path, image_id):
     """(height, width) of an image file as a viewer shows it."""
-    with as_user_error(path, image_id), Image.open(path) as raw:
+    with opened(path, image_id) as raw:
         return size_shown(raw)[::-1]
 
 
@@ -84,18 +78,13 @@ def bare_image(i, image):
     return AnnotatedImage(i, str(image), *file_size(image, i), *nothing)
 
 
-def open_image(annotated):
-    """A context with its PIL image, which is closed if it came from a file."""
-    return contextlib.nullcontext(annotated.pixels) if annotated.pixels else Image.open(annotated.path)
-
-
 def load_image(annotated):
     """An AnnotatedImage's pixels as a PIL image in RGB. UserError if damaged or not of the annotated size.
 
     Tools that obey a camera's EXIF note "turn me" draw boxes on the turned image, others on the raw one: the
     annotated size tells which. Where it does not (half a turn, a mirror, a square) we obey.
     """
-    with as_user_error(annotated.path, annotated.id), open_image(annotated) as raw:
+    with opened(annotated.path, annotated.id, annotated.pixels) as raw:
         size, shown = (annotated.width, annotated.height), size_shown(raw)
         if size not in (shown, raw.size):
             raise UserError(f"the file has {shown[0]} x {shown[1]} pixels, its annotations say "
@@ -107,8 +96,7 @@ def load_image(annotated):
 
 def nearly_black(annotated):
     """A note on an image of 16 bits that are hardly used, as of 12-bit sensors; None for others."""
-    with contextlib.suppress(UserError), as_user_error(annotated.path, annotated.id), \
-            open_image(annotated) as raw:
+    with contextlib.suppress(UserError), opened(annotated.path, annotated.id, annotated.pixels) as raw:
         if raw.mode.startswith("I") and np.asarray(raw).max() < 2 ** 14:
             return "16-bit images with values below 16384: (nearly) black, scale all of them to 65535"
 

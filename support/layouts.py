@@ -11,8 +11,7 @@ from support.readers import MOST_JSON, locate, parse_coco, read_config, read_lab
 
 NAMES = {"train": ["train", "training", "trainval"], "val": ["val", "valid", "validation", "test"]}
 ALIKE = [["train", "training"], ["val", "valid", "validation"], ["test"]]
-LAYOUTS = {  # annotations below the folder, in any case; {} is one of NAMES. The first fit is taken. Those
-    # without {} are for --split: all images are together
+LAYOUTS = {  # in any case, the first fit is taken; {} is one of NAMES, and a layout without it is for --split
     "COCO": ["annotations/instances_{}2017.json", "annotations/instances_{}.json", "annotations/*{}*.json",
              "{}/_annotations.coco.json", "{}/*.json", "{}/annotations/*.json", "images/{}/*.json",
              "labels/*{}*.json", "*{}*.json", "*.json", "annotations/*.json", "labels/*.json"],

@@ -48,10 +48,10 @@ def read(name, module, given, output):
     if kind in ("Attention", "SharedKeyAttention"):
         return read_attention(module.nheads, **given)
     if kind == "MSDeformAttn":
-        query, reference, spatial_shapes = (given[key] for key in ("query", "reference", "spatial_shapes"))
-        locations, weights = module.locations_and_weights(query, reference, spatial_shapes)
-        shapes = torch.tensor([tuple(shape) for shape in spatial_shapes])
-        return {"locations": locations, "weights": weights, "reference": reference, "shapes": shapes}
+        query, reference, shapes = (given[key] for key in ("query", "reference", "spatial_shapes"))
+        locations, weights = module.locations_and_weights(query, reference, shapes)
+        return {"locations": locations, "weights": weights, "reference": reference,
+                "shapes": torch.tensor([tuple(shape) for shape in shapes])}
     if kind == "SemanticsAligner":  # SAM-DETR
         return {"points": output[2], "reference": given["reference"]}
     if kind == "Sampler":  # AdaMixer
@@ -72,10 +72,9 @@ def look(model, *inputs):
     images [B, 3, H, W], mask [B, H, W] bool, True on padding. seen: {name of the module: {name of the array:
     tensor on the CPU}}, in the order in which modules ran; the last run of a module counts. By class:
 
-    Attention         weights [B, M, Q, T], rows sum to 1, padding gets 0. Where q and k are [content |
-                      position] in every head, also content and spatial: the attention by one half only.
-                      Where a bias is added (not in self-attention), also prior = exp(bias) and content
-                      without it.
+    Attention         weights [B, M, Q, T], rows sum to 1, padding gets 0. Also content and spatial, by one
+                      half of q and k, if these are [content | position] in every head; or prior = exp(bias)
+                      and content without it, if a bias is added (not in self-attention)
     MSDeformAttn      locations [B, Q, M, L, K, 2] as (x, y) and reference [B, Q, L, 2 or 4], in [0, 1] of the
                       padded maps; weights [B, Q, M, L, K], summing to 1 over L and K; shapes [L, 2] as (h, w)
     SemanticsAligner  points [B, Q, M, 2] and reference [B, Q, 4] in [0, 1] of the image
@@ -165,10 +164,9 @@ class Scene:
         return {"labels": torch.tensor(labels), "boxes": boxes / torch.tensor(self.size[::-1] * 2)}
 
     def fading_positives(self, query):
-        """(true box [4] that the last stage finds or None, IoU [S], whether a stage was better [S]).
+        """(true box [4] that the last stage finds with IoU 0.5 or more, or None; IoU [S]; better [S]).
 
-        Found: the same class and IoU 0.5 or more. Better: the same class, a higher IoU and a higher score, so
-        that the true positive fades (SQR, section 3).
+        Better is a stage with the same class, a higher IoU and a higher score than the last (SQR, section 3).
         """
         label, score = self.labels[:, query], self.scores[:, query]
         for name, box in self.truth:

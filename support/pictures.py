@@ -127,8 +127,7 @@ def draw_curves(log, path):
             left.plot(*zip(*points), "--" if "_" in name else "-", color=colour, label=name)
     left.set(title="Losses of the last stage, without weights", xlabel="step", ylabel="loss", yscale="log")
     for name in ("AP", "AP50", "AP75") if evals else ():
-        values = [line["eval"][name] for line in evals]
-        right.plot([line["step"] for line in evals], values, "o-", ms=3, label=name)
+        right.plot(*zip(*[(line["step"], line["eval"][name]) for line in evals]), "o-", ms=3, label=name)
     right.set(title="Held-out images", xlabel="step", ylabel="average precision", ylim=(0, 1.02))
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -154,7 +153,6 @@ def draw_detections(scene, found):
             draw_box(axes, box, colours[name])
             if text:
                 draw_label(axes, box, text, colours[name], scene.size)
-    keys = [Rectangle((0, 0), 1, 1, color=colour, label=drawable(name)) for name, colour in colours.items()]
-    if keys:
+    if keys := [Rectangle((0, 0), 1, 1, color=c, label=drawable(name)) for name, c in colours.items()]:
         figure.legend(handles=keys, loc="outside lower center", ncols=6 * columns, fontsize=9)
     return figure

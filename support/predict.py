@@ -33,13 +33,24 @@ def load(source, model=None, device="cpu", **options):
         raise UserError(f"source {source!r} and model {model!r} must be paths or names")
     try:
         checkpoint = load_checkpoint(source) if Path(source).is_dir() else read_init(source)
-        if "model_options" in checkpoint:
-            return of_run(checkpoint, model, options).to(device)
-        if model is None:
+        is_run = "model_options" in checkpoint
+        if is_run:
+            module, names = load_model_of(checkpoint, model), checkpoint["class_names"]
+            trained, options = checkpoint["args"], {**checkpoint["model_options"], **options}
+        elif model is None:
             raise UserError(f'{source}: official weights need the name of a model, such as model="detr"')
-        return of_official(checkpoint, source, model, options).to(device)
+        else:
+            module, trained = load_model_file(model), {"preset": "paper", "size": 800}
+            if not hasattr(module, "load_official"):
+                raise UserError(f"{model} has no load_official() that could read official weights")
+            names = official_names(checkpoint, module.RECIPE)
+        network = build_model(module, len(names), without_download(module, options)).eval()
+        load_weights(network, checkpoint) if is_run else module.load_official(network, checkpoint)
     except OSError as error:
         raise UserError(f"{source}: {reason(error)}") from None
+    except RuntimeError as error:
+        raise UserError(f"{source}: of another model, or needs an --option: {reason(error)}") from None
+    return Detector(network, names, trained).to(device)
 
 
 # ---- Photos in, boxes out ----------------------------------------------------------------------------------
@@ -104,8 +115,8 @@ class Detector:
             kept = answers(self.model, out, files, size, len(self.class_names), threshold)
             for index, file, one in zip(indices, files, kept):
                 found[index] = Found(file, size, **one, names=[self.class_names[i] for i in one["labels"]])
-        is_folder = isinstance(what, (str, Path)) and Path(what).is_dir()
-        return [found[i] for i in range(len(dataset))] if several or is_folder else found[0]
+        several = several or isinstance(what, (str, Path)) and Path(what).is_dir()
+        return [found[i] for i in range(len(dataset))] if several else found[0]
 
 
 def is_softmax(model):
@@ -134,7 +145,7 @@ def to_photo(what, place):
         raise UserError(f"{place}: a {type(what).__name__} is not a path, PIL image, numpy array or tensor")
     array = what
     if isinstance(what, torch.Tensor):
-        array = np.asarray(what.detach().cpu().float() if what.is_floating_point() else what.cpu())
+        array = (what.detach().cpu().float() if what.is_floating_point() else what.cpu()).numpy()
         array = np.moveaxis(array, 0, -1) if array.ndim == 3 else array
     array = array[:, :, 0] if array.shape[2:] == (1,) else array  # grey
     if array.dtype.kind == "f" and array.size and 0 <= array.min() and array.max() <= 1:  # not for nan
@@ -143,30 +154,6 @@ def to_photo(what, place):
         raise UserError(f"{place}: {list(what.shape)}, {what.dtype}; give an array [H, W, 3] or a tensor "
                         "[3, H, W], uint8 or floats from 0 to 1, before any normalisation")
     return Image.fromarray(np.ascontiguousarray(array))
-
-
-# ---- Models ------------------------------------------------------------------------------------------------
-def of_run(checkpoint, model, options):
-    """A Detector from a checkpoint of load_checkpoint; `model`, if given, replaces the model of its run."""
-    module, names = load_model_of(checkpoint, model), checkpoint["class_names"]
-    known = without_download(module, {**checkpoint["model_options"], **options})
-    network = build_model(module, len(names), known).eval()
-    load_weights(network, checkpoint)
-    return Detector(network, names, checkpoint["args"])
-
-
-def of_official(checkpoint, source, model, options):
-    """A Detector from official weights, which read_init returned. Raises UserError."""
-    module = load_model_file(model)
-    if not hasattr(module, "load_official"):
-        raise UserError(f"{model} has no load_official() that could read official weights")
-    names = official_names(checkpoint, module.RECIPE)
-    network = build_model(module, len(names), without_download(module, options)).eval()
-    try:
-        module.load_official(network, checkpoint)
-    except RuntimeError as error:
-        raise UserError(f"{source}: of another model, or needs an --option: {reason(error)}") from None
-    return Detector(network, names, {"preset": "paper", "size": 800})
 
 
 def official_names(checkpoint, recipe):

@@ -60,8 +60,7 @@ def parse_coco(path):
         raise UserError("is empty" if not text.strip() else f"cannot be read as JSON: {error}") from None
     lists = [contents.get(key) if isinstance(contents, dict) else None
              for key in ("images", "categories", "annotations")]
-    are_lists = all(isinstance(one, list) and all(isinstance(entry, (dict, tuple)) for entry in one)
-                    for one in lists)
+    are_lists = all(isinstance(one, list) and all(isinstance(e, (dict, tuple)) for e in one) for one in lists)
     if not are_lists or any("caption" in entry or "segments_info" in entry for entry in lists[2][:1]):
         guess = next((f"; this is {form}" for key, form in OTHER_FORMS.items() if f'"{key}"' in text), "")
         raise UserError("is no COCO file of objects, which has the lists images, annotations and categories"
@@ -161,8 +160,8 @@ def voc_files(source, tree):
     folder, listed = source.path, not os.path.isdir(source.path)
     if listed:
         above = [source.path.rsplit(os.sep, k)[0] for k in (1, 2, 3)]
-        folder = next((os.path.join(place, name) for place in above for name in ("Annotations", "annotations")
-                       if os.path.isdir(os.path.join(place, name))), above[-1])
+        likely = [os.path.join(place, name) for place in above for name in ("Annotations", "annotations")]
+        folder = next(filter(os.path.isdir, likely), above[-1])
     found = {key_of(xml[len(folder) + 1:-4]): xml for xml in tree.inside(folder, ".xml")}
     if not found:
         raise UserError(f"no XML files in {folder}")
@@ -288,8 +287,8 @@ def yolo_images(source, tree, reading):
             found += sorted(tree.inside(place, *IMAGE_SUFFIXES) + others)
         else:
             here = Source("", "", [os.path.dirname(place), os.path.dirname(source.path)])
-            lines = [line.strip() for line in read_text(place).splitlines()]
-            found += filter(None, (tree.image(line, here, reading, f"in {place}") for line in lines if line))
+            lines = filter(None, map(str.strip, read_text(place).splitlines()))
+            found += filter(None, (tree.image(line, here, reading, f"in {place}") for line in lines))
     if not found and not reading.errors:
         raise UserError(f"no images in {', '.join(source.places)}")
     return found
@@ -305,10 +304,10 @@ def labels_of(image, tree):
 
 
 def read_labels(path, keypoints, reading):
-    """[(line, class id, (x0, y0, x1, y1) as shares of the image)] of a label file."""
+    """[(line, class id, (x0, y0, x1, y1) as shares of the image)] of a label file; [] without one."""
     found, lines = [], []
     try:
-        lines = read_text(path).splitlines()
+        lines = read_text(path).splitlines() if path else []
     except UserError as error:
         reading.errors.add("label files that cannot be read", f"{path}: {error}")
     for k, line in enumerate(lines, 1):
@@ -318,7 +317,7 @@ def read_labels(path, keypoints, reading):
         corners = corners[:4] if keypoints else corners
         fault = ("label lines with more than numbers" if None in (label, *corners) else
                  "label lines that are neither class, x, y, width, height nor a class and a polygon"
-                 if len(corners) < 4 or len(corners) == 5 or len(corners) % 2 else
+                 if len(corners) < 4 or len(corners) % 2 else
                  "labels that are not shares of the image, from 0 to 1; are they pixels?"
                  if max(map(abs, corners)) > 2 else None)
         if fault:
@@ -348,17 +347,16 @@ def read_yolo(source, tree, reading, known, wanted):
             reading.notes.add("images that share a label file, kept; masks?", f"{used[labels]}, {path}")
         used[labels] = path  # {label file: image}
         _, _, height, width = table.images[k] or (0, 0, 0, 0)
-        lines = read_labels(labels, "kpt_shape" in config, reading) if labels else ()
-        for line, label, (x0, y0, x1, y1) in lines:
+        for line, label, (x0, y0, x1, y1) in read_labels(labels, "kpt_shape" in config, reading):
             if label in category_of:
                 box = x0 * width, y0 * height, x1 * width, y1 * height
                 table.add(k, category_of[label], box, (labels, line))
             else:
                 unknown.append((label, f"{labels}, line {line}: {label:g}"))
     if unknown:
-        from_one = {label for label, _ in unknown} == {len(table.names)} and 0 not in table.numbers[1::8]
-        hint = "; they seem to count from 1, and YOLO counts from 0" if from_one else ""
-        kind = f"labels whose class id is not among the {len(table.names)} names{hint}"
+        kind = f"labels whose class id is not among the {len(table.names)} names"
+        if {label for label, _ in unknown} == {len(table.names)} and 0 not in table.numbers[1::8]:
+            kind += "; they seem to count from 1, and YOLO counts from 0"
         reading.errors.add(kind, unknown[0][1], len(unknown))
     if {*used} == {None}:
         raise UserError(f"no image has labels; {used[None]} has no .txt beside it or in labels/ for images/")

@@ -17,17 +17,6 @@ READERS = {"COCO": read_coco, "VOC": read_voc, "YOLO": read_yolo}
 SMALLEST_SIDE = 0.1  # pixels; float32 arithmetic leaves nothing of a box that is thinner
 
 
-@contextlib.contextmanager
-def without_garbage_collection():
-    """It would look through millions of new objects again and again: a fifth of the time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-@without_garbage_collection()
 def read_splits(folder, given, splits, class_names=(), share=None, seed=0):
     """({category id: name}, {split: Reading}). UserError only for paths that make no sense.
 
@@ -54,6 +43,7 @@ def read_splits(folder, given, splits, class_names=(), share=None, seed=0):
     names, readings, tables = {}, {}, {}
     for split in ("train", "val") if "val" in splits else ("train",):  # val alone has train's classes, too
         reading = Reading()
+        gc.disable()  # it would look through millions of new objects again and again: a fifth of the time
         try:
             where, source = (tree, find_source(tree, split, share is not None)) if tree else \
                 given_source(split, *given[split])
@@ -65,6 +55,8 @@ def read_splits(folder, given, splits, class_names=(), share=None, seed=0):
             tables[split] = table, join_names(names, table.names, reading)
         except UserError as error:
             reading.errors.add(str(error))
+        finally:
+            gc.enable()
         if split in splits or reading.path or any(given[split]):  # no training set: val has its own classes
             readings[split] = reading
     names = dict(sorted(names.items()))
@@ -190,9 +182,8 @@ def compare_splits(categories, readings):
         if reading.images and absent:
             reading.notes.add(f"no box of class {', '.join(absent)}")
         if split == "train" and reading.images and not present and not reading.errors:
-            crowds = any(image.crowd.any() for image in reading.images)
-            reading.errors.add(f"not a single usable box to train on in {len(reading.images)} images"
-                               + ": all are crowd regions (iscrowd, VOC: difficult)" * crowds)
+            reading.errors.add(f"not a single usable box to train on in {len(reading.images)} images; "
+                               "crowd regions (iscrowd, VOC: difficult) do not count")
         for image in reading.images:
             if image.path in earlier:
                 reading.notes.add(f"images that are in {earlier[image.path]} already, kept", image.path)

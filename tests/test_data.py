@@ -213,7 +213,7 @@ def test_an_object_cut_away_takes_its_label_along():
     torch.manual_seed(0)
     counts = set()
     for _ in range(50):
-        _, target = data.RandomSizeCrop(15, 25)(image, {"boxes": boxes, "labels": torch.tensor([5, 6])})
+        _, target = data.random_size_crop(15, 25, image, {"boxes": boxes, "labels": torch.tensor([5, 6])})
         counts.add(len(target["boxes"]))
         assert len(target["labels"]) == len(target["boxes"]) and (target["boxes"][:, 2:] > 0).all()
     assert counts == {0, 1}, "a window of at most 25 pixels holds one of the two or none, never both"

@@ -458,7 +458,7 @@ BROKEN = {  # a change to COCO's file, and what is said
     "a negative size": (edit("images", 1, width=-64), "image id 2: .-64, 48."),
     "no images": (lambda c: c.update(images=[], annotations=[]), "list of image entries is empty"),
     "no boxes": (lambda c: c.update(annotations=[]), "not a single usable box to train on in 3 images"),
-    "only crowds": (lambda c: [a.update(iscrowd=1) for a in c["annotations"]] and None, "all are crowd"),
+    "only crowds": (lambda c: [a.update(iscrowd=1) for a in c["annotations"]] and None, "crowd regions"),
     "HEIC": (edit("images", 1, file_name="2.HEIC"), "that Pillow does not read"),
 }
 
