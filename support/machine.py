@@ -84,8 +84,11 @@ def join(device):
     """Joins this process to those of torchrun: each has its own GPU, or a share of the CPU."""
     if WORLD == 1:
         return
+    if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR") if name not in os.environ]:
+        raise UserError(f"WORLD_SIZE is set in the environment, but {', '.join(missing)} is not: start with "
+                        "torchrun, or unset WORLD_SIZE")
     if torch.device(device).type != "cpu":
-        local, count = int(os.environ.get("LOCAL_RANK") or 0), torch.accelerator.device_count()
+        local, count = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
         if local >= count or torch.device(device).index is not None:
             raise UserError(f"--device {device}: each process needs its own device, and torch sees {count}; "
                             "lower --nproc-per-node")

@@ -29,8 +29,12 @@ def test_auto_takes_what_there_is_and_a_device_that_is_not_there_gets_a_sentence
 
 def test_each_process_takes_a_card_of_its_own(two_cards, monkeypatch):
     monkeypatch.setattr(machine, "WORLD", 3)
-    monkeypatch.setenv("LOCAL_RANK", "2")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "2")
     with pytest.raises(UserError, match="its own device, and torch sees 2; lower --nproc-per-node"):
+        machine.join("cuda")
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(UserError, match="LOCAL_RANK is not: start with torchrun, or unset WORLD_SIZE"):
         machine.join("cuda")
 
 
