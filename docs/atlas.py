@@ -12,49 +12,38 @@ import json
 import os
 import re
 import shutil
-import statistics
-import sys
 from html import escape
 from pathlib import Path
 from string import Template
 from textwrap import indent
 
-sys.path.insert(0, str(Path(__file__).parent))
-from changes import DOCS, KINDS, ROOT, blocks, command, counts, edges, family, ideas, similarity, sizes
-
-RECIPE = "The recipe came with the paper and does not depend on its idea."
-
-
-def title(edge):
-    if edge.child.imports:
-        return f"{edge.child.title}, which imports {' and '.join(edge.child.parents)}"
-    return f"{edge.child.title}, as a change of {edge.parent.title}"
+from changes import DOCS, KINDS, ROOT, blocks, counts, edges, family, ideas, similarity, sizes
 
 
 def tree(parent, show):
-    """The children of a file, each as show(edge, its own children, lines of its diff)."""
+    """The children of a file, each as show(edge, size of its diff, its own children)."""
     out = ""
-    for edge in edges():
-        if edge.parent.name == parent:
-            size = "imports its parents" if edge.child.imports else "{} out, {} in".format(*counts(edge.changes))
-            out += show(edge, tree(edge.child.name, show), size)
+    for edge in (edge for edge in edges() if edge.parent.name == parent):
+        size = "imports its parents" if edge.child.imports else "{} out, {} in".format(*counts(edge.changes))
+        out += show(edge, size, tree(edge.child.name, show))
     return out
 
 
-# ---- HTML: one form for all pages, atlas_page.html ---------------------------------------------------------
-def page(title, **parts):
-    template = Template((DOCS / "atlas_page.html").read_text(encoding="utf-8"))
-    return template.substitute(parts, title=escape(title))
+# ---- HTML --------------------------------------------------------------------------------------------------
+def page(kind, **parts):
+    """A page of a kind, diff or index, from templates."""
+    texts = [(DOCS / f"atlas_{name}.html").read_text(encoding="utf-8") for name in (kind, "page")]
+    body, whole = map(Template, texts)
+    return whole.substitute(parts, kind=kind, body=body.substitute(parts))
 
 
-def paint(line, other=""):
-    """A line as HTML: comments in <i>; where `other` is a similar line, words that it does not have in <b>."""
+def paint(line, other):
+    """A line as HTML: comments in <i>, and in <b> the words that a similar line `other` does not have."""
     here, there = (re.findall(r"# .*|\w+|\s+|.", text) for text in (line, other))
     out, similar = "", similarity(line, other)
     for tag, start, end, *_ in difflib.SequenceMatcher(None, here, there, autojunk=False).get_opcodes():
-        words = [f"<i>{word}</i>" if word.startswith("# ") else word for word in map(escape, here[start:end])]
-        text = "".join(words)
-        out += f"<b>{text}</b>" if text and similar and tag != "equal" else text
+        words = [f"<i>{word}</i>" if word[0] == "#" else word for word in map(escape, here[start:end])]
+        out += "<b>{}</b>".format("".join(words)) if similar and words and tag != "equal" else "".join(words)
     return out or "<br>"
 
 
@@ -63,19 +52,19 @@ def pair(edge, rows):
 
     --r is the place of a line in two columns, --o in one: there a change has its left lines first.
     """
-    out, texts, first = ["", ""], (edge.left, edge.right), 0
-    for r, (*numbers, equal) in enumerate(rows, 1):
-        first = r if equal or first == 0 or rows[r - 2][2] else first
-        both = ["" if n is None else lines[n] for n, lines in zip(numbers, texts)]
-        for side, (n, line) in enumerate(zip(numbers, both)):
-            if n is None:
-                continue
-            tag = "span" if equal else ("del", "ins")[side]
-            mark = f' id="{edge.starts[n]}"' if side and n in edge.starts else ""
-            style = f"--r:{r};--o:{2 * first + side};--i:{len(line) - len(line.lstrip())}"
-            code = paint(line, both[1 - side])
-            out[side] += f'<{tag} class="l"{mark} data-n="{n + 1}" style="{style}">{code}</{tag}>\n'
-    return f'<div class="pair"><div class="old">{out[0]}</div><div class="new">{out[1]}</div></div>'
+    out, numbered = ["", ""], enumerate(rows, 1)
+    for o, (equal, group) in enumerate(itertools.groupby(numbered, lambda row: row[1][2])):
+        for r, (*numbers, _) in group:
+            both = ["" if n is None else lines[n] for n, lines in zip(numbers, (edge.left, edge.right))]
+            for side, (n, line) in enumerate(zip(numbers, both)):
+                if n is None:
+                    continue
+                tag = "span" if equal else ("del", "ins")[side]
+                mark = f' id="{edge.starts[n]}"' if side and n in edge.starts else ""
+                style = f"--r:{r};--o:{2 * o + side};--i:{len(line) - len(line.lstrip())}"
+                code = paint(line, both[1 - side])
+                out[side] += f'<{tag} class="l"{mark} data-n="{n + 1}" style="{style}">{code}</{tag}>\n'
+    return '<div class="pair"><div class="old">{}</div><div class="new">{}</div></div>'.format(*out)
 
 
 def fold(edge, piece, rows, following):
@@ -86,55 +75,40 @@ def fold(edge, piece, rows, following):
     out, new = counts([piece])
     sides = "" if out and new else "one out" if out else "one in"
     head = f'class="change {piece.kind} {sides}" id="{piece.id}"{" open" * (piece.kind == "idea")}'
-    note = f"<strong>{piece.kind.capitalize()}.</strong> {escape(piece.note)} <small>\u2212{out} +{new}</small>"
+    note = f"<strong>{piece.kind.capitalize()}.</strong> {escape(piece.note)} <small>−{out} +{new}</small>"
     link = f'<p class="next"><a href="#{following.id}">next change</a></p>' if following else ""
     return f"<details {head}><summary>{note}</summary>{pair(edge, rows)}{link}</details>\n"
 
 
-def sections(edge):
-    """(the file from top to bottom, the list of its definitions)."""
-    body, items, following = "", {}, iter([*edge.changes[1:], None])
+def diff_page(edge, source):
+    """The idea, the file from top to bottom, and the list of its definitions."""
+    body, items, first, following = "", {}, "", iter([*edge.changes[1:], None])
     for name, pieces in edge.sections:
         changes = [piece for piece in pieces if piece.kind != "equal"]
         kind = min((change.kind for change in changes), key=KINDS.index, default="equal")
         head = f'class="{"" if changes else "equal"}"' + f' id="{name}"' * (name not in items)
-        size = " \u2212{}\xa0+{}".format(*counts(changes)) if changes else ""
+        size = " −{}\xa0+{}".format(*counts(changes)) if changes else ""
         items.setdefault(name, f'<li class="{kind}"><a href="#{name}">{name}</a>{size}</li>')
-        parts = [fold(edge, piece, rows, piece in changes and next(following)) for piece, rows in blocks(pieces)]
+        parts = [fold(edge, piece, rows, piece.kind != "equal" and next(following))
+                 for piece, rows in blocks(pieces)]
         body += f'<section {head}><h2 class="name">{name}</h2>{"".join(parts)}</section>\n'
-    return body, f"<ul>{''.join(items.values())}</ul>"
-
-
-def diff_page(edge, source):
-    body, items = sections(edge)
-    first = ""
     for note, changes in ideas(edge):
         names = ", ".join(f'<a href="#{change.id}"><code>{change.section}</code></a>' for change in changes)
         first += f"<li>{names}: {escape(note)}</li>\n"
-    legend = re.search(r"# (Shapes in comments:.*?)\n\n", edge.parent.text, re.S)
-    legend = escape(legend[1].replace("\n# ", "\n")) if legend else ""
-    return page(title(edge), kind="diff", lead=escape(edge.child.idea), label="Definitions of the file", list=items, main=f"""
-<h2>The idea, in the order in which to read it</h2>
-<ol>{first}</ol>
-<p><code>{command(edge)}</code>: {sizes(edge)} {RECIPE} Recipe and bookkeeping are folded.</p>
-<p>{" · ".join(links(edge.child, source))}</p>
-<p class="keys">The keys <kbd>n</kbd> and <kbd>p</kbd> go to the next and to the previous change.</p>
-<div class="legend">{legend}</div>
-{body}""", footer="Equal lines are folded. Line numbers are those of the two files.")
+    legend = re.search(r"# (Shapes in comments:.*?)\n\n", edge.parent.text, re.S)[1].replace("\n# ", "\n")
+    return page("diff", title=escape(edge.title), lead=escape(edge.child.idea), items="".join(items.values()),
+                ideas=first, command=edge.command, sizes=sizes(edge), links=links(edge.child, source),
+                legend=escape(legend), sections=body)
 
 
 def links(file, source):
-    """Links to the diff of a file, to the file, to its page and to its paper."""
-    found = {f"diff against {parent}": f"{parent}-{file.name}.html" for parent in file.parents[:1]}
-    found["file"] = f"{source}/{file.path.relative_to(ROOT).as_posix()}"
-    if (DOCS / f"{file.name}.md").exists():
-        found["page"] = f"{source}/docs/{file.name}.md"
-    if file.arxiv:
-        found["paper"] = f"https://arxiv.org/abs/{file.arxiv}"
-    return [f'<a href="{address}">{name}</a>' for name, address in found.items()]
+    """Links to the file, to its page and to its paper."""
+    found = [("file", f"{source}/{file.path}"), ("page", file.page and f"{source}/docs/{file.page}"),
+             ("paper", file.arxiv and f"https://arxiv.org/abs/{file.arxiv}")]
+    return " · ".join(f'<a href="{address}">{name}</a>' for name, address in found if address)
 
 
-def item(edge, below, size):
+def item(edge, size, below):
     """A file in the tree, with a bar as long as its diff."""
     file, bar = edge.child, sum(counts(edge.changes)) / 50
     return f"""<li><a href="#{file.name}"><strong>{escape(file.title)}</strong></a>
@@ -148,11 +122,11 @@ def curve(name):
     runs = [entry["evals"] for entry in race.values() if entry.get("name") == name and entry.get("evals")]
     if not runs:
         return ""
-    steps = runs[0][-1]["step"]
-    final = statistics.mean(points[-1]["AP"] for points in runs)
-    lines = "".join('<polyline points="20 100 ' + " ".join(
-        f"{20 + 270 * point['step'] / steps:.0f} {100 - 100 * point['AP']:.1f}" for point in points) + '"/>'
-        for points in runs)
+    steps, final = runs[0][-1]["step"], sum(points[-1]["AP"] for points in runs) / len(runs)
+    lines = ""
+    for points in runs:
+        places = [f"{20 + 270 * x['step'] / steps:.0f} {100 - 100 * x['AP']:.1f}" for x in points]
+        lines += f'<polyline points="20 100 {" ".join(places)}"/>'
     text = f"AP {final:.2f} after {steps} steps; seeds: {len(runs)}"
     axis = '<path class="axis" d="M20 0V100H290"/><text x="0" y="9">1</text><text x="0" y="103">0</text>'
     return f'<svg viewBox="0 0 300 104" role="img" aria-label="{text}">{axis}{lines}</svg><p>{text}</p>'
@@ -163,27 +137,16 @@ def card(file, source):
     picture = DOCS / f"attention_{file.name}.png"
     shown = f'<img src="{picture.name}" alt="Attention of {file.title}" loading="lazy">' * picture.exists()
     return f"""<article class="card" id="{file.name}"><h3>{escape(file.title)}</h3><p>{escape(file.idea)}</p>
-<p>{" · ".join(links(file, source))}</p>{shown}{curve(file.name)}</article>\n"""
-
-
-def first_page(source):
-    cards = "".join(card(file, source) for file in family().values())
-    return page("DETR, side by side", kind="index", lead="""Every detector is one file, and is compared with the file
-that its paper changed. A blue bar is a diff, and its length is the number of lines. Behind the bar is a page with
-a note at every change. A change is the idea of the paper, its recipe, or bookkeeping.""",
-                label="The family", list=f"""<ul class="tree"><li><a href="#detr"><strong>DETR</strong></a>
-<ul>{tree("detr", item)}</ul></li></ul>""", main=f'<h2>The files</h2><div class="cards">{cards}</div>',
-                footer="AP is that of the laptop preset on the embedded shapes, with a line for each seed.")
+<p>{links(file, source)}</p>{shown}{curve(file.name)}</article>\n"""
 
 
 # ---- Markdown, for GitHub ----------------------------------------------------------------------------------
 def markdown(edge):
     """One diff as a page of docs/diffs/."""
-    child = edge.child
-    own_page = f" · [its page](../{child.name}.md)" if (DOCS / f"{child.name}.md").exists() else ""
-    out = [f"# {title(edge)}", child.idea,
-           f"[The file](../../{child.path.relative_to(ROOT).as_posix()}){own_page} · [all diffs](README.md)",
-           f"`{command(edge)}`: {sizes(edge)} {RECIPE}", "**The idea, in the order in which to read it**"]
+    own_page = f" · [its page](../{edge.child.page})" if edge.child.page else ""
+    out = [f"# {edge.title}", edge.child.idea,
+           f"[The file](../../{edge.child.path}){own_page} · [all diffs](README.md)",
+           f"`{edge.command}`: {sizes(edge)}", "**The idea, in the order in which to read it**"]
     out += ["\n".join(
         f"1. {', '.join(f'[`{change.section}`](#{slug(change.section)})' for change in changes)}: {note}"
         for note, changes in ideas(edge))]
@@ -207,7 +170,7 @@ def patch(edge, rows):
         group = list(group)
         out += [("-", " ")[equal] + edge.left[n] for n, *_ in group if n is not None]
         out += ["+" + edge.right[m] for _, m, _ in group if not equal and m is not None]
-    return re.sub(r"\A(\s*\n)+|\s+\Z", "", "\n".join(out))  # no blank lines around it
+    return re.sub(r"\A\s*\n|\s+\Z", "", "\n".join(out))  # no blank lines around it
 
 
 def slug(heading):
@@ -217,9 +180,8 @@ def slug(heading):
 
 def diffs():
     """{name: text} of docs/diffs/, except for the notes."""
-    def show(edge, below, size):
-        text = f"- **{edge.child.title}** [{size}]({edge.name}.md): {edge.child.line}\n"
-        return text + indent(below, "  ")
+    def show(edge, size, below):
+        return f"- **{edge.child.title}** [{size}]({edge.name}.md): {edge.child.line}\n{indent(below, '  ')}"
     return {"README.md": f"""# Every diff, with notes
 
 Each file is compared with the one that its paper changed, beginning with `detr.py`. The links show how many
@@ -232,7 +194,9 @@ lines differ. Behind them every change has a note, and is the idea of the paper,
 def write_site(folder, source):
     """index.html, a page for each diff, and pictures."""
     folder.mkdir(parents=True, exist_ok=True)
-    pages = {"index": first_page(source), **{edge.name: diff_page(edge, source) for edge in edges()}}
+    cards = "".join(card(file, source) for file in family().values())
+    pages = {"index": page("index", title="DETR, side by side", tree=tree("detr", item), cards=cards)}
+    pages |= {edge.name: diff_page(edge, source) for edge in edges()}
     for name, text in pages.items():
         (folder / f"{name}.html").write_text(text, encoding="utf-8", newline="\n")
     for picture in DOCS.glob("attention_*.png"):

@@ -19,11 +19,11 @@ CONTEXT, FOLD = 3, 6  # equal lines shown around a change; fewer other ones than
 
 
 # ---- The family --------------------------------------------------------------------------------------------
-# A model file. parents: the one to diff against, or those that it imports (then imports is true)
-File = namedtuple("File", "name path text title idea line arxiv parents imports")
-# name: "PARENT-CHILD". parent, child: Files. left, right: their lines. sections: the child from top to
-# bottom, [(definition, [Piece])]. changes: pieces that differ. starts: {line: definition inside a piece}
-Edge = namedtuple("Edge", "name parent child left right sections changes starts")
+# A model file. page: its name in docs/. parents: the one to diff against, or those that it imports
+File = namedtuple("File", "name path text title idea line arxiv page parents imports")
+# name: "PARENT-CHILD". command: shows the same diff. left, right: lines of the two files. changes: its pieces
+# that differ. sections: the child, as [(definition, [Piece])]. starts: {line: definition inside a piece}
+Edge = namedtuple("Edge", "name title command parent child left right sections changes starts")
 # key: the definition, with "*" for the model's class, whose name differs. section: its name on the page
 # rows: [(line of the left file or None, of the right or None, whether they are equal)], lines from 0
 # text: the lines that differ. kind: one of KINDS, or "equal"
@@ -33,35 +33,27 @@ Piece = namedtuple("Piece", "key section rows text kind note id")
 def read(path):
     """A model file as a File."""
     text, page = path.read_text(encoding="utf-8"), DOCS / f"{path.stem}.md"
-    title = page.read_text(encoding="utf-8").split("\n")[0].strip("# ") if page.exists() else path.stem
-    doc = ast.get_docstring(ast.parse(text))
+    page = page if page.exists() else None
+    title = page.read_text(encoding="utf-8").split("\n")[0].strip("# ") if page else path.stem
+    doc = ast.get_docstring(ast.parse(text)) + "\n\n"
     arxiv, diff = re.search(r"arXiv:(\d+\.\d+)", doc), re.search(r"^Diff me against: (\w+)\.py", doc, re.M)
-    imported = re.findall(r"^(?:import|from) (\w+)", text, re.M)
-    imported = sorted({n for n in imported if f"{n}.py" in doc}, key=lambda n: doc.index(f"{n}.py"))
-    parents = [diff[1]] if diff else imported
+    imported = {name for name in re.findall(r"^(?:import|from) (\w+)", text, re.M) if f"{name}.py" in doc}
+    parents = [diff[1]] if diff else sorted(imported, key=lambda name: doc.index(f"{name}.py"))
     tables = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/relatives.md"))
     row = re.search(rf"^\| \[{path.stem}\][^|]*\| ([^|]+?) \|", tables, re.M)
     line = row[1] if row else doc.split("\n")[0]  # the idea in a line
-    idea = re.search(r"^The idea: (.*?)\n\n", doc + "\n\n", re.S | re.M)
-    idea = re.sub(r"\s+", " ", idea[1] if idea else f"{line}.")
-    idea = idea[0].upper() + idea[1:]
-    imports = bool(parents) and not diff
-    return File(path.stem, path, text, title, idea, line, arxiv and arxiv[1], parents, imports)
+    idea = re.search(r"^The idea: (.*?)\n\n", doc, re.S | re.M)
+    idea = " ".join(idea[1].split()) if idea else f"{line}."
+    return File(path.stem, path.relative_to(ROOT).as_posix(), text, title, idea[0].upper() + idea[1:], line,
+                arxiv and arxiv[1], page and page.name, parents, bool(parents) and not diff)
 
 
 @lru_cache
 def family():
-    """{name: File} as a walk through the tree; children by the number of their paper, which has its date."""
+    """{name: File} by the number of their paper, which has its date."""
     paths = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("relatives/*.py"))
              if re.search(r"^def build\(", path.read_text(encoding="utf-8"), re.M)]
-    files = sorted(map(read, paths), key=lambda file: (file.arxiv or "z", file.name))
-
-    def walk(file):
-        yield file
-        for child in files:
-            if child.parents[:1] == [file.name]:
-                yield from walk(child)
-    return {file.name: file for root in files if not root.parents for file in walk(root)}
+    return {file.name: file for file in sorted(map(read, paths), key=lambda x: (x.arxiv or "z", x.name))}
 
 
 @lru_cache
@@ -74,21 +66,19 @@ def edges():
 # ---- A diff as changes -------------------------------------------------------------------------------------
 def definitions(text):
     """For every line of a file its definition, as (key, name); comments belong to what is below them."""
-    ends, lines = [], text.splitlines()
+    ends = []
     for node in ast.parse(text).body:
         kind = "main" if isinstance(node, ast.If) else "imports" if ends else "docstring"
         name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else getattr(node, "name", kind)
         own = isinstance(node, ast.ClassDef) and (
             "recipe = RECIPE" in map(ast.unparse, node.body) or f"return {name}(num_classes" in text)
         key = "*" if own else name
-        methods = [x for x in getattr(node, "body", []) if isinstance(x, ast.FunctionDef)]
-        if isinstance(node, ast.ClassDef) and methods:
-            ends.append((methods[0].lineno - 1, key, name))
-            ends += [(x.end_lineno, f"{key}.{x.name}", f"{name}.{x.name}") for x in methods]
-        else:
-            ends.append((node.end_lineno, key, name))
+        inner = node.body if isinstance(node, ast.ClassDef) else []
+        methods = [x for x in inner if isinstance(x, ast.FunctionDef)]
+        ends.append((methods[0].lineno - 1 if methods else node.end_lineno, key, name))
+        ends += [(x.end_lineno, f"{key}.{x.name}", f"{name}.{x.name}") for x in methods]
     found, at = [], 0
-    for n, line in enumerate(lines, 1):
+    for n, line in enumerate(text.splitlines(), 1):
         while at + 1 < len(ends) and n > ends[at][0] and line.strip():
             at += 1
         found.append(ends[at][1:])
@@ -139,18 +129,21 @@ def equals(rows, owners):
 
 def compare(parent, child):
     """Two Files as an Edge."""
-    left, path = ("", "/dev/null") if child.imports else (parent.text, parent.path)
+    left, path, command = parent.text, ROOT / parent.path, f"git diff --no-index {parent.path} {child.path}"
+    title = f"{child.title}, as a change of {parent.title}"
+    if child.imports:
+        left, path, command = "", "/dev/null", f"cat {child.path}"
+        title = f"{child.title}, which imports {' and '.join(child.parents)}"
     a, b, owners = left.splitlines(), child.text.splitlines(), [definitions(left), definitions(child.text)]
-    names, count, both = dict(owners[0] + owners[1]), Counter(), lines_of_git(path, child.path)
+    names, count, both = dict(owners[0] + owners[1]), Counter(), lines_of_git(path, ROOT / child.path)
     renamed = heirs(both, owners)
     owners[0] = [(renamed.get(key, key), name) for key, name in owners[0]]
     found, gap = [], []  # [(key, rows)], and equal rows since the last of them
     for equal, group in itertools.groupby(both, lambda row: row[2]):
-        rows = list(group)
         if equal:
-            gap = rows
+            gap = list(group)
             continue
-        for key, rows in split(rows, a, b, owners):
+        for key, rows in split(list(group), a, b, owners):
             last, before = found[-1] if found else ("", [])
             sides = {(n is None, m is None) for n, m, _ in before + rows}
             # Parts of a class that is new or gone are one change, unless a note names them
@@ -165,15 +158,15 @@ def compare(parent, child):
     for key, rows in found + equals(gap, owners[1]):
         text = "\n".join(a[n] if m is None else b[m] if n is None else f"{a[n]}\n{b[m]}"
                          for n, m, equal in rows if not equal)
-        kind, *_, note = noted(parent.name, child.name, key, text) or ("idea", "", "", "")
+        kind, *_, note = noted(parent.name, child.name, key, text) or ("idea", "")
         kind = "equal" if rows[0][2] else kind
         count[key] += kind != "equal"
         pieces.append(Piece(key, names[key], rows, text, kind, note, f"{names[key]}-{count[key]}"))
     sections = [(name, list(group)) for name, group in itertools.groupby(pieces, lambda x: x.section)]
     first = {name: n for n, (_, name) in reversed(list(enumerate(owners[1])))}
     starts = {n: name for name, n in first.items() if name not in dict(sections)}
-    return Edge(f"{parent.name}-{child.name}", parent, child, a, b, sections,
-                [piece for piece in pieces if piece.kind != "equal"], starts)
+    changes = [piece for piece in pieces if piece.kind != "equal"]
+    return Edge(f"{parent.name}-{child.name}", title, command, parent, child, a, b, sections, changes, starts)
 
 
 @lru_cache
@@ -239,27 +232,18 @@ def blocks(pieces):
 
 
 def ideas(edge):
-    """[(note, [its first Change in each definition])] of the idea; the heart of the paper comes first."""
-    order = [note for *_, note in notes().get(f"{edge.parent.name} to {edge.child.name}", [])]
-    found = [change for change in edge.changes if change.kind == "idea"]
-    found.sort(key=lambda change: order.index(change.note) if change.note in order else len(order))
-    groups = {}
-    for change in found:
-        groups.setdefault(change.note, {}).setdefault(change.section, change)
-    return [(note, list(group.values())) for note, group in groups.items()]
+    """[(note, [its first change in each definition])] of the idea; the heart of the paper comes first."""
+    groups = {note: {} for *_, note in notes().get(f"{edge.parent.name} to {edge.child.name}", [])}
+    for change in edge.changes:
+        if change.kind == "idea":
+            groups.setdefault(change.note, {}).setdefault(change.section, change)
+    return [(note, list(group.values())) for note, group in groups.items() if group]
 
 
 def sizes(edge):
     """The lines of the diff, and those of each kind, as a sentence each."""
-    kinds = [(kind, counts([change for change in edge.changes if change.kind == kind])) for kind in KINDS]
-    return "{} lines out, {} in. ".format(*counts(edge.changes)) + ", ".join(
-        f"{kind} {out} out, {new} in".capitalize() if kind == "idea" else f"{kind} {out} and {new}"
-        for kind, (out, new) in kinds if out or new) + "."
-
-
-def command(edge):
-    """What to type to see the same diff."""
-    if edge.child.imports:
-        return f"cat {edge.child.path.relative_to(ROOT).as_posix()}"
-    return "git diff --no-index " + " ".join(
-        file.path.relative_to(ROOT).as_posix() for file in (edge.parent, edge.child))
+    kinds = [(kind, *counts([change for change in edge.changes if change.kind == kind])) for kind in KINDS]
+    texts = [f"Idea {out} out, {new} in" if kind == "idea" else f"{kind} {out} and {new}"
+             for kind, out, new in kinds if out or new]
+    return "{} lines out, {} in. {}. The recipe came with the paper and does not depend on its idea.".format(
+        *counts(edge.changes), ", ".join(texts))

@@ -33,11 +33,9 @@ def relink(text, folder=DOCS):
 
 
 if __name__ == "__main__":
-    failed = 0
+    failed = []
     for path in sorted(DOCS.glob("*.md")):
         new, problems = relink(path.read_text(encoding="utf-8"))
         path.write_text(new, encoding="utf-8", newline="\n")
-        failed += len(problems)
-        for problem in problems:
-            print(f"{path.name}: {problem}")
-    sys.exit(failed > 0)
+        failed += [f"{path.name}: {problem}" for problem in problems]
+    sys.exit("\n".join(failed) or 0)
