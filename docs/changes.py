@@ -5,7 +5,6 @@ with them, so all its lines are new. git makes the diffs: the counts are git's. 
 notes, and sorts changes into idea, recipe and bookkeeping.
 """
 import ast
-import difflib
 import itertools
 import re
 import subprocess
@@ -20,43 +19,41 @@ CONTEXT, FOLD = 3, 6  # equal lines shown around a change; fewer other ones than
 
 
 # ---- The family --------------------------------------------------------------------------------------------
-# A model file. parents: the one to diff against, or those that it imports (then imports is true)
-File = namedtuple("File", "name path text title idea line arxiv parents imports")
-Edge = namedtuple("Edge", "parent child left right changes")  # two Files, their lines, and [Change]
+# A model file. page: its name in docs/. parents: the one to diff against, or those that it imports
+File = namedtuple("File", "name path text title idea line arxiv page parents imports")
+# name: "PARENT-CHILD". command: shows the same diff. left, right: lines of the two files. changes: its pieces
+# that differ. sections: the child, as [(definition, [Piece])]. starts: {line: definition inside a piece}
+Edge = namedtuple("Edge", "name title command parent child left right sections changes starts")
+# key: the definition, with "*" for the model's class, whose name differs. section: its name on the page
+# rows: [(line of the left file or None, of the right or None, whether they are equal)], lines from 0
+# text: the lines that differ. kind: one of KINDS, or "equal"
+Piece = namedtuple("Piece", "key section rows text kind note id")
 
 
 def read(path):
     """A model file as a File."""
     text, page = path.read_text(encoding="utf-8"), DOCS / f"{path.stem}.md"
-    title = page.read_text(encoding="utf-8").split("\n")[0].strip("# ") if page.exists() else path.stem
-    doc = ast.get_docstring(ast.parse(text))
+    page = page if page.exists() else None
+    title = page.read_text(encoding="utf-8").split("\n")[0].strip("# ") if page else path.stem
+    doc = ast.get_docstring(ast.parse(text)) + "\n\n"
     arxiv, diff = re.search(r"arXiv:(\d+\.\d+)", doc), re.search(r"^Diff me against: (\w+)\.py", doc, re.M)
-    imported = re.findall(r"^(?:import|from) (\w+)", text, re.M)
-    imported = sorted({n for n in imported if f"{n}.py" in doc}, key=lambda n: doc.index(f"{n}.py"))
-    parents = [diff[1]] if diff else imported
+    imported = {name for name in re.findall(r"^(?:import|from) (\w+)", text, re.M) if f"{name}.py" in doc}
+    parents = [diff[1]] if diff else sorted(imported, key=lambda name: doc.index(f"{name}.py"))
     tables = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/relatives.md"))
     row = re.search(rf"^\| \[{path.stem}\][^|]*\| ([^|]+?) \|", tables, re.M)
     line = row[1] if row else doc.split("\n")[0]  # the idea in a line
-    idea = re.search(r"^The idea: (.*?)\n\n", doc + "\n\n", re.S | re.M)
-    idea = re.sub(r"\s+", " ", idea[1] if idea else f"{line}.")
-    idea = idea[0].upper() + idea[1:]
-    imports = bool(parents) and not diff
-    return File(path.stem, path, text, title, idea, line, arxiv and arxiv[1], parents, imports)
+    idea = re.search(r"^The idea: (.*?)\n\n", doc, re.S | re.M)
+    idea = " ".join(idea[1].split()) if idea else f"{line}."
+    return File(path.stem, path.relative_to(ROOT).as_posix(), text, title, idea[0].upper() + idea[1:], line,
+                arxiv and arxiv[1], page and page.name, parents, bool(parents) and not diff)
 
 
 @lru_cache
 def family():
-    """{name: File} as a walk through the tree; children by the number of their paper, which has its date."""
+    """{name: File} by the number of their paper, which has its date."""
     paths = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("relatives/*.py"))
              if re.search(r"^def build\(", path.read_text(encoding="utf-8"), re.M)]
-    files = sorted(map(read, paths), key=lambda file: (file.arxiv or "z", file.name))
-
-    def walk(file):
-        yield file
-        for child in files:
-            if child.parents[:1] == [file.name]:
-                yield from walk(child)
-    return {file.name: file for root in files if not root.parents for file in walk(root)}
+    return {file.name: file for file in sorted(map(read, paths), key=lambda x: (x.arxiv or "z", x.name))}
 
 
 @lru_cache
@@ -67,110 +64,109 @@ def edges():
 
 
 # ---- A diff as changes -------------------------------------------------------------------------------------
-# key: the definition, with "*" for the model's class, whose name differs. section: its name on the page
-# rows: [(line of the left file or None, of the right or None, whether they are equal)], lines from 0
-Change = namedtuple("Change", "key section rows text kind note id")
-
-
 def definitions(text):
     """For every line of a file its definition, as (key, name); comments belong to what is below them."""
-    ends, lines = [], text.splitlines()
+    ends = []
     for node in ast.parse(text).body:
         kind = "main" if isinstance(node, ast.If) else "imports" if ends else "docstring"
         name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else getattr(node, "name", kind)
         own = isinstance(node, ast.ClassDef) and (
             "recipe = RECIPE" in map(ast.unparse, node.body) or f"return {name}(num_classes" in text)
         key = "*" if own else name
-        methods = [x for x in getattr(node, "body", []) if isinstance(x, ast.FunctionDef)]
-        if isinstance(node, ast.ClassDef) and methods:
-            ends.append((methods[0].lineno - 1, key, name))
-            ends += [(x.end_lineno, f"{key}.{x.name}", f"{name}.{x.name}") for x in methods]
-        else:
-            ends.append((node.end_lineno, key, name))
+        inner = node.body if isinstance(node, ast.ClassDef) else []
+        methods = [x for x in inner if isinstance(x, ast.FunctionDef)]
+        ends.append((methods[0].lineno - 1 if methods else node.end_lineno, key, name))
+        ends += [(x.end_lineno, f"{key}.{x.name}", f"{name}.{x.name}") for x in methods]
     found, at = [], 0
-    for n, line in enumerate(lines, 1):
+    for n, line in enumerate(text.splitlines(), 1):
         while at + 1 < len(ends) and n > ends[at][0] and line.strip():
             at += 1
         found.append(ends[at][1:])
     return found
 
 
-def git_hunks(left, right):
-    """What differs, as git says: [(first and end on the left, first and end on the right)], lines from 0."""
-    command = ["git", "diff", "--no-index", "-U0", "--no-color", "--no-ext-diff", "--diff-algorithm=myers"]
+def lines_of_git(left, right):
+    """Both files from top to bottom, as git compares them: rows as in Piece."""
+    command = "git diff --no-index -U99999 --no-color --no-ext-diff --diff-algorithm=myers".split()
     text = subprocess.run([*command, left, right], capture_output=True, text=True, encoding="utf-8").stdout
-    found = []
-    for a, n, b, m in re.findall(r"^@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@", text, re.M):
-        n, m = int(n or 1), int(m or 1)
-        i, j = int(a) - (n > 0), int(b) - (m > 0)
-        found.append((i, i + n, j, j + m))
-    return found
+    old, new = itertools.count(), itertools.count()
+    signs = re.findall("^[-+ ]", text.partition(" @@\n")[2], re.M)
+    return [(None if sign == "+" else next(old), None if sign == "-" else next(new), sign == " ")
+            for sign in signs]
 
 
-def parts(numbers, lines, keys):
-    """Lines of one side of a hunk by their definitions: [(key, [line])]; blank ones go with the next line."""
-    filled = [n for n in numbers if lines[n].strip()] or list(numbers)
-    owner = [keys[next((m for m in filled if m >= n), filled[-1])] for n in numbers]
-    return [(key, [n for n, _ in group])
-            for key, group in itertools.groupby(zip(numbers, owner), key=lambda pair: pair[1])]
+def parts(numbers, lines, owners):
+    """Lines of one side by their definitions: {key: [line]}; blank ones go with the next line."""
+    found, key = {}, None
+    for n in reversed(numbers):
+        key = owners[n][0] if lines[n].strip() or not key else key
+        found[key] = [n, *found.pop(key, [])]
+    return dict(reversed(found.items()))
 
 
-def heirs(hunks, a, b, owners):
+def split(rows, a, b, owners):
+    """Different lines by definitions: [(key, rows)]."""
+    old = parts([n for n, *_ in rows if n is not None], a, owners[0])
+    new = parts([m for _, m, _ in rows if m is not None], b, owners[1])
+    for key, numbers in new.items():
+        while (gone := next(iter(old), key)) != key and (key in old or gone not in new):
+            yield gone, alike(old.pop(gone), [], a, b)
+        yield key, alike(old.pop(key, []), numbers, a, b)
+    yield from ((key, alike(numbers, [], a, b)) for key, numbers in old.items())
+
+
+def heirs(rows, owners):
     """{old key: new key} of renamed definitions: at least half of their lines are in the new one."""
-    equal, i, j = Counter(), 0, 0
-    for start, end_i, other, end_j in [*hunks, (len(a), len(a), len(b), len(b))]:
-        equal.update((owners[0][n][0], owners[1][m][0]) for n, m in zip(range(i, start), range(j, other))
-                     if a[n].strip())
-        i, j = end_i, end_j
-    size = Counter(key for line, (key, _) in zip(a, owners[0]) if line.strip())
-    new = {key for key, _ in owners[1]}
-    return {old: key for (old, key), n in equal.items() if old not in new and 2 * n >= size[old]}
+    size = Counter(key for key, _ in owners[0])
+    kept = Counter((owners[0][n][0], owners[1][m][0]) for n, m, equal in rows if equal)
+    return {old: new for (old, new), n in kept.items() if old not in dict(owners[1]) and 2 * n >= size[old]}
 
 
-def split(hunk, a, b, keys):
-    """A hunk of git by definitions: [(key, rows)]."""
-    i, end_i, j, end_j = hunk
-    old, new = parts(range(i, end_i), a, keys[0]), parts(range(j, end_j), b, keys[1])
-    names = [[key for key, _ in side] for side in (old, new)]
-    matcher = difflib.SequenceMatcher(None, *names, autojunk=False)
-    for tag, i1, i2, j1, j2 in matcher.get_opcodes():
-        if tag == "equal":
-            yield from ((x[0], alike(x[1], y[1], a, b)) for x, y in zip(old[i1:i2], new[j1:j2]))
-        else:
-            yield from ((key, alike(n, [], a, b)) for key, n in old[i1:i2])
-            yield from ((key, alike([], n, a, b)) for key, n in new[j1:j2])
+def equals(rows, owners):
+    """Equal lines by definitions: [(key, rows)]."""
+    return [(key, list(group)) for key, group in itertools.groupby(rows, lambda row: owners[row[1]][0])]
 
 
 def compare(parent, child):
     """Two Files as an Edge."""
-    left = "" if child.imports else parent.text
+    left, path, command = parent.text, ROOT / parent.path, f"git diff --no-index {parent.path} {child.path}"
+    title = f"{child.title}, as a change of {parent.title}"
+    if child.imports:
+        left, path, command = "", "/dev/null", f"cat {child.path}"
+        title = f"{child.title}, which imports {' and '.join(child.parents)}"
     a, b, owners = left.splitlines(), child.text.splitlines(), [definitions(left), definitions(child.text)]
-    hunks = git_hunks("/dev/null" if child.imports else parent.path, child.path)
-    renamed = heirs(hunks, a, b, owners)
-    keys = [renamed.get(key, key) for key, _ in owners[0]], [key for key, _ in owners[1]]
-    found, i, j = [], 0, 0
-    for hunk in hunks:
-        gap = [(n, m, True) for n, m in zip(range(i, hunk[0]), range(j, hunk[2]))]
-        for key, rows in split(hunk, a, b, keys):
+    names, count, both = dict(owners[0] + owners[1]), Counter(), lines_of_git(path, ROOT / child.path)
+    renamed = heirs(both, owners)
+    owners[0] = [(renamed.get(key, key), name) for key, name in owners[0]]
+    found, gap = [], []  # [(key, rows)], and equal rows since the last of them
+    for equal, group in itertools.groupby(both, lambda row: row[2]):
+        if equal:
+            gap = list(group)
+            continue
+        for key, rows in split(list(group), a, b, owners):
             last, before = found[-1] if found else ("", [])
             sides = {(n is None, m is None) for n, m, _ in before + rows}
             # Parts of a class that is new or gone are one change, unless a note names them
             whole = last == key.split(".")[0] and sides in ({(True, False)}, {(False, True)})
             joined = last == key or whole and not noted(parent.name, child.name, key)
-            if joined and not any(a[n].strip() for n, *_ in gap):
+            if joined and not any(b[m].strip() for _, m, _ in gap):
                 before.extend(gap + rows)
             else:
-                found.append((key, rows))
+                found += equals(gap, owners[1]) + [(key, rows)]
             gap = []
-        i, j = hunk[1], hunk[3]
-    changes, names, count = [], dict(owners[0] + owners[1]), Counter()
-    for key, rows in found:
+    pieces = []
+    for key, rows in found + equals(gap, owners[1]):
         text = "\n".join(a[n] if m is None else b[m] if n is None else f"{a[n]}\n{b[m]}"
-                         for n, m, same in rows if not same)
-        kind, *_, note = noted(parent.name, child.name, key, text) or ("idea", "", "", "")
-        count[key] += 1
-        changes.append(Change(key, names[key], rows, text, kind, note, f"{names[key]}-{count[key]}"))
-    return Edge(parent, child, a, b, changes)
+                         for n, m, equal in rows if not equal)
+        kind, *_, note = noted(parent.name, child.name, key, text) or ("idea", "")
+        kind = "equal" if rows[0][2] else kind
+        count[key] += kind != "equal"
+        pieces.append(Piece(key, names[key], rows, text, kind, note, f"{names[key]}-{count[key]}"))
+    sections = [(name, list(group)) for name, group in itertools.groupby(pieces, lambda x: x.section)]
+    first = {name: n for n, (_, name) in reversed(list(enumerate(owners[1])))}
+    starts = {n: name for name, n in first.items() if name not in dict(sections)}
+    changes = [piece for piece in pieces if piece.kind != "equal"]
+    return Edge(f"{parent.name}-{child.name}", title, command, parent, child, a, b, sections, changes, starts)
 
 
 @lru_cache
@@ -193,36 +189,20 @@ def noted(parent, child, key, text=None):
 
 
 def alike(old, new, a, b):
-    """Rows of a change: lines that resemble each other stand next to each other."""
-    best = [[0.0] * (len(new) + 1) for _ in range(len(old) + 1)]  # similarity of the first i and j lines
-    for i, j in itertools.product(range(len(old)), range(len(new))):
-        here = best[i][j] + similarity(a[old[i]], b[new[j]])
-        best[i + 1][j + 1] = max(best[i][j + 1], best[i + 1][j], here)
-    rows, i, j = [], len(old), len(new)
-    while i or j:
-        same = i and j and similarity(a[old[i - 1]], b[new[j - 1]])
-        if same and best[i][j] == best[i - 1][j - 1] + same:
-            i, j = i - 1, j - 1
-            rows.append((old[i], new[j], False))
-        elif j and best[i][j] == best[i][j - 1]:
-            j -= 1
-            rows.append((None, new[j], False))
-        else:
-            i -= 1
-            rows.append((old[i], None, False))
-    return rows[::-1]
+    """Rows of a change: the most similar lines stand next to each other, then those before and after them."""
+    pairs = [(similarity(a[n], b[m]), i, j) for i, n in enumerate(old) for j, m in enumerate(new)]
+    best, i, j = max(pairs, key=lambda pair: pair[0], default=(0, 0, 0))
+    if not best:
+        return [(n, None, False) for n in old] + [(None, m, False) for m in new]
+    return [*alike(old[:i], new[:j], a, b), (old[i], new[j], False), *alike(old[i + 1:], new[j + 1:], a, b)]
 
 
 @lru_cache(None)
-def words(line):
-    return frozenset(re.findall(r"\w+|[^\w\s]", line))
-
-
-def similarity(x, y):
+def similarity(*lines):
     """The share of words that two lines have in common; 0 if it is at most a half."""
-    x, y = words(x), words(y)
+    x, y = (set(re.findall(r"\w+|[^\w\s]", line)) for line in lines)
     share = 2 * len(x & y) / max(1, len(x) + len(y))
-    return share if share > 0.5 else 0.0
+    return share if share > 0.5 else 0
 
 
 def counts(changes):
@@ -231,64 +211,39 @@ def counts(changes):
     return sum(n is not None for n, *_ in rows), sum(m is not None for _, m, _ in rows)
 
 
-def stream(edge):
-    """The child from top to bottom, by definitions: [(name, [[equal rows] or Change])]."""
-    owner = [name for _, name in definitions(edge.child.text)]
-    pieces, i, j = [], 0, 0
-    for change in [*edge.changes, None]:
-        rows = change.rows if change else [(len(edge.left), len(edge.right), True)]
-        n, m = (next((row[side] for row in rows if row[side] is not None), None) for side in (0, 1))
-        length = n - i if n is not None else m - j
-        equal = [(i + x, j + x, True) for x in range(length)]
-        pieces += [(name, list(rows)) for name, rows in itertools.groupby(equal, lambda row: owner[row[1]])]
-        pieces += [(change.section, change)] if change else []
-        i += length + sum(row[0] is not None for row in rows)
-        j += length + sum(row[1] is not None for row in rows)
-    return [(name, [piece for _, piece in group])
-            for name, group in itertools.groupby(pieces, lambda pair: pair[0])]
-
-
 def blocks(pieces):
-    """Pieces of a definition as [(Change, its rows and equal ones around it) or (None, other equal rows)]."""
-    found, around = [], [[] for _ in range(len(pieces) + 1)]  # what the following change begins with
+    """Pieces of a definition as [(Piece, rows)]; changes have equal rows around them, others are folded."""
+    found, before = [], []  # before: what the following change begins with
     for i, piece in enumerate(pieces):
-        if isinstance(piece, Change):
-            found.append((piece, around[i] + piece.rows))
+        if piece.kind != "equal":
+            found.append((piece, before + piece.rows))
+            before = []
             continue
-        after, before = i > 0, i + 1 < len(pieces)
-        start, end = CONTEXT * after, len(piece) - CONTEXT * before
-        if (after or before) and end - start < FOLD:
-            start = end = len(piece) // 2 if after and before else len(piece) * after
+        size, after, ahead = len(piece.rows), i > 0, i + 1 < len(pieces)
+        start, end = CONTEXT * after, size - CONTEXT * ahead
+        if (after or ahead) and end - start < FOLD:
+            start = end = size * after // (after + ahead)
         if after:
-            found[-1][1].extend(piece[:start])
+            found[-1][1].extend(piece.rows[:start])
         if end > start:
-            found.append((None, piece[start:end]))
-        around[i + 1] = piece[end:]
+            found.append((piece, piece.rows[start:end]))
+        before = piece.rows[end:]
     return found
 
 
 def ideas(edge):
-    """[(note, [its first Change in each definition])] of the idea; the heart of the paper comes first."""
-    order = [note for *_, note in notes().get(f"{edge.parent.name} to {edge.child.name}", [])]
-    found = [change for change in edge.changes if change.kind == "idea"]
-    found.sort(key=lambda change: order.index(change.note) if change.note in order else len(order))
-    groups = {}
-    for change in found:
-        groups.setdefault(change.note, {}).setdefault(change.section, change)
-    return [(note, list(group.values())) for note, group in groups.items()]
+    """[(note, [its first change in each definition])] of the idea; the heart of the paper comes first."""
+    groups = {note: {} for *_, note in notes().get(f"{edge.parent.name} to {edge.child.name}", [])}
+    for change in edge.changes:
+        if change.kind == "idea":
+            groups.setdefault(change.note, {}).setdefault(change.section, change)
+    return [(note, list(group.values())) for note, group in groups.items() if group]
 
 
 def sizes(edge):
     """The lines of the diff, and those of each kind, as a sentence each."""
-    kinds = [(kind, counts([change for change in edge.changes if change.kind == kind])) for kind in KINDS]
-    return "{} lines out, {} in. ".format(*counts(edge.changes)) + ", ".join(
-        f"{kind} {out} out, {new} in".capitalize() if kind == "idea" else f"{kind} {out} and {new}"
-        for kind, (out, new) in kinds if out or new) + "."
-
-
-def command(edge):
-    """What to type to see the same diff."""
-    if edge.child.imports:
-        return f"cat {edge.child.path.relative_to(ROOT).as_posix()}"
-    return "git diff --no-index " + " ".join(
-        file.path.relative_to(ROOT).as_posix() for file in (edge.parent, edge.child))
+    kinds = [(kind, *counts([change for change in edge.changes if change.kind == kind])) for kind in KINDS]
+    texts = [f"Idea {out} out, {new} in" if kind == "idea" else f"{kind} {out} and {new}"
+             for kind, out, new in kinds if out or new]
+    return "{} lines out, {} in. {}. The recipe came with the paper and does not depend on its idea.".format(
+        *counts(edge.changes), ", ".join(texts))

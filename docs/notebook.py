@@ -9,21 +9,14 @@ METADATA = {"accelerator": "GPU", "colab": {"gpuType": "T4", "provenance": []},
             "language_info": {"name": "python"}}
 
 
-def cells(script):
-    """[(kind, text)] of what follows each "# %%". Text and the shell's lines lose the "# " before them."""
-    found = []
-    for kind, text in re.findall(r"^# %%(?: \[(markdown)\])?\n(.*?)(?=^# %%|\Z)", script, re.M | re.S):
-        marks, plain = (r"^# ?", "") if kind else (r"^( *)# (?=!)", r"\1")
-        found.append((kind or "code", re.sub(marks, plain, text.strip(), flags=re.M)))
-    return found
-
-
 def notebook(script):
-    """The text of the .ipynb file."""
+    """The text of the .ipynb file. "# %%" begins a cell; text and the shell's lines lose their "# "."""
     content = []
-    for kind, text in cells(script):
-        more = {} if kind == "markdown" else {"execution_count": None, "outputs": []}
-        content.append({"cell_type": kind, "metadata": {}, **more, "source": text.splitlines(keepends=True)})
+    for markdown, text in re.findall(r"^# %%(?: \[(markdown)\])?\n(.*?)(?=^# %%|\Z)", script, re.M | re.S):
+        text = re.sub("^# ?" if markdown else "# (?=!)", "", text.strip(), flags=re.M)
+        more = {} if markdown else {"execution_count": None, "outputs": []}
+        content.append({"cell_type": markdown or "code", "metadata": {}, **more,
+                        "source": text.splitlines(keepends=True)})
     whole = {"cells": content, "metadata": METADATA, "nbformat": 4, "nbformat_minor": 4}
     return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
 

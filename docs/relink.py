@@ -2,8 +2,7 @@
 
     [detr.py:285](../detr.py#L285) `torch.zeros_like(query_pos)`
 
-    python docs/relink.py            corrects all numbers; fails if a piece is on no line or several
-    python docs/relink.py --check    changes nothing and prints the wrong links
+    python docs/relink.py    corrects all numbers; fails if a piece is on no line or several
 """
 import re
 import sys
@@ -20,35 +19,23 @@ def relink(text, folder=DOCS):
     def correct(match):
         label, path, piece = match.groups()
         file = folder / path
-        if not piece or not file.is_file():
-            what = "no such file" if piece else "no `piece of the line` after the link"
-            problems.append(f"{match[0]}: {what}")
-            return match[0]
-        lines = file.read_text(encoding="utf-8").splitlines()
-        found = [number for number, line in enumerate(lines, 1) if piece in line]
-        if len(found) != 1:
-            problems.append(f"{label}: `{piece}` is on lines {found}, not on one: give another piece")
-            return match[0]
-        return f"[{label}:{found[0]}]({path}#L{found[0]})" + match[0].partition(")")[2]
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        found = [number for number, line in enumerate(lines, 1) if piece and piece in line]
+        if len(found) == 1:
+            return f"[{label}:{found[0]}]({path}#L{found[0]})" + match[0].partition(")")[2]
+        problems.append(
+            f"{match[0]}: no such file" if not file.is_file() else
+            f"{match[0]}: no `piece of the line` after the link" if not piece else
+            f"{label}: `{piece}` is on lines {found}, not on one: give another piece")
+        return match[0]
 
     return LINK.sub(correct, text), problems
 
 
-def main(flags):
-    failed = False
-    for path in sorted(DOCS.glob("*.md")):
-        text = path.read_text(encoding="utf-8")
-        new, problems = relink(text)
-        for problem in problems:
-            print(f"{path.name}: {problem}")
-        if new != text:
-            count = sum(a[0] != b[0] for a, b in zip(LINK.finditer(text), LINK.finditer(new)))
-            print(f"{path.name}: {count} links {'out of date' if '--check' in flags else 'corrected'}")
-            if "--check" not in flags:
-                path.write_text(new, encoding="utf-8", newline="\n")
-        failed |= bool(problems or new != text and "--check" in flags)
-    return failed
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    failed = []
+    for path in sorted(DOCS.glob("*.md")):
+        new, problems = relink(path.read_text(encoding="utf-8"))
+        path.write_text(new, encoding="utf-8", newline="\n")
+        failed += [f"{path.name}: {problem}" for problem in problems]
+    sys.exit("\n".join(failed) or 0)

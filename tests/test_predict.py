@@ -174,7 +174,7 @@ def test_wrong_numbers_are_refused(flags, detector):
     ("foreign.pth", {"model": "detr", "backbone": "resnet18"}, "of another model, or needs an --option"),
     ("foreign.pth", {"model": "fixed.py"}, "has no load_official()"),
     ("ours.pt", {"model": "conditional_detr"}, "its weights are not those of this model"),
-    ("ours.pt", {"model": "gone.py"}, "gone.py: no such file"),
+    ("ours.pt", {"model": "gone.py"}, "gone.py: no such .py file"),
     ("ours.pt", {"model": 7}, "model 7 must be paths or names"),
     ("ours.pt", {"colour": 1}, "detr has no such option"),
     ("run.pt", {"device": "abacus"}, "no such device"),

@@ -135,7 +135,7 @@ def test_files_that_are_missing_or_cannot_be_read_are_named(fixed):
     check_refused("nothing.pt: no such checkpoint", "--weights", "nothing.pt")
     check_refused("nothing.jpg: no such image", *fixed, "nothing.jpg")
     check_refused("bad.jpg", *fixed, "bad.jpg")
-    check_refused("unknown.py: no such file", *fixed, "--model", "unknown.py")
+    check_refused("unknown.py: no such .py file", *fixed, "--model", "unknown.py")
     check_refused("no such folder", *fixed, "--data", "gone")
 
 
