@@ -14,6 +14,7 @@ describes. A model file gives RECIPE (the paper's training), LAPTOP (changes of 
 train.py depends on no model's name.
 """
 import math
+from contextlib import closing
 from itertools import islice
 
 import torch
@@ -297,16 +298,16 @@ def train(model, criterion, optimizer, datasets, args, run):
     forward = torch.nn.parallel.DistributedDataParallel(model) if machine.WORLD > 1 else model
     forward = torch.compile(forward) if args.compile else forward
     batches = Batches(len(datasets["train"]), args, run.step)
-    loader = iter(machine.make_loader(datasets["train"], args, batch_sampler=batches))
+    loader = machine.make_loader(datasets["train"], args, batch_sampler=batches)
     model.train()
-    with run.underway():
+    with closing(part for part in loader) as parts, run.underway():  # closing ends the loader's processes
         if run.evaluation_is_due():  # the run was stopped before it
             run.evaluated(*evaluate(model, criterion, datasets["val"], args))
         for step in range(run.step, args.steps):
             set_rates(optimizer, lr_factor(step, args, batches.steps_per_epoch))
             # Dropout and data order depend only on seed and step, so nothing else needs to be restored
             torch.manual_seed(seed_of(args.seed, step) * machine.WORLD + machine.RANK)
-            run.parts = list(islice(loader, args.accumulate))
+            run.parts = list(islice(parts, args.accumulate))
             losses = train_step(forward, criterion, optimizer, run.parts, args, run.scaler)
             run.log(step + 1, losses)
             if run.evaluation_is_due():

@@ -119,9 +119,15 @@ def make_loader(dataset, args, **how):
     # resumed run makes one loader more. fork: Python 3.14 would start a new Python, which imports torch.
     return torch.utils.data.DataLoader(
         dataset, num_workers=args.workers, collate_fn=collate, generator=torch.Generator(),
-        pin_memory=torch.device(args.device).type in ("cuda", "xpu"), worker_init_fn=leave_ctrl_c_to_the_run,
+        pin_memory=torch.device(args.device).type in ("cuda", "xpu"), worker_init_fn=leave_the_terminal,
         multiprocessing_context="fork" if args.workers and sys.platform == "linux" else None, **how)
 
 
-def leave_ctrl_c_to_the_run(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
+def leave_the_terminal(worker):
+    """Ctrl-C and other signals to a process group are for the run, which then ends its workers.
+
+    A worker that a signal ends may hold a lock for which the run would wait for ever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setsid"):  # not on Windows
+        os.setsid()

@@ -34,11 +34,11 @@ def train_py(flags, cwd, out, err):
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
-def run(*flags, cwd, meanwhile=lambda process: None):
+def run(*flags, cwd, meanwhile=lambda process: None, program=train_py):
     """What train.py answers to these flags: returncode, stdout, stderr. `meanwhile` may send it signals."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        process = server().Process(target=train_py, args=(list(map(str, flags)), cwd, out, err))
+        process = server().Process(target=program, args=(list(map(str, flags)), cwd, out, err))
         process.start()
         meanwhile(process)
         process.join(170)

@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, damaged and continued: nothing is lost, and nothing changes unasked."""
 import json
+import multiprocessing.synchronize
 import os
 import random
 import shutil
@@ -11,7 +12,7 @@ import torch
 
 import train
 from support import UserError, checkpoints
-from tests.command import QUICK, check_refused, run, start
+from tests.command import QUICK, check_refused, run, start, train_py
 from tests.folders import small_coco
 from tests.tiny_models import tiny
 
@@ -41,9 +42,20 @@ def straight(tmp_path_factory):
     return weights_of(folder / "run")
 
 
+def train_py_with_locks_held(*args):
+    """As train_py, but the processes that load images hold the lock that they share for most of the time."""
+    def is_set(event):
+        with event._cond:
+            time.sleep(0.05)
+            return event._flag.acquire(False) and event._flag.release() is None
+
+    multiprocessing.synchronize.Event.is_set = is_set
+    train_py(*args)
+
+
 @pytest.mark.parametrize("kill, number", [(os.kill, signal.SIGINT), (os.killpg, signal.SIGTERM)])
 def test_a_stopped_run_saves_and_resume_gives_the_very_same_weights(kill, number, straight, tmp_path):
-    """To the last bit (CPU): Ctrl-C, and a scheduler's signal, which ends the loading processes as well."""
+    """To the last bit (CPU): Ctrl-C, and a scheduler's signal, which reaches the loading processes as well."""
     log = tmp_path / "stopped/log.jsonl"
 
     def stop_after_three_steps(process):
@@ -52,7 +64,7 @@ def test_a_stopped_run_saves_and_resume_gives_the_very_same_weights(kill, number
         kill(process.pid, number)
 
     flags = [*FLAGS, "--out", "stopped", "--log-every", "1"]
-    done = run(*flags, cwd=tmp_path, meanwhile=stop_after_three_steps)
+    done = run(*flags, cwd=tmp_path, meanwhile=stop_after_three_steps, program=train_py_with_locks_held)
     assert done.returncode == 1 and "--resume stopped" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
     assert weights_of(tmp_path / "stopped")["step"] >= 3
