@@ -26,6 +26,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,15 @@ def runner(model, *options, times=1):
     return {"model": model, "options": options, "times": times}
 
 
+def between(*parts):
+    """DETR with these parts of Conditional DETR: "offsets", "focal", "spatial query"."""
+    return runner("conditional_detr_ablations", f"offsets={'offsets' in parts}".lower(),
+                  f"class_loss={'focal' if 'focal' in parts else 'softmax'}",
+                  f"attention={'conditional' if 'spatial query' in parts else 'detr'}")
+
+
+BETWEEN = {" + ".join(["detr", *parts]): between(*parts)
+           for count in (1, 2) for parts in combinations(("offsets", "focal", "spatial query"), count)}
 CONTROLS = {
     "detr, coarse map": runner("detr", "last_stage=3", "temperature=10000"),
     "detr, 5 times as long": runner("detr", times=5),
@@ -56,10 +66,9 @@ CONTROLS = {
     "deformable_detr plain": runner("deformable_detr", "box_refine=false"),
     "deformable_detr two-stage": runner("deformable_detr", "two_stage=true"),
     "sqr dense": runner("sqr", "recollect=dense"),
-    "sqr recurrent": runner("sqr", "recurrent=true"),
-    **{f"group_detr K={K}": runner("group_detr", f"num_groups={K}") for K in (1, 6, 11)},
+    **{f"group_detr K={K}": runner("group_detr", f"num_groups={K}") for K in (1, 6)},
     **{f"{name} 6 layers": runner(name, "dec_layers=6") for name in ("deformable_detr", "sqr", "adamixer")},
-    **{f"csq-{x}": runner("conditional_detr_ablations", f"spatial_query=csq-{x}") for x in "iptc"},
+    **BETWEEN,
 }
 FILES = known_files()
 RUNNERS = {**{name: runner(name) for name in FILES}, **CONTROLS}
@@ -74,7 +83,7 @@ GROUPS = {  # trained together, and shown in one table
     "supervision": ["conditional_detr", *(name for name in RUNNERS if name.startswith("group_detr")),
                     "deformable_detr", "hdetr", "sqr", "sqr dense"],
     "layers": [name for name in RUNNERS if "6 layers" in name],
-    "spatial_query": ["conditional_detr", *(name for name in RUNNERS if name.startswith("csq"))],
+    "taken_apart": ["detr", *BETWEEN, "conditional_detr"],  # the step from the first to the last
 }
 FIGURES = ("race", "race_all", "rivals", "supervision")  # the groups of docs/GROUP.png
 

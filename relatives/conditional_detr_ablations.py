@@ -1,7 +1,15 @@
-"""Conditional DETR's ablations: other spatial queries, transforms and reference points that its paper tries.
+"""Conditional DETR's ablations: its paper's spatial queries and reference points, and the step from DETR.
 
 Not a file to diff: it imports its parent, conditional_detr.py, and replaces parts of it. With the defaults it
 is the parent, with the same parameters under the same names. The official code has these defaults only.
+With attention="detr", offsets=False and class_loss="softmax" it is detr.py, again with its names.
+
+    attention      paper, table 4: "conditional" is the parent's decoder, "detr" that of detr.py, which adds
+                   content and position and has no spatial query
+    offsets        table 4: True, box centres are relative to the reference point, and the box head's last
+                   layer starts at zero; False, boxes and initial values are those of detr.py
+    class_loss     table 4: "focal" C sigmoids, weight 2, every class starts at p = 0.01; "softmax" C + 1
+                   logits with weight and initial values of detr.py. Only these two change `recipe`
 
     spatial_query  paper, table 3: "csq" T from what the previous layer returned, "csq-i" from this layer's
                    self-attention, "csq-p" only p_s, "csq-t" only the diagonal of T, "csq-c" only f
@@ -13,18 +21,24 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the parent's folder
 
 import conditional_detr  # noqa: E402
+import detr  # noqa: E402
 from conditional_detr import (  # noqa: E402, F401
     MLP,
     OFFICIAL_NAMES,
     RECIPE,
+    check_input,
     concat_heads,
     load_official,
     rename_official,
+    resize_mask,
+    sine_positions,
+    sine_xy,
     xavier_uniform,
 )
 
@@ -124,21 +138,63 @@ class Decoder(conditional_detr.Decoder):
 
 
 class ConditionalDETRAblations(conditional_detr.ConditionalDETR):
-    """Conditional DETR with another decoder and other reference points; forward is the parent's."""
+    """Conditional DETR with another decoder, other reference points, boxes or classes."""
 
-    def __init__(self, num_classes, spatial_query="csq", transform="diagonal", reference="query", **options):
+    def __init__(self, num_classes, spatial_query="csq", transform="diagonal", reference="query",
+                 attention="conditional", offsets=True, class_loss="focal", **options):
         super().__init__(num_classes, **options)
         check_choice("spatial_query", spatial_query, ("csq", "csq-i", "csq-p", "csq-t", "csq-c"))
         check_choice("transform", transform, ("diagonal", "scalar", "identity", "block", "full"))
         check_choice("reference", reference, ("query", "learned", "origin"))
+        check_choice("attention", attention, ("conditional", "detr"))
+        check_choice("class_loss", class_loss, ("focal", "softmax"))
+        self.conditional, self.offsets = attention == "conditional", offsets
+        has_points = offsets or self.conditional and spatial_query not in ("csq-t", "csq-c")
+        for name, changed, needed in [
+                ("spatial_query", spatial_query != "csq", self.conditional),
+                ("transform", transform != "diagonal", self.conditional),
+                ("reference", reference != "query", has_points)]:
+            if changed and not needed:
+                raise ValueError(f"{name} is without effect in this model, leave it out")
+
         num_queries, hidden_dim = self.query_embed.weight.shape
         parent, layer = self.decoder, self.decoder.layers[0]
-        self.decoder = Decoder(len(parent.layers), hidden_dim, layer.nheads, layer.ffn.linear1.out_features,
-                               layer.dropout.p, spatial_query, transform)
+        sizes = (len(parent.layers), hidden_dim, layer.nheads, layer.ffn.linear1.out_features,
+                 layer.dropout.p)
+        self.decoder = Decoder(*sizes, spatial_query, transform) if self.conditional else detr.Decoder(*sizes)
         xavier_uniform(self.decoder)
-        if reference != "query":
+        if not has_points:
+            self.reference_head = None
+        elif reference != "query":
             self.reference_head = ReferencePoints(num_queries, learned=reference == "learned")
             xavier_uniform(self.reference_head)
+        if not offsets:
+            self.box_head.layers[-1].reset_parameters()  # no longer zero
+        if class_loss == "softmax":
+            self.recipe = {**RECIPE, **{key: detr.RECIPE[key] for key in ("class_loss", "w_class")}}
+            self.class_head = nn.Linear(hidden_dim, num_classes + 1)  # the last class means "no object"
+
+    def forward(self, images, mask):
+        """images [B, 3, H, W], mask [B, H, W] -> {"logits": [S, B, Q, C or C+1], "boxes": [S, B, Q, 4]}."""
+        check_input(images, mask)
+        features = self.input_proj(self.backbone(images)[-1])  # [B, D, h, w]
+        mask = resize_mask(mask, features.shape[-2:])  # [B, h, w]
+        pos = sine_positions(mask, features.shape[1], offset=0, temperature=self.temperature)  # [B, T, D]
+        mask = mask.flatten(1)  # [B, T]
+
+        src = features.flatten(2).transpose(1, 2)  # [B, T, D]
+        memory = self.encoder(src, pos, mask)  # [B, T, D]
+        query_pos = self.query_embed.weight.expand(images.shape[0], -1, -1)  # [B, Q, D]
+        s = p_s = None
+        if self.reference_head is not None:
+            s = self.reference_head(query_pos)  # [B, Q, 2], before the sigmoid
+            p_s = sine_xy(s.sigmoid(), query_pos.shape[-1], self.temperature)  # [B, Q, D]
+        places = (query_pos, p_s) if self.conditional else (query_pos,)
+        hs = self.decoder(*places, memory, pos, mask)  # [S, B, Q, D]
+        boxes = self.box_head(hs)  # [S, B, Q, 4]
+        if self.offsets:
+            boxes = boxes + F.pad(s, (0, 2))  # Eq. (1)
+        return {"logits": self.class_head(hs), "boxes": boxes.sigmoid()}
 
 
 def build(num_classes, **options):

@@ -74,6 +74,24 @@ def test_conditional_attention_adds_a_content_and_a_spatial_score_in_every_head(
     torch.testing.assert_close(together, score(c_q, c_k) + score(p_q, p_k))
 
 
+@pytest.mark.parametrize("name, options", [
+    ("detr", {"attention": "detr", "offsets": False, "class_loss": "softmax"}), ("conditional_detr", {})])
+def test_the_step_from_detr_to_conditional_detr_begins_and_ends_at_these_files(name, options):
+    """To the last bit; gradients as sums in another order. Initial values are in test_initialisation.py."""
+    files = shaken(name, dropout=0.1), quick("conditional_detr_ablations", dropout=0.1, **options)
+    files[1].load_state_dict(files[0].state_dict())
+    assert [n for n, _ in files[1].named_parameters()] == [n for n, _ in files[0].named_parameters()]
+    outputs = [model.train()(*batch()) for model in files]  # batch() seeds dropout
+    losses = [train.SetCriterion(model)(out, TARGETS) for model, out in zip(files, outputs)]
+    for one, other in [outputs, losses]:
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    for loss in losses:
+        loss["total"].backward()
+    for (n, one), other in zip(files[0].named_parameters(), files[1].parameters()):
+        if one.requires_grad:
+            torch.testing.assert_close(other.grad, one.grad, msg=n)
+
+
 # ---- Deformable DETR ---------------------------------------------------------------------------------------
 def test_deformable_attention_starts_as_a_uniform_star():
     attention = module_named("deformable_detr").MSDeformAttn(64, nheads=8, levels=4, points=4)

@@ -27,7 +27,10 @@ VARIANTS = {
     "conditional_detr_ablations": [{"dec_layers": 1}] + [
         {"spatial_query": form} for form in ("csq-p", "csq-t", "csq-c", "csq-i")] + [
         {"transform": t} for t in ("scalar", "identity", "block", "full")] + [
-        {"reference": r} for r in ("learned", "origin")],
+        {"reference": r} for r in ("learned", "origin")] + [
+        {"attention": a, "offsets": o, "class_loss": c} for a in ("conditional", "detr")
+        for o in (True, False) for c in ("focal", "softmax")] + [
+        {"offsets": False, "spatial_query": "csq-c"}, {"attention": "detr", "reference": "learned"}],
     "sam_detr_multiscale": [{"smca": True}, {"last_stage": 3}, {"dec_layers": 1}],
     "group_detr": [{"num_groups": 1}, {"dec_layers": 1}],
     "dab_detr": [{"num_patterns": 3}, {"dec_layers": 1}, {"enc_layers": 0}],
@@ -209,6 +212,8 @@ def test_wrong_options_are_refused_with_a_sentence(name):
     ("deformable_detr", {"enc_layers": 0}, "enc_layers is 0, it must be at least 1"),
     ("sqr", {"recollect": "all"}, 'recollect is .all., it must be "selective"'),
     ("conditional_detr_ablations", {"transform": "diag"}, "transform is .diag., it must be one of"),
+    ("conditional_detr_ablations", {"attention": "detr", "transform": "full"}, "transform is without effect"),
+    ("conditional_detr_ablations", {"class_loss": "bce"}, "class_loss is .bce., it must be one of focal"),
     ("smca_detr", {"scale_type": "type3"}, "scale_type is .type3., it must be one of"),
     ("hdetr", {"two_stage": False, "box_refine": False}, "look_forward_twice is True, it must be"),
     ("adamixer", {"enc_layers": 2}, "enc_layers is 2, it must be 0"),

@@ -45,6 +45,17 @@ def faults(ours, official):
     return found
 
 
+def check(case, model, rename_official):
+    """Each parameter of the model against the row of its official name."""
+    ours, wrong = dict(model.named_parameters(remove_duplicate=False)), {}
+    for name, row in case["parameters"].items():
+        (our_name,) = rename_official({name: None})
+        assert our_name in ours, f"{name}: there is no parameter {our_name}"
+        if not MEANT.match(name) and (found := faults(ours[our_name], row)):
+            wrong[f"{name} ({our_name})"] = found
+    assert not wrong, "; ".join(f"{name}: {', '.join(found)}" for name, found in wrong.items())
+
+
 @pytest.mark.parametrize("label", CASES)
 def test_every_parameter_starts_as_in_the_official_code(label, monkeypatch):
     case, options = CASES[label], dict(CASES[label]["our_options"])
@@ -52,11 +63,14 @@ def test_every_parameter_starts_as_in_the_official_code(label, monkeypatch):
     module = module_named("sam_detr_multiscale" if multiscale else FILES[case["repo"]])
     monkeypatch.setattr(module_named(FILES[case["repo"]]), "Backbone", NoBackbone)
     torch.manual_seed(0)
-    ours = dict(module.build(case["num_classes"], **options).named_parameters(remove_duplicate=False))
-    wrong = {}
-    for name, row in case["parameters"].items():
-        (our_name,) = module.rename_official({name: None})
-        assert our_name in ours, f"{name}: there is no parameter {our_name}"
-        if not MEANT.match(name) and (found := faults(ours[our_name], row)):
-            wrong[f"{name} ({our_name})"] = found
-    assert not wrong, "; ".join(f"{name}: {', '.join(found)}" for name, found in wrong.items())
+    check(case, module.build(case["num_classes"], **options), module.rename_official)
+
+
+@pytest.mark.parametrize("label, options", [
+    ("detr", {"attention": "detr", "offsets": False, "class_loss": "softmax"}), ("conditional_detr", {})])
+def test_the_step_from_detr_to_conditional_detr_begins_and_ends_with_their_initial_values(
+        label, options, monkeypatch):
+    monkeypatch.setattr(module_named("conditional_detr"), "Backbone", NoBackbone)
+    torch.manual_seed(0)
+    model = module_named("conditional_detr_ablations").build(CASES[label]["num_classes"], **options)
+    check(CASES[label], model, module_named(label).rename_official)
