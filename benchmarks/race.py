@@ -3,12 +3,14 @@
     python benchmarks/race.py --jobs 2 --seeds 0 1 2           trains the five methods
     python benchmarks/race.py --groups race_all maps layers    trains other groups of runners
     python benchmarks/race.py --only "sqr dense" --steps 600   trains some runners by name
-    python benchmarks/race.py --draw                           trains nothing: tables, figures of docs/
+    python benchmarks/race.py --draw                           trains nothing: docs/results.md and figures
     python benchmarks/race.py --compare RUN RUN                draws the curves of your own runs
 
 Each runner is `python train.py` with its laptop preset on one thread. A run is recorded in
 benchmarks/results/race.json when it ends, and a recorded run is not trained again. After Ctrl-C or SIGTERM
 the same command resumes each run where it stopped. To start a new race, delete race.json and benchmarks/runs.
+--draw writes into docs/results.md the tables between its marks and every number behind the name of a runner:
+"`sqr` 0.712" is its mean AP, "`sqr` 2,201 images" its images to AP50 0.5; "?" means that it has no run yet.
 
 Minutes are CPU minutes of the run's process, evaluations included. Waiting does not count. A second run on
 the same machine makes them a little longer, because the two share caches and memory.
@@ -18,6 +20,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -40,6 +43,7 @@ from support.model_files import known_files  # noqa: E402
 from support.report import one_line_errors  # noqa: E402
 
 RUNS, RESULTS, DOCS = ROOT / "benchmarks/runs", ROOT / "benchmarks/results/race.json", ROOT / "docs"
+STAGES = ROOT / "benchmarks/results/stages.json"  # stages.py writes it
 BATCH, EVALUATIONS = 8, 10  # of each run
 LOCK, CHILDREN = threading.Lock(), set()  # of race.json; process ids
 
@@ -73,29 +77,38 @@ CONTROLS = {
        for name in ("deformable_detr", "sqr", "adamixer", "sqr_adamixer")},
     **BETWEEN,
 }
+OTHERS = {  # no part of the race: runs of deformable_detr with these flags
+    "default run": "--steps 1800",
+    "photos": "--data BCCD --size 224 --batch-size 4 --lr 4e-4 --lr-backbone 4e-4 --steps 2400",
+    "photos, short": "--data BCCD --size 160 --steps 760",
+    "photos, fine-tuned": "--data BCCD --size 160 --steps 760 "
+                          "--init benchmarks/runs/deformable_detr-3000-seed0",
+}
 FILES = known_files()
-RUNNERS = {**{name: runner(name) for name in FILES}, **CONTROLS}
+RUNNERS = {**{name: runner(name) for name in FILES}, **CONTROLS, **OTHERS}
 MAIN = [name for name, path in FILES.items() if path.parent == ROOT]
 RELATIVES = [name for name in FILES if name not in MAIN and (DOCS / f"{name}.md").exists()]
 GROUPS = {  # trained together, and shown in one table
     "race": MAIN,
-    "race_all": [*MAIN, *RELATIVES],
+    "race_all": [*MAIN, *RELATIVES, "sam_detr smca"],
     "maps": [name for name in RUNNERS if name.split(",")[0] in ("detr", "conditional_detr")],
-    "rivals": ["conditional_detr", "smca_detr", "dab_detr", "sam_detr", "sam_detr smca"],
     "variants": ["deformable_detr", "deformable_detr plain", "deformable_detr two-stage"],
     "supervision": ["conditional_detr", *(name for name in RUNNERS if name.startswith("group_detr")),
                     "deformable_detr", "hdetr", "sqr", "sqr dense"],
     "denoising": ["dab_detr", *(name for name in RUNNERS if name.startswith("dn_detr")),
-                  "hdetr", "dino without noise", "dino"],
+                  "dino without noise", "dino"],
     "layers": [name for name in RUNNERS if "6 layers" in name],
     "taken_apart": ["detr", *BETWEEN, "conditional_detr"],  # the step from the first to the last
+    "others": list(OTHERS),
 }
-FIGURES = ("race", "race_all", "rivals", "supervision")  # the groups of docs/GROUP.png
+FIGURES = ("race", "race_all")  # the groups of docs/GROUP.png
 
 
 # ---- Training ----------------------------------------------------------------------------------------------
 def flags_of(name, steps):
     """The runner as flags of train.py."""
+    if name in OTHERS:
+        return ["--model", "deformable_detr", *OTHERS[name].split()]
     chosen = RUNNERS[name]
     options = [word for option in chosen["options"] for word in ("--option", option)]
     return ["--model", chosen["model"], "--batch-size", str(BATCH), "--schedule", "cosine",
@@ -194,35 +207,81 @@ def curve(entry, key="AP"):
     return steps * entry["batch"], entry["cpu_minutes"] * steps / steps[-1], values
 
 
-def images_to(entry, key="AP50", level=0.5):
-    """Images seen when a curve first reaches the level, by straight lines between evaluations, or None."""
-    images, _, values = curve(entry, key)
-    above = int(np.argmax(values >= level))
-    return np.interp(level, values[above - 1:above + 1], images[above - 1:above + 1]) if above else None
+def images_to(entries):
+    """Mean of the images seen when AP50 is 0.5, by straight lines between evaluations; or, if never, ">N"."""
+    reached = []
+    for entry in entries:
+        images, _, values = curve(entry, "AP50")
+        above = int(np.argmax(values >= 0.5))
+        if not above:
+            return f">{images[-1]:,}"
+        reached.append(np.interp(0.5, values[above - 1:above + 1], images[above - 1:above + 1]))
+    return f"{statistics.mean(reached):,.0f}"
 
 
 def spread(values):
-    """"mean ± standard deviation", or the value if there is only one."""
+    """"mean±standard deviation", or the value if there is only one."""
     mean = f"{statistics.mean(values):.3f}"
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+    return f"{mean}±{statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
-def table(runners):
-    """Markdown table of {name: entries}. The last column compares when the fastest runner ends."""
-    minutes = {name: statistics.mean(entry["cpu_minutes"] for entry in entries)
-               for name, entries in runners.items()}
-    least = min(minutes.values())
-    print("\n| runner | seeds | steps | seconds a step | CPU minutes | AP | AP50 | AP small "
-          f"| images to AP50 0.5 | AP after {least:.1f} minutes |\n|{'---|' * 10}")
+def map_of(options):
+    """The maps that queries read: "C3", "C2,C3", or "C3+2" for C3 and two coarser levels made of it."""
+    last, levels = options.get("last_stage", 0), options.get("num_feature_levels", 1)
+    first = 2 if "in_points" in options else 3 if levels > 1 else last + 1  # AdaMixer has in_points
+    maps = [f"C{stage}" for stage in range(first, last + 2)]
+    return ",".join(maps) + f"+{levels - len(maps)}" * (levels > len(maps)) if last else ""
+
+
+def table(runners, columns=""):
+    """Markdown of {name: entries}. The last column compares when the fastest runner ends."""
+    minutes = {name: statistics.mean(e["cpu_minutes"] for e in entries) for name, entries in runners.items()}
+    least, rows = min(minutes.values(), default=0), []
     for name, entries in runners.items():
         last = [entry["evals"][-1] for entry in entries]
-        reached = [images_to(entry) for entry in entries]
         equal = [np.interp(least, *curve(entry)[1:]) for entry in entries]
-        cells = [name, len(entries), last[0]["step"], f"{60 * minutes[name] / last[0]['step']:.3f}",
-                 f"{minutes[name]:.1f}", *(spread([line[key] for line in last])
-                                           for key in ("AP", "AP50", "AP_small")),
-                 "never" if None in reached else f"{statistics.mean(reached):.0f}", spread(equal)]
-        print(f"| {' | '.join(map(str, cells))} |")
+        rows.append({
+            "runner": name, "seeds": len(entries), "map": map_of(entries[0]["options"]),
+            "steps": last[0]["step"], "seconds a step": f"{60 * minutes[name] / last[0]['step']:.2f}",
+            "images to AP50 0.5": images_to(entries), "AP": spread([line["AP"] for line in last]),
+            "AP50": spread([line["AP50"] for line in last]), f"AP after {least:.1f} minutes": spread(equal)})
+    return markdown(rows, columns)
+
+
+def markdown(rows, columns):
+    """A table of dicts, with the columns that match a pattern; a line if there are no rows."""
+    rows = [{key: row[key] for key in row if re.match(columns, key)} for row in rows]
+    if not rows:
+        return "Not measured yet."
+    head, *lines = (f"| {' | '.join(map(str, line))} |" for line in [rows[0], *map(dict.values, rows)])
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *lines])
+
+
+# ---- docs/results.md ---------------------------------------------------------------------------------------
+def known(names):
+    return {name: entries for name in names if (entries := entries_of(name))}
+
+
+def updated(page):
+    """The text of docs/results.md with the numbers of race.json and stages.json."""
+    tables = {group: table(known(names), "runner|AP$") for group, names in GROUPS.items()}
+    tables["race_all"] = table(known(GROUPS["race_all"]), "(?!steps|AP50)")
+    tables["others"] = table(known(OTHERS), "runner|AP$|AP50")
+    stages = list(json.loads(STAGES.read_text()).values()) if STAGES.exists() else []
+    tables["fading"] = markdown([row for row in stages if "layers" in row["run"]], "run|AP|oracle|TP|FP")
+    few = [row for row in stages if row["run"].rsplit("-", 2)[0] in (*MAIN, "dab_detr")]
+    tables["nms"] = markdown(few, "run|last|after")
+
+    def number(match):
+        name, space, _, images = match.groups()
+        if not (entries := entries_of(name)):
+            return f"`{name}`{space}?{images}" if name in RUNNERS else match[0]
+        AP = statistics.mean(entry["evals"][-1]["AP"] for entry in entries)
+        return f"`{name}`{space}{images_to(entries) if images else f'{AP:.3f}'}{images}"
+
+    page = re.sub(r"(<!-- race.py: (\w+) -->\n).*?(?=<!-- end -->)",
+                  lambda match: f"{match[1]}{tables[match[2]]}\n", page, flags=re.S)
+    return re.sub(r"`([^`]+)`(\s)(>?[\d.,]*\d|\?)( images|)", number, page)
 
 
 def draw(runners, path, minutes="minutes of one CPU core, evaluations included"):
@@ -261,19 +320,20 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.compare:
         runs = {str(folder): [entry_of(folder)] for folder in args.compare}
-        table(runs)
+        print(table(runs))
         return draw(runs, "compare.png", "minutes")
     groups = {"chosen": args.only} if args.only else {
         group: GROUPS[group] for group in args.groups or (GROUPS if args.draw else ["race"])}
-    if not args.draw:
+    if args.draw:
+        page = DOCS / "results.md"
+        page.write_text(updated(page.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
         race(list(dict.fromkeys(sum(groups.values(), []))), args.seeds, args.steps, args.jobs)
     for group, names in groups.items():
-        runners = {name: entries_of(name) for name in names if entries_of(name)}
-        if runners:
-            print(f"\n{group}")
-            table(runners)
-        if runners and args.draw and group in FIGURES:
-            draw(runners, DOCS / f"{group}.png")
+        if runners := known(names):
+            print(f"\n{group}\n{table(runners)}")
+            if args.draw and group in FIGURES:
+                draw(runners, DOCS / f"{group}.png")
 
 
 if __name__ == "__main__":

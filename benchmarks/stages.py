@@ -2,6 +2,7 @@
 
     python benchmarks/stages.py runs/deformable_detr-shapes runs/sqr-shapes
     python benchmarks/stages.py runs/sqr-shapes --loops 8     runs only the last layer, 8 times (DQRR)
+    python benchmarks/stages.py benchmarks/runs/*-seed0 --record    records them in results/stages.json
 
 It prints AP of every layer; AP of every layer after NMS; AP if every query answers from its most confident
 layer; AP of an oracle that chooses the best layer; and the two rates of SQR's paper (section 3):
@@ -18,14 +19,18 @@ A prediction is a true positive if it is matched to an object as in COCO: same c
 order of scores, one prediction for each object.
 """
 import argparse
+import json
+import platform
 import sys
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import torch
 from torchvision.ops import batched_nms, box_iou
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+RESULTS = Path(__file__).parent / "results/stages.json"
 from support import machine  # noqa: E402
 from support.checkpoints import load_checkpoint, load_weights  # noqa: E402
 from support.data import load_datasets  # noqa: E402
@@ -115,7 +120,7 @@ def predict(model, dataset, args):
 
 def load(path, name, loops):
     """(model, validation set, args) of a run; with `loops` sqr.py's last layer runs so many times."""
-    checkpoint = load_checkpoint(path / "best.pt" if path.is_dir() else path)
+    checkpoint = load_checkpoint(path / "last.pt" if path.is_dir() else path)
     args = argparse.Namespace(**checkpoint["args"])
     args.device, args.workers = machine.choose_device("auto"), 0
     dataset = load_datasets(args, ("val",))["val"]
@@ -134,24 +139,30 @@ def main(argv=None):
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs, or checkpoints")
     p.add_argument("--model", metavar="FILE", help="your model file, if the runs were made with one")
     p.add_argument("--loops", type=int, metavar="N", help="of sqr.py: run only the last layer, N times")
+    p.add_argument("--record", action="store_true", help="also write the rows into results/stages.json")
     args = p.parse_args(argv)
-    print("| run | AP of layers 1, 2, ... | after NMS | most confident layer | oracle | TP fading "
-          f"| FP exacerbation |\n|{'---|' * 7}")
+    rows = json.loads(RESULTS.read_text()) if args.record and RESULTS.exists() else {}
     for path in args.runs:
         model, dataset, settings = load(path, args.model, args.loops)
         images = predict(model, dataset, settings)
 
         def AP(choose, *stage):
-            return coco_eval(dataset, {image.image_id: choose(image, *stage) for image in images})["AP"]
+            return f"{coco_eval(dataset, {one.image_id: choose(one, *stage) for one in images})['AP']:.3f}"
 
         def confident(image):
             return at_stage(image, image.scores.argmax(0))
 
-        layers = [", ".join(f"{AP(choose, s):.3f}" for s in range(len(images[0].scores)))
-                  for choose in (at_stage, after_nms)]
+        layers = [AP(at_stage, s) for s in range(len(images[0].scores))]
         fading, exacerbation = rates(images)
-        print(f"| {path.name} | {' | '.join(layers)} | {AP(confident):.3f} | {AP(oracle):.3f} "
-              f"| {fading:.0%} | {exacerbation:.0%} |", flush=True)
+        row = {"run": path.name, "AP of layers 1, 2, ...": ", ".join(layers), "last layer": layers[-1],
+               "after NMS": AP(after_nms, -1), "most confident layer": AP(confident), "oracle": AP(oracle),
+               "TP fading": f"{fading:.2f}", "FP exacerbation": f"{exacerbation:.2f}"}
+        if path == args.runs[0]:
+            print(f"| {' | '.join(row)} |\n|{'---|' * len(row)}")
+        print(f"| {' | '.join(row.values())} |", flush=True)
+        rows[path.name] = row | {"machine": platform.platform(), "date": str(date.today())}
+    if args.record:
+        RESULTS.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """benchmarks/: each file runs in a tiny setting, records or prints what it promises, and counts correctly."""
+import json
 import sys
 import time
 from pathlib import Path
@@ -50,26 +51,56 @@ def test_a_stopped_run_is_resumed_then_recorded_and_trained_no_more(tmp_path, mo
     entry, = race.read().values()
     assert entry["flags"] == "--model detr --batch-size 8 --schedule cosine --steps 40 --option nheads=4"
     assert [line["step"] for line in entry["evals"]] == [20, 40] and entry["cpu_minutes"] >= 0.1
-    stages.main(["runs/tiny-40-seed0"])
+    monkeypatch.setattr(stages, "RESULTS", tmp_path / "stages.json")
+    stages.main(["runs/tiny-40-seed0", "--record"])
     row, = rows(capsys.readouterr().out)
-    assert row[0] == "tiny-40-seed0" and len(row[1].split(", ")) == len(row[2].split(", ")) == 1
+    assert row[0] == "tiny-40-seed0" and row[1] == row[2] == f"{entry['evals'][-1]['AP']:.3f}"
+    recorded = json.loads(stages.RESULTS.read_text())["tiny-40-seed0"]
+    assert list(recorded.values())[:8] == row and recorded["date"]
     race.main(["--compare", "runs/tiny-40-seed0"])
     assert Path("compare.png").stat().st_size > 10_000
 
 
-def test_table_and_figure_of_a_group(monkeypatch, tmp_path, capsys):
+def test_draw_writes_tables_numbers_and_figures(monkeypatch, tmp_path, capsys):
     def entry(name, AP, minutes):
         evals = [{"step": 100 * k, "AP": AP * k / 10, "AP50": k / 10, "AP_small": 0.2} for k in range(1, 11)]
-        return {"name": name, "flags": "", "batch": 8, "cpu_minutes": minutes, "evals": evals}
+        return {"name": name, "flags": "", "batch": 8, "cpu_minutes": minutes, "evals": evals,
+                "options": {"last_stage": 2, "num_feature_levels": 3}}
 
     entries = [entry("sqr", 0.5, 10), entry("sqr", 0.7, 10), entry("deformable_detr", 0.6, 5)]
-    monkeypatch.setattr(race, "read", lambda: dict(enumerate(entries)))
-    monkeypatch.setattr(race, "DOCS", tmp_path)
-    race.main(["--draw", "--groups", "race"])
-    one, two = rows(capsys.readouterr().out)
-    assert one[2:] == ["1000", "0.300", "5.0", "0.600", "1.000", "0.200", "4000", "0.600"]
-    assert two[:2] == ["sqr", "2"] and two[5] == "0.600 ± 0.141" and two[9] == "0.300 ± 0.071"
+    rows_of_stages = {run: {"run": run, "last layer": "0.5", "after NMS": "0.4", "oracle": "0.3"}
+                      for run in ("sqr-1000-seed0", "sqr-dense-1000-seed0", "sqr-6-layers-1000-seed0")}
+    for name, value in dict(read=lambda: dict(enumerate(entries)), DOCS=tmp_path,
+                            STAGES=tmp_path / "stages.json").items():
+        monkeypatch.setattr(race, name, value)
+    race.STAGES.write_text(json.dumps(rows_of_stages))
+    page = tmp_path / "results.md"
+    page.write_text("`sqr` ?, `sqr`\n0.1, `detr` 0.3, `detr` 1 images. `sqr` >8 images, `file` 3\n" + "".join(
+        f"<!-- race.py: {name} -->\nold\n<!-- end -->\n" for name in ("race_all", "maps", "nms", "fading")))
+    race.main(["--draw"])
+    full, *_ = capsys.readouterr().out.strip().split("\n\n")
+    one, two = rows(full.partition("\n")[2])
+    assert one == ["deformable_detr", "1", "C3+2", "1000", "0.30", "4,000", "0.600", "1.000", "0.600"]
+    assert two[:2] == ["sqr", "2"] and two[6] == "0.600±0.141" and two[8] == "0.300±0.071"
     assert (tmp_path / "race.png").stat().st_size > 10_000
+    numbers, *tables = page.read_text().split("<!-- race.py: ")
+    assert numbers == "`sqr` 0.600, `sqr`\n0.600, `detr` ?, `detr` ? images. `sqr` 4,000 images, `file` 3\n"
+    assert rows(tables[0])[1] == ["sqr", "2", "C3+2", "0.60", "4,000", "0.600±0.141", "0.300±0.071"]
+    assert tables[1] == "maps -->\nNot measured yet.\n<!-- end -->\n"
+    assert rows(tables[2]) == [["sqr-1000-seed0", "0.5", "0.4"]]
+    assert rows(tables[3]) == [["sqr-6-layers-1000-seed0", "0.3"]]
+    assert race.updated(page.read_text()) == page.read_text()
+    race.read = dict
+    assert "0.6" not in race.updated(page.read_text()), "an empty race.json leaves no number"
+
+
+def test_the_map_of_a_runner_follows_from_its_options():
+    for options, text in [(dict(last_stage=2), "C3"), (dict(last_stage=3), "C4"), ({}, ""),
+                          (dict(last_stage=2, num_feature_levels=3), "C3+2"),
+                          (dict(last_stage=4, num_feature_levels=4), "C3,C4,C5+1"),
+                          (dict(last_stage=4, num_feature_levels=1), "C5"),
+                          (dict(last_stage=2, in_points=16), "C2,C3")]:
+        assert race.map_of(options) == text
 
 
 def test_every_name_of_a_group_is_a_runner_whose_options_its_model_has():
@@ -77,6 +108,8 @@ def test_every_name_of_a_group_is_a_runner_whose_options_its_model_has():
     for name, control in race.CONTROLS.items():
         known = default_options(load_model_file(control["model"]))
         assert {option.split("=")[0] for option in control["options"]} <= set(known), name
+    steps = load_model_file("deformable_detr").LAPTOP["steps"]
+    assert race.OTHERS["default run"] == f"--steps {steps}", "the default run has another length"
 
 
 def test_both_ways_of_sampling_agree_and_a_wrong_one_is_found(monkeypatch, capsys):

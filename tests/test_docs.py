@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from support.model_files import default_options, known_files, load_model_file
-from support.options import make_parser
+from support.options import LAPTOP, make_parser
 from support.run import FILES
 from visualize import make_parser as visualize_parser
 
@@ -136,10 +136,44 @@ def test_parameter_counts_are_those_of_the_official_code(name):
     assert ours and ours <= counts, f"docs/{name}.md: {ours - counts} are no official counts"
 
 
-def test_the_results_show_the_numbers_in_race_json():
-    race = load("race", ROOT / "benchmarks")
-    trained = {name: race.entries_of(name) for name in race.GROUPS["race_all"] if race.entries_of(name)}
-    for name, entries in trained.items():
-        ap = race.spread([entry["evals"][-1]["AP"] for entry in entries])
-        assert re.search(rf"^\| {name}\b.* \| {ap} \|", TEXT["results.md"], re.M), f"{name} should have {ap}"
-    assert trained
+# ---- docs/results.md ---------------------------------------------------------------------------------------
+RESULTS, race = TEXT["results.md"], load("race", ROOT / "benchmarks")
+
+
+def test_the_results_are_those_of_the_records():
+    assert RESULTS == race.updated(RESULTS), "run python benchmarks/race.py --draw"
+
+
+def test_every_number_behind_the_name_of_a_runner_is_its_mean_ap():
+    runs = json.loads((ROOT / "benchmarks/results/race.json").read_text()).values()
+    pairs = re.findall(r"`([^`]+)`\s(\?|0\.\d+)(?! images)", RESULTS)
+    assert len(pairs) > 20
+    for name, AP in pairs:
+        assert name in race.RUNNERS, name
+        own = [run["evals"] for run in runs if run["name"] == name]
+        longest = [evals[-1]["AP"] for evals in own if evals[-1]["step"] == max(e[-1]["step"] for e in own)]
+        assert AP == (f"{sum(longest) / len(longest):.3f}" if longest else "?"), name
+
+
+def test_a_claim_has_a_verdict_if_both_its_numbers_are_there():
+    rows = re.findall(r"^\| (.* images|.*`.* [\d.?]+) \| (.*) \|$", RESULTS, re.M)
+    assert len(rows) > 10
+    for claim, verdict in rows:
+        assert verdict in (["not measured yet"] if "?" in claim else ["yes", "partly", "no"]), claim
+
+
+def test_the_results_fit_their_budget_and_need_no_history():
+    assert len(RESULTS.split()) <= 1600
+    assert [line for line in RESULTS.splitlines() if len(line) > 120 and line[0] != "|"] == []
+    assert not re.search(r"[§†‡]|\b(?=\w*\d)(?=\w*[a-f])[0-9a-f]{7}\b", RESULTS), "a mark or a commit"
+
+
+def test_options_md_has_the_laptop_preset():
+    rows = re.findall(r"^\| ([^|]+) \| (`.*) \|$", TEXT["options.md"].partition("### The laptop preset")[2]
+                      .partition("\n#")[0], re.M)
+    files = {name: getattr(load_model_file(name), "LAPTOP", {}) for name in known_files()}
+    written = [dict(re.findall(r"`(\w+)=([^`]*)`", values)) for _, values in rows]
+    assert written[0] == {name: str(value) for name, value in LAPTOP.items()}
+    for name, own in files.items():
+        found = [values for (names, _), values in zip(rows[1:], written[1:]) if name in names.split(", ")]
+        assert {k: v for part in found for k, v in part.items()} == {k: str(v) for k, v in own.items()}, name
