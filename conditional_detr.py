@@ -37,9 +37,6 @@ RECIPE = dict(
     w_giou=2,
 )
 
-# For train.py --preset laptop: small images need a finer map than C5.
-LAPTOP = dict(last_stage=2, temperature=20)
-
 # Shapes in comments: B images of H x W pixels, maps of h x w cells, T tokens (cells of all maps), Q queries,
 # C classes, D width, E width of queries and keys, M heads, L levels, K points, G groups, S supervised stages.
 # Boxes are (cx, cy, w, h) in [0, 1] of the image without its padding. Masks are True on padding.

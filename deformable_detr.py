@@ -41,8 +41,7 @@ RECIPE = dict(
 )
 
 # For train.py --preset laptop: refinement, and maps of strides 8, 16, 32 made of C3.
-LAPTOP = dict(steps=1800, batch_size=8, lr=8e-4, lr_backbone=8e-4, last_stage=2, num_feature_levels=3,
-              enc_points=2, box_refine=True)
+LAPTOP = dict(steps=1800, lr=8e-4, lr_backbone=8e-4, num_feature_levels=3, enc_points=2, box_refine=True)
 
 # Shapes in comments: B images of H x W pixels, maps of h x w cells, T tokens (cells of all maps), Q queries,
 # C classes, D width, E width of queries and keys, M heads, L levels, K points, G groups, S supervised stages.

@@ -8,8 +8,7 @@ learn what matches. Here every decoder layer builds new queries from the image: 
 one salient point inside the query's reference box, and the old query only re-weights its channels.
 
 Diff me against: conditional_detr.py. Independent of the idea are the boxes that each layer refines with its
-own heads (as in Deformable DETR), smca (from SMCA-DETR) and the fixed temperature of positions.
-relatives/sam_detr_multiscale.py has more levels.
+own heads (as in Deformable DETR) and smca (from SMCA-DETR). relatives/sam_detr_multiscale.py has more levels.
 
 Departures from the official code; tests/test_golden.py checks that the numbers are the same:
     Backbone lists those of all files.
@@ -43,9 +42,6 @@ RECIPE = dict(
     w_l1=5,
     w_giou=2,
 )
-
-# For train.py --preset laptop: small images need a finer map than C5.
-LAPTOP = dict(last_stage=2)
 
 # Shapes in comments: B images of H x W pixels, maps of h x w cells, T tokens (cells of all maps), Q queries,
 # C classes, D width, E width of queries and keys, M heads, L levels, K points, G groups, S supervised stages.
@@ -302,9 +298,10 @@ class SemanticsAligner(nn.Module):
 
     bins = 7  # of a region, along each axis
 
-    def __init__(self, hidden_dim, nheads, smca):
+    def __init__(self, hidden_dim, nheads, temperature, smca):
         super().__init__()
         self.nheads = nheads
+        self.temperature = temperature
         self.smca = smca
         self.point_conv = nn.Conv2d(hidden_dim, hidden_dim // 4, kernel_size=1)
         self.point_mlp = nn.Sequential(
@@ -348,7 +345,7 @@ class SemanticsAligner(nn.Module):
         content = (weights.view(B, -1, h * w) @ memory).view(B, Q, self.nheads, D)
         centre, wh = reference[:, :, None].chunk(2, dim=-1)  # [B, Q, 1, 2] twice
         points = centre + in_box * wh / 2  # [B, Q, M, 2], in [0, 1] of the image
-        position = sine_xy(points.detach(), D)  # [B, Q, M, D]; points learn through the content they sample
+        position = sine_xy(points.detach(), D, self.temperature)  # [B, Q, M, D]; points learn by the content
         # The old query decides which channels count: Sigmoid(Linear(Q))
         content = content * self.reweight_content(tgt).sigmoid().view_as(content)
         position = position * self.reweight_position(tgt).sigmoid().view_as(position)
@@ -383,7 +380,7 @@ class SharedKeyAttention(Attention):
 class DecoderLayer(nn.Module):
     """Queries look at each other, then at the image: tgt [B, Q, D], memory [B, T, D] -> [B, Q, D]."""
 
-    def __init__(self, hidden_dim, nheads, dim_feedforward, dropout, smca):
+    def __init__(self, hidden_dim, nheads, dim_feedforward, dropout, temperature, smca):
         super().__init__()
         # Content and position also have separate maps in self-attention; the paper shows cross-attention.
         self.sa_q_content = nn.Linear(hidden_dim, hidden_dim)
@@ -393,7 +390,7 @@ class DecoderLayer(nn.Module):
         self.sa_v = nn.Linear(hidden_dim, hidden_dim)
         self.self_attn = Attention(hidden_dim, nheads, dropout)
         self.norm1 = nn.LayerNorm(hidden_dim)
-        self.aligner = SemanticsAligner(hidden_dim, nheads, smca)
+        self.aligner = SemanticsAligner(hidden_dim, nheads, temperature, smca)
         self.ca_q_content = nn.Linear(hidden_dim, hidden_dim)
         self.ca_q_sine = MLP(hidden_dim, hidden_dim, hidden_dim, depth=2)
         self.ca_k_content = nn.Linear(hidden_dim, hidden_dim)
@@ -425,17 +422,19 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Layers in a row, each refines its boxes: reference [B, Q, 4] -> hs [S, B, Q, D], boxes [S, B, Q, 4]."""
 
-    def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout, smca):
+    def __init__(self, num_layers, hidden_dim, nheads, dim_feedforward, dropout, temperature, smca):
         super().__init__()
+        self.temperature = temperature
         self.layers = nn.ModuleList(
-            DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, smca)
+            DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, temperature, smca)
             for _ in range(num_layers))
 
     def forward(self, reference, box_heads, memory, pos, mask):
         tgt = memory.new_zeros(*reference.shape[:2], memory.shape[-1])  # [B, Q, D]; content starts at zero
         outputs, boxes = [], []
         for layer, box_head in zip(self.layers, box_heads):
-            query_pos = sine_xy(reference[..., :2].detach(), tgt.shape[-1])  # [B, Q, D]; no width and height
+            xy = reference[..., :2].detach()  # [B, Q, 2]; width and height are not encoded
+            query_pos = sine_xy(xy, tgt.shape[-1], self.temperature)  # [B, Q, D]
             tgt = layer(tgt, query_pos, reference, memory, pos, mask)
             outputs.append(tgt)  # no final norm (DETR has one)
             # Relative to the reference; eps keeps its logit finite on the image's edge, 0 or 1
@@ -465,6 +464,7 @@ class SAMDETR(nn.Module):
         dim_feedforward=2048,
         dropout=0.1,
         num_queries=300,
+        temperature=10000,  # of sine positions; lower is better for small maps (DAB-DETR, section 4.5)
         smca=False,
         input_norm=False,
     ):
@@ -477,7 +477,8 @@ class SAMDETR(nn.Module):
         self.input_proj = nn.ModuleList([nn.Sequential(self.input_proj, norm)])  # one level
         self.encoder = Encoder(enc_layers, hidden_dim, nheads, dim_feedforward, dropout)
         self.query_embed = nn.Embedding(num_queries, 4)  # boxes, before the sigmoid
-        self.decoder = Decoder(dec_layers, hidden_dim, nheads, dim_feedforward, dropout, smca)
+        self.temperature = temperature
+        self.decoder = Decoder(dec_layers, hidden_dim, nheads, dim_feedforward, dropout, temperature, smca)
         self.class_head = nn.Linear(hidden_dim, num_classes)
         self.box_head = MLP(hidden_dim, hidden_dim, 4, depth=3)
         xavier_uniform(self.encoder)
@@ -496,7 +497,7 @@ class SAMDETR(nn.Module):
         check_input(images, mask)
         features = self.input_proj[0](self.backbone(images)[-1])  # [B, D, h, w]
         mask = resize_mask(mask, features.shape[-2:])  # [B, h, w]
-        pos = sine_positions(mask, features.shape[1], offset=0.5)  # [B, T, D]
+        pos = sine_positions(mask, features.shape[1], offset=0.5, temperature=self.temperature)  # [B, T, D]
 
         src = features.flatten(2).transpose(1, 2)  # [B, T, D]
         memory = self.encoder(src, pos, mask.flatten(1))  # [B, T, D]

@@ -67,7 +67,10 @@ CONTROLS = {
     "deformable_detr two-stage": runner("deformable_detr", "two_stage=true"),
     "sqr dense": runner("sqr", "recollect=dense"),
     **{f"group_detr K={K}": runner("group_detr", f"num_groups={K}") for K in (1, 6)},
-    **{f"{name} 6 layers": runner(name, "dec_layers=6") for name in ("deformable_detr", "sqr", "adamixer")},
+    **{f"dn_detr G={G}": runner("dn_detr", f"dn_groups={G}") for G in (0, 1, 5)},
+    "dino without noise": runner("dino", "dn_number=0"),
+    **{f"{name} 6 layers": runner(name, "dec_layers=6")
+       for name in ("deformable_detr", "sqr", "adamixer", "sqr_adamixer")},
     **BETWEEN,
 }
 FILES = known_files()
@@ -82,6 +85,8 @@ GROUPS = {  # trained together, and shown in one table
     "variants": ["deformable_detr", "deformable_detr plain", "deformable_detr two-stage"],
     "supervision": ["conditional_detr", *(name for name in RUNNERS if name.startswith("group_detr")),
                     "deformable_detr", "hdetr", "sqr", "sqr dense"],
+    "denoising": ["dab_detr", *(name for name in RUNNERS if name.startswith("dn_detr")),
+                  "hdetr", "dino without noise", "dino"],
     "layers": [name for name in RUNNERS if "6 layers" in name],
     "taken_apart": ["detr", *BETWEEN, "conditional_detr"],  # the step from the first to the last
 }

@@ -46,7 +46,7 @@ RECIPE = dict(
 PAPER = dict(warmup=500)
 
 # For train.py --preset laptop: no encoder, fewer points, maps of strides 4 and 8.
-LAPTOP = dict(steps=1300, batch_size=8, last_stage=2, enc_layers=0, in_points=16, out_points=32)
+LAPTOP = dict(steps=1300, enc_layers=0, in_points=16, out_points=32)
 
 # Shapes in comments: B images of H x W pixels, maps of h x w cells, T tokens (cells of all maps), Q queries,
 # C classes, D width, E width of queries and keys, M heads, L levels, K points, G groups, S supervised stages.

@@ -29,7 +29,6 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # the parent's folder
 import conditional_detr  # noqa: E402
 import detr  # noqa: E402
 from conditional_detr import (  # noqa: E402, F401
-    LAPTOP,
     MLP,
     OFFICIAL_NAMES,
     RECIPE,

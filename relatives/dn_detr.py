@@ -44,8 +44,8 @@ RECIPE = dict(
     denoising=True,
 )
 
-# For train.py --preset laptop: small images need a finer map than C5.
-LAPTOP = dict(last_stage=2, dn_groups=3)
+# For train.py --preset laptop: few groups.
+LAPTOP = dict(dn_groups=3)
 
 # Shapes in comments: B images of H x W pixels, maps of h x w cells, T tokens (cells of all maps), Q queries,
 # C classes, D width, E width of queries and keys, M heads, L levels, K points, G groups, S supervised stages.

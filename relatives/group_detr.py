@@ -38,8 +38,8 @@ RECIPE = dict(
     w_giou=2,
 )
 
-# For train.py --preset laptop: small images need a finer map than C5.
-LAPTOP = dict(last_stage=2, temperature=20, num_groups=3)
+# For train.py --preset laptop: few groups.
+LAPTOP = dict(num_groups=3)
 
 # Shapes in comments: B images of H x W pixels, maps of h x w cells, T tokens (cells of all maps), Q queries,
 # C classes, D width, E width of queries and keys, M heads, L levels, K points, G groups, S supervised stages.

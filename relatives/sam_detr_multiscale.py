@@ -39,7 +39,7 @@ class Decoder(sam_detr.Decoder):
         for i, (layer, box_head) in enumerate(zip(self.layers, box_heads)):
             # Two layers on the coarsest level, two on the next, the rest on the finest
             memory, pos, mask = levels[max(len(levels) - 1 - i // 2, 0)]
-            query_pos = sine_xy(reference[..., :2].detach(), D)  # [B, Q, D]
+            query_pos = sine_xy(reference[..., :2].detach(), D, self.temperature)  # [B, Q, D]
             tgt = layer(tgt, query_pos, reference, memory, pos, mask)
             outputs.append(tgt)
             boxes.append((box_head(tgt) + reference.logit(eps=1e-5)).sigmoid())
@@ -60,7 +60,8 @@ class SAMDETRMultiscale(sam_detr.SAMDETR):
         self.level_embed = nn.Parameter(torch.randn(len(channels), hidden_dim))
         self.encoder = deformable_detr.Encoder(
             len(self.encoder.layers), hidden_dim, nheads, dim_feedforward // 2, dropout, len(channels), 4)
-        self.decoder = Decoder(len(self.decoder.layers), hidden_dim, nheads, dim_feedforward, dropout, smca)
+        self.decoder = Decoder(
+            len(self.decoder.layers), hidden_dim, nheads, dim_feedforward, dropout, self.temperature, smca)
         xavier_uniform(self.encoder)
         xavier_uniform(self.decoder)
         for layer in self.encoder.layers:
@@ -75,7 +76,7 @@ class SAMDETRMultiscale(sam_detr.SAMDETR):
         maps = [proj(feature) for proj, feature in zip(self.input_proj, features)]  # L x [B, D, h, w]
         spatial_shapes = [m.shape[-2:] for m in maps]
         masks = [resize_mask(mask, shape) for shape in spatial_shapes]  # L x [B, h, w]
-        pos = [sine_positions(m, maps[0].shape[1], offset=0.5) + embed
+        pos = [sine_positions(m, maps[0].shape[1], offset=0.5, temperature=self.temperature) + embed
                for m, embed in zip(masks, self.level_embed)]  # L x [B, h*w, D]
         valid_ratios = torch.stack([deformable_detr.valid_ratio(m) for m in masks], dim=1)  # [B, L, 2]
         src = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)  # [B, T, D]

@@ -14,8 +14,9 @@ from support.checkpoints import load_checkpoint, read_init
 # --preset laptop: learns from random weights on two CPU cores. LAPTOP of a model file overrides it.
 LAPTOP = dict(
     lr=3e-4, lr_backbone=3e-4,  # from scratch the backbone learns like the rest
-    steps=3600, batch_size=16, warmup=100, schedule="cosine", clip_norm=1.0,
+    steps=6000, batch_size=8, warmup=100, schedule="cosine", clip_norm=1.0,
     backbone="resnet18", backbone_norm="batch", pretrained_backbone=False,
+    last_stage=2, temperature=20,  # C3, which has 12 x 12 cells for images of 96 pixels
     hidden_dim=128, enc_layers=1, dec_layers=3, dim_feedforward=512, dropout=0.0,
 )
 TRAINING = ("steps", "epochs", "lr_drop", "batch_size", "lr", "lr_backbone", "warmup", "schedule",

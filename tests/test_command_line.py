@@ -44,7 +44,7 @@ def test_wrong_flags_get_one_clear_line(what, tmp_path, monkeypatch, capsys):
 
 def test_what_was_typed_wins_over_the_preset():
     laptop, paper = (options.parse("", ["--preset", preset]).args for preset in ("laptop", "paper"))
-    assert (laptop.steps, laptop.lr, laptop.schedule) == (3600, 3e-4, "cosine")
+    assert (laptop.steps, laptop.lr, laptop.schedule) == (6000, 3e-4, "cosine")
     assert (paper.epochs, paper.lr, paper.schedule, paper.clip_norm) == (500, 1e-4, "step", 0.1)
     typed = options.parse("", ["--epochs", "3", "--lr", "0.5", "--option", "dropout=0.5"])
     assert typed.args.steps is None and typed.args.lr == 0.5 and typed.model_options["dropout"] == 0.5

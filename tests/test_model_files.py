@@ -91,7 +91,7 @@ def test_it_may_import_a_neighbour_be_called_torch_and_is_read_as_utf_8(tmp_path
     """In a process of its own: a module called torch must not replace the library."""
     (tmp_path / "neighbour.py").write_text("# \u4e2d\n" + (ROOT / "detr.py").read_text(), encoding="utf-8")
     (tmp_path / "torch.py").write_text(
-        "from neighbour import LAPTOP, RECIPE, DETR\n\n\ndef build(num_classes, **options):\n"
+        "from neighbour import RECIPE, DETR\n\n\ndef build(num_classes, **options):\n"
         "    return DETR(num_classes, **options)\n")
     words = [sys.executable, ROOT / "train.py", "--model", "torch.py", *SHORT, "--workers", "1"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True,
