@@ -5,11 +5,11 @@ is the parent, with the same parameters under the same names. The official code 
 With attention="detr", offsets=False and class_loss="softmax" it is detr.py, again with its names.
 
     attention      paper, table 4: "conditional" is the parent's decoder, "detr" that of detr.py, which adds
-                   content and position and has no spatial query
+                   content and position, also in self-attention before their maps, without a spatial query
     offsets        table 4: True, box centres are relative to the reference point, and the box head's last
                    layer starts at zero; False, boxes and initial values are those of detr.py
     class_loss     table 4: "focal" C sigmoids, weight 2, every class starts at p = 0.01; "softmax" C + 1
-                   logits with weight and initial values of detr.py. Only these two change `recipe`
+                   logits with weight and initial values of detr.py, which changes the model's recipe
 
     spatial_query  paper, table 3: "csq" T from what the previous layer returned, "csq-i" from this layer's
                    self-attention, "csq-p" only p_s, "csq-t" only the diagonal of T, "csq-c" only f

@@ -31,6 +31,11 @@ PAGES = TEXT | {f"../{name}.md": (ROOT / f"{name}.md").read_text(encoding="utf-8
 each_page = pytest.mark.parametrize("name", PAGES)
 
 
+@each_page
+def test_no_page_has_marks_of_a_merge(name):
+    assert re.findall(r"^(?:<{7}|={7}$|>{7}).*", PAGES[name], re.M) == []
+
+
 # ---- Links and commands ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", TEXT)
 def test_every_link_to_a_line_meets_the_code_that_it_names(name):
