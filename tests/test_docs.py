@@ -170,6 +170,9 @@ def test_a_claim_has_a_verdict_if_both_its_numbers_are_there():
 def test_the_results_fit_their_budget_and_need_no_history():
     assert len(RESULTS.split()) <= 1600
     assert [line for line in RESULTS.splitlines() if len(line) > 120 and line[0] != "|"] == []
+    runs = json.loads((ROOT / "benchmarks/results/race.json").read_text()).values()
+    for key in ("commit", "machine"):
+        assert len({run[key] for run in runs if run["name"] not in race.OTHERS}) <= 1, f"runs differ in {key}"
     assert not re.search(r"[§†‡]|\b(?=\w*\d)(?=\w*[a-f])[0-9a-f]{7}\b", RESULTS), "a mark or a commit"
 
 
