@@ -4,7 +4,7 @@
     python benchmarks/stages.py runs/sqr-shapes --loops 8     runs only the last layer, 8 times (DQRR)
     python benchmarks/stages.py benchmarks/runs/*-seed0 --record    records them in results/stages.json
 
-It prints AP of every layer; AP of every layer after NMS; AP if every query answers from its most confident
+It prints AP of every layer; AP of the last layer after NMS; AP if every query answers from its most confident
 layer; AP of an oracle that chooses the best layer; and the two rates of SQR's paper (section 3):
 
     NMS               of two boxes of one class with IoU 0.5 or more, only the more confident one stays
@@ -20,6 +20,7 @@ order of scores, one prediction for each object.
 """
 import argparse
 import json
+import os
 import platform
 import sys
 from dataclasses import dataclass
@@ -160,7 +161,9 @@ def main(argv=None):
         if path == args.runs[0]:
             print(f"| {' | '.join(row)} |\n|{'---|' * len(row)}")
         print(f"| {' | '.join(row.values())} |", flush=True)
-        rows[path.name] = row | {"machine": platform.platform(), "date": str(date.today())}
+        rows[path.name] = row | {"command": f"python benchmarks/stages.py {path.name} --record",
+                                 "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+                                 "date": str(date.today())}
     if args.record:
         RESULTS.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
 
