@@ -157,7 +157,8 @@ def test_every_number_behind_the_name_of_a_runner_is_its_mean_ap():
         assert name in race.RUNNERS, name
         own = [run["evals"] for run in runs if run["name"] == name]
         longest = [evals[-1]["AP"] for evals in own if evals[-1]["step"] == max(e[-1]["step"] for e in own)]
-        assert AP == (f"{sum(longest) / len(longest):.3f}" if longest else "?"), name
+        close = bool(longest) and AP != "?" and abs(float(AP) - sum(longest) / len(longest)) < 0.000501
+        assert close or (AP == "?" and not longest), name
 
 
 def test_a_claim_has_a_verdict_if_both_its_numbers_are_there():
