@@ -1,4 +1,4 @@
-"""The cost of the models: parameters, multiply-adds, time and memory of inference and of a training step.
+"""The cost of the models: multiply-adds, time and memory of inference and of a training step.
 
     python benchmarks/speed.py                          laptop size on 96 x 96 pixels, paper size on 480 x 640
     python benchmarks/speed.py --against-transformers   Hugging Face's three, if that is installed
@@ -141,7 +141,6 @@ def costs(names, size, shape, precisions, repeats, compiled=False):
                                         dtype) for name in names}
         for name, *times in zip(names, *(take_turns(calls, repeats).values() for calls in (infer, step))):
             rows[name if dtype == torch.float32 else f"{name}, {precision}"] = {
-                "parameters, M": sum(p.numel() for p in models[name].parameters()) / 1e6,
                 "multiply-adds, G": multiply_adds(models[name], images, mask),
                 "inference, s": times[0], "training step, s": times[1],
                 "its memory, MiB": "" if isinstance(times[1], str) else peak_memory(step[name])}
