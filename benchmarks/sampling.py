@@ -5,8 +5,7 @@
     python benchmarks/sampling.py --compile         both through torch.compile, which a GPU needs more
 
 Both give the same numbers and gradients, which is checked first. They take turns, so that noise of the
-machine affects both. Each cell is the official value divided by ours; above 1 ours is better. Without flags
-benchmarks/results/speed.json gets both values.
+machine affects both. Each cell is the official value divided by ours; above 1 ours is better.
 """
 import argparse
 import functools

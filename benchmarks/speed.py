@@ -12,8 +12,6 @@ A training step is forward, matching, losses and backward of one batch; no optim
 live tensors above those that exist before (parameters do). The models take turns, so that noise of the
 machine affects all of them. Times are the least of --repeats: on a CPU those of one thread, in which waiting
 does not count, on a GPU those of the clock. --compile takes minutes for each model.
-
-benchmarks/results/speed.json has one entry for each table, which the next measurement of the same replaces.
 """
 import argparse
 import datetime
@@ -182,8 +180,7 @@ def table(rows, base):
             if isinstance(value, list):
                 key, value = key.partition(", ")[0], f"{value[1] / value[0]:.2f}"
             elif key.endswith(", s") and base in rows and not isinstance(value, str):
-                least = rows[base][key]
-                key, value = f"{key[:-3]} (1 = {least:.3g} s)", f"{value / least:.2f}"
+                key, value = f"{key[:-3]} (1 = {rows[base][key]:.3g} s)", f"{value / rows[base][key]:.2f}"
             elif not isinstance(value, str):
                 value = f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
             cells.setdefault(name, {})[key] = value
