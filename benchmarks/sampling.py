@@ -1,14 +1,15 @@
 """Two ways to write the sampling of deformable attention, the official one and ours: time and peak memory.
 
-    python benchmarks/sampling.py                   one encoder layer of Deformable DETR at 480 x 640
-    python benchmarks/sampling.py --batch 1         one image only (default: 1, 2 and 8)
-    python benchmarks/sampling.py --small           the maps of the laptop preset, 96 x 96
+    python benchmarks/sampling.py                   one encoder layer of Deformable DETR, with two sizes
+    python benchmarks/sampling.py --batch 2         other numbers of images (default: 1 and 8)
     python benchmarks/sampling.py --compile         both through torch.compile, which a GPU needs more
 
 Both give the same numbers and gradients, which is checked first. They take turns, so that noise of the
-machine affects both. Each cell also has the official value divided by ours; above 1 ours is better.
+machine affects both. Each cell is the official value divided by ours; above 1 ours is better.
 """
 import argparse
+import functools
+import itertools
 import sys
 from pathlib import Path
 
@@ -16,13 +17,13 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from speed import DEVICE, peak_memory, take_turns, where  # noqa: E402
+from speed import DEVICE, peak_memory, report, take_turns  # noqa: E402
 
 from deformable_detr import deformable_sampling  # noqa: E402
 
 # Maps (h, w), points and width of a head: C3 to C6 of a 480 x 640 image, and the laptop preset's 96 x 96
-PAPER = [(60, 80), (30, 40), (15, 20), (8, 10)], 4, 32
-SMALL = [(12, 12), (6, 6), (3, 3)], 2, 16
+SIZES = {"480 x 640": ([(60, 80), (30, 40), (15, 20), (8, 10)], 4, 32),
+         "laptop preset": ([(12, 12), (6, 6), (3, 3)], 2, 16)}
 M = 8
 
 
@@ -41,7 +42,7 @@ def official(value, spatial_shapes, locations, weights):
     return out.view(B, M * width, Q).transpose(1, 2)
 
 
-FORMS = {"official PyTorch form": official, "ours, point by point": deformable_sampling}
+FORMS = {"ours, point by point": deformable_sampling, "official PyTorch form": official}
 
 
 def inputs(B, shapes, K, width):
@@ -62,36 +63,30 @@ def step(form, shapes, value, locations, weights):
     return out, *torch.autograd.grad(out.sum(), (value, weights, locations))[:2]
 
 
-def compare(batches, size, repeats, compiled=False):
-    """Prints a Markdown table, one row for each batch and form. Raises AssertionError if both differ."""
+def compare(batches, sizes, repeats, compiled=False):
+    """{size and batch: {column: [ours, official]}}. Raises AssertionError if both differ."""
     forms = {name: torch.compile(form) if compiled else form for name, form in FORMS.items()}
-    theirs, ours = (step(form, size[0], *inputs(1, *size)) for form in forms.values())
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
-    maps = ", ".join(f"{h} x {w}" for h, w in size[0])
-    print(f"\nMaps {maps}{', compiled' * compiled}; {where()}\n\n"
-          "| batch | form | forward | forward + backward | memory, inference | memory, training |\n"
-          f"|{'---|' * 6}")
-    for B in batches:
-        leaves = inputs(B, *size)
-        rows = {name: [] for name in forms}
-        for unit, kind in (("ms", forward), ("ms", step), ("MiB", forward), ("MiB", step)):
-            calls = {name: lambda form=form: kind(form, size[0], *leaves) for name, form in forms.items()}
-            values = {name: 1000 * t for name, t in take_turns(calls, repeats).items()} if unit == "ms" else {
-                name: peak_memory(call) for name, call in calls.items()}
-            for name, value in values.items():
-                rows[name].append(f"{value:.3g} {unit} ({next(iter(values.values())) / value:.2f})")
-        for name, cells in rows.items():
-            print(f"| {B} | {name} | {' | '.join(cells)} |", flush=True)
+    rows = {}
+    for (name, size), B in itertools.product(sizes.items(), batches):
+        ours, theirs = (step(form, size[0], *inputs(1, *size)) for form in forms.values())
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+        row, leaves = {}, inputs(B, *size)
+        for what, kind in (("forward", forward), ("forward + backward", step)):
+            calls = {form: functools.partial(kind, forms[form], size[0], *leaves) for form in forms}
+            row[f"{what}, s"] = list(take_turns(calls, repeats).values())
+            row[f"memory of {what}, MiB"] = [peak_memory(call) for call in calls.values()]
+        rows[f"{name}, {B} image{'s' * (B > 1)}"] = row
+    return rows
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--repeats", type=int, default=5)
-    p.add_argument("--batch", type=int, nargs="+", default=[1, 2, 8])
-    p.add_argument("--small", action="store_true", help="the laptop preset's maps")
+    p.add_argument("--batch", type=int, nargs="+")
     p.add_argument("--compile", action="store_true")
     args = p.parse_args()
-    compare(args.batch, SMALL if args.small else PAPER, args.repeats, args.compile)
+    rows = compare(args.batch or [1, 8], SIZES, args.repeats, args.compile)
+    report("sampling", rows, DEVICE == "cpu" and not (args.batch or args.compile))
 
 
 if __name__ == "__main__":

@@ -1,27 +1,33 @@
-"""The cost of the models: parameters, multiply-adds, time and memory of inference and of a training step.
+"""The cost of the models: multiply-adds, time and memory of inference and of a training step.
 
     python benchmarks/speed.py                          laptop size on 96 x 96 pixels, paper size on 480 x 640
-    python benchmarks/speed.py --only detr hdetr        some models, by name
-    python benchmarks/speed.py --flops 800 1066         only multiply-adds, on the papers' image size
-    python benchmarks/speed.py --growth                 0.25 to 4 megapixels: a table and docs/growth.png
-    python benchmarks/speed.py --against-transformers   ratios to Hugging Face's three, if that is installed
+    python benchmarks/speed.py --against-transformers   Hugging Face's three, if that is installed
+    python benchmarks/speed.py --data                   time and memory to read large data sets
+    python benchmarks/speed.py --draw                   measures nothing: writes the tables of docs/speed.md
+    python benchmarks/speed.py --only detr hdetr        some models, by name: prints, and records nothing
+    python benchmarks/speed.py --flops 800 1066         prints multiply-adds on the papers' image size
     python benchmarks/speed.py --size 800 1066 --batch 1 8 --precision float32 bfloat16    on a GPU
 
 A training step is forward, matching, losses and backward of one batch; no optimiser. Memory is the peak of
 live tensors above those that exist before (parameters do). The models take turns, so that noise of the
-machine affects all of them; times are medians. --compile takes minutes for each model.
+machine affects all of them. Times are the least of --repeats: on a CPU those of one thread, in which waiting
+does not count, on a GPU those of the clock. --compile takes minutes for each model.
 """
 import argparse
+import datetime
 import functools
 import itertools
-import statistics
+import json
+import platform
+import re
+import shlex
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,10 +39,10 @@ from support.model_files import known_files, load_model_file  # noqa: E402
 from support.options import TRAINING, preset_values  # noqa: E402
 from train import SetCriterion  # noqa: E402
 
+RESULTS, PAGE = ROOT / "benchmarks/results/speed.json", ROOT / "docs/speed.md"
 VARIANTS = {  # besides the files themselves: (file, options that differ from the default)
     "deformable_detr, one level": ("deformable_detr", {"num_feature_levels": 1}),
     "deformable_detr, two-stage": ("deformable_detr", {"two_stage": True}),
-    "sqr, none": ("sqr", {"recollect": "none"}),
     "sqr, dense": ("sqr", {"recollect": "dense"}),
 }
 MODELS = {**{name: (name, {}) for name in known_files()}, **VARIANTS}
@@ -65,23 +71,21 @@ def batch(B, height, width):
     return images.to(DEVICE), mask.to(DEVICE), targets
 
 
-def seconds(call):
-    start = time.perf_counter()
-    call()
-    machine.synchronize(DEVICE)
-    return time.perf_counter() - start
-
-
 def take_turns(calls, repeats):
-    """{name: median seconds of the function after one warm-up}; a text for a function that fails."""
+    """{name: least seconds of the function}; a text for a function that fails."""
+    torch.set_num_threads(1)
+    clock = time.process_time if DEVICE == "cpu" else time.perf_counter
     times, failed = {name: [] for name in calls}, {}
-    for _, (name, call) in itertools.product(range(repeats + 1), calls.items()):
+    for _, (name, call) in itertools.product(range(repeats), calls.items()):
+        start = clock()
         try:
             if name not in failed:
-                times[name].append(seconds(call))
+                call()
+                machine.synchronize(DEVICE)
+                times[name].append(clock() - start)
         except RuntimeError as error:  # no memory, or it does not compile
             failed[name] = " ".join(str(error).split())[:80]
-    return {name: failed.get(name) or statistics.median(t[1:]) for name, t in times.items()}
+    return {name: failed.get(name) or min(t) for name, t in times.items()}
 
 
 def peak_memory(call):
@@ -113,86 +117,85 @@ def inference(model, images, mask, dtype=torch.float32):
 
 
 def training_step(model, criterion, images, mask, targets, dtype=torch.float32):
-    model.train().zero_grad()
+    model.train()
     inputs = (images, mask, targets) if model.recipe.get("denoising") else (images, mask)
     with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
         out = model(*inputs)
     criterion(out, targets)["total"].backward()  # outside of autocast, as in train.py
-
-
-def where():
-    card = torch.cuda.get_device_name() if DEVICE == "cuda" else DEVICE
-    return f"{card}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    model.zero_grad()  # so that the next step adds its gradients to the memory, too
 
 
 def costs(names, size, shape, precisions, repeats, compiled=False):
-    """Markdown table of one batch [B, height, width], one row for each model and precision."""
+    """{model: {column: value}} for one batch [B, height, width]."""
     images, mask, targets = batch(*shape)
     models = {name: build(name, size) for name in names}
-    work = {name: multiply_adds(model, images, mask) for name, model in models.items()}
     criteria = {name: SetCriterion(model) for name, model in models.items()}
     forward = {name: torch.compile(m, dynamic=False) if compiled else m for name, m in models.items()}
-    print(f"\n{size} size{', compiled' * compiled}, {' x '.join(map(str, shape))}, {where()}\n\n"
-          "| model | precision | parameters | multiply-adds | inference | training step | its memory |\n"
-          f"|{'---|' * 7}")
+    rows = {}
     for precision in precisions:
         dtype = getattr(torch, precision)
         infer = {name: functools.partial(inference, forward[name], images, mask, dtype) for name in names}
         step = {name: functools.partial(training_step, forward[name], criteria[name], images, mask, targets,
                                         dtype) for name in names}
         for name, *times in zip(names, *(take_turns(calls, repeats).values() for calls in (infer, step))):
-            count = sum(p.numel() for p in models[name].parameters()) / 1e6
-            cells = [t if isinstance(t, str) else f"{t:.3g} s" for t in times]
-            cells.append("" if isinstance(times[1], str) else f"{peak_memory(step[name]):.0f} MiB")
-            print(f"| {name} | {precision} | {count:.1f} M | {work[name]:.1f} G | {' | '.join(cells)} |",
-                  flush=True)
+            rows[name if dtype == torch.float32 else f"{name}, {precision}"] = {
+                "multiply-adds, G": multiply_adds(models[name], images, mask),
+                "inference, s": times[0], "training step, s": times[1],
+                "its memory, MiB": "" if isinstance(times[1], str) else peak_memory(step[name])}
+    return rows
 
 
-# ---- Growth with the image ---------------------------------------------------------------------------------
-def sides(megapixels):
-    """Height and width of an image of about so many megapixels: 3 to 4, multiples of 32."""
-    height = (megapixels * 0.75e6) ** 0.5
-    return 32 * round(height / 32), 32 * round(height * 4 / 3 / 32)
+# ---- speed.json and the tables of the page -----------------------------------------------------------------
+def where():
+    """The machine in words."""
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")  # Linux
+    cpu = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    return f"{cpu[1] if cpu else platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
 
 
-def exponent(points, column):
-    """Slope of the last three points (megapixels, seconds, MiB) in logarithms: 1 linear, 2 quadratic."""
-    x, y = np.log([[point[0], point[column]] for point in points[-3:]]).T
-    return np.polyfit(x, y, 1)[0] if len(points) > 1 else np.nan
+def report(part, rows, keep):
+    """Prints a table {row: {column: value}}. If `keep`, puts it into speed.json and on the page."""
+    print(f"\n{part}; {where()}, torch {torch.__version__}\n\n{table(rows, None)}", flush=True)
+    if keep:
+        commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)
+        entry = {"command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+                 "machine": where(), "torch": torch.__version__.partition("+")[0],
+                 "date": str(datetime.date.today()), "commit": commit.strip(), "rows": rows}
+        short = json.loads(json.dumps(entry), parse_float=lambda number: float(f"{float(number):.4g}"))
+        RESULTS.write_text(json.dumps({**read(), part: short}, indent=1) + "\n")
+        PAGE.write_text(drawn(PAGE.read_text()))
 
 
-def growth(names, sizes, path, longest=60):
-    """Inference of one image at the paper's size: a table of exponents, and a figure.
+def read():
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
-    A model stops before a size that would take more than `longest` seconds if its time grew linearly.
-    """
-    print(f"\n{where()}\n\n| model | largest image | seconds | MiB | exponent of time | of memory |\n"
-          f"|{'---|' * 6}")
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for i, name in enumerate(names):
-        model, points = build(name, "paper"), []  # (megapixels, seconds, MiB)
-        for height, width in map(sides, sorted(sizes)):
-            millions = height * width / 1e6
-            if points and points[-1][1] * millions / points[-1][0] > longest:
-                break
-            call = functools.partial(inference, model, *batch(1, height, width)[:2])
-            mebibytes = peak_memory(call)  # also the warm-up
-            points.append((millions, seconds(call), mebibytes))
-        cells = [f"{points[-1][0]:.2f} M", *(f"{x:.2f}" for x in points[-1][1:]),
-                 *(f"{exponent(points, column):.2f}" for column in (1, 2))]
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
-        marks = "o-" if known_files()[name].parent == ROOT else "s--"
-        x, *columns = zip(*points)
-        for column, (ax, y) in enumerate(zip(axes, columns)):
-            ax.plot(x, y, marks, color=f"C{i % 10}", ms=3, label=f"{name}: {cells[3 + column]}")
-    for ax, label in zip(axes, ("seconds of one image", "MiB of one image, besides the parameters")):
-        ax.set(xscale="log", yscale="log", xlabel="megapixels", ylabel=f"inference: {label}")
-        ax.set_xticks(sizes, sizes)
-        ax.minorticks_off()
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize=8, title="exponent", title_fontsize=8)
-    figure.savefig(path, dpi=110)
+
+def table(rows, base):
+    """Markdown: numbers, theirs / ours for [ours, theirs], seconds divided by those of the row `base`."""
+    cells = {}
+    for name, row in rows.items():
+        for key, value in row.items():
+            if isinstance(value, list):
+                key, value = key.partition(", ")[0], f"{value[1] / value[0]:.2f}"
+            elif key.endswith(", s") and base in rows and not isinstance(value, str):
+                key, value = f"{key[:-3]} (1 = {rows[base][key]:.3g} s)", f"{value / rows[base][key]:.2f}"
+            elif not isinstance(value, str):
+                value = f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+            cells.setdefault(name, {})[key] = value
+    head = ["", *next(iter(cells.values()))]
+    lines = [head, ["---"] * len(head), *([name, *row.values()] for name, row in cells.items())]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def drawn(page):
+    """The text of the page with the tables of speed.json between their markers."""
+    texts = {part: table(entry["rows"], "detr") for part, entry in read().items()}
+    texts["machine"] = " and ".join(sorted({f"{e['machine']}, torch {e['torch']}, {e['date']}"
+                                            for e in read().values()}))
+    return re.sub(r"(<!-- speed.py: (.+?) -->\n\n).*?(\n\n<!-- end -->)", flags=re.S, string=page,
+                  repl=lambda match: match[1] + texts.get(match[2], "Not measured yet.") + match[3])
 
 
 # ---- Hugging Face transformers, the same configurations ----------------------------------------------------
@@ -212,15 +215,12 @@ def transformers_model(name):
     return model.to(DEVICE)
 
 
-def against_transformers(names, height, width, repeats, runs=3):
-    """Table of theirs / ours, which take turns: the median of the runs, the smallest and the largest."""
-    import transformers
+def against_transformers(names, height, width, repeats):
+    """{model: {column: [ours, theirs]}}, which take turns."""
     images, mask, targets = batch(1, height, width)
     theirs_mask = (~mask).long()  # theirs is 1 on the image
     labels = [{"class_labels": t["labels"], "boxes": t["boxes"]} for t in targets]
-    print(f"\ntransformers {transformers.__version__}, 1 x {height} x {width}, {where()}; theirs / ours, "
-          f"above 1 ours is better; median (smallest to largest) of {runs} runs of {repeats} pairs\n\n"
-          f"| model | inference | training step | its memory |\n|{'---|' * 4}")
+    rows = {}
     for name in [name for name in THEIRS if name in names]:
         ours, theirs = build(name, "paper"), transformers_model(name)
         our_inference = functools.partial(inference, ours, images, mask)
@@ -231,44 +231,60 @@ def against_transformers(names, height, width, repeats, runs=3):
                 theirs.eval()(pixel_values=images, pixel_mask=theirs_mask)
 
         def their_step():
-            theirs.train().zero_grad()
-            theirs(pixel_values=images, pixel_mask=theirs_mask, labels=labels).loss.backward()
+            theirs.train()(pixel_values=images, pixel_mask=theirs_mask, labels=labels).loss.backward()
+            theirs.zero_grad()
 
-        cells = []
-        for ours_and_theirs in ((our_inference, their_inference), (our_step, their_step)):
-            times = [take_turns(dict(enumerate(ours_and_theirs)), repeats) for _ in range(runs)]
-            ratios = sorted(t[1] / t[0] for t in times)
-            cells.append(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
-        memory = peak_memory(their_step) / peak_memory(our_step)
-        print(f"| {name} | {' | '.join(cells)} | {memory:.2f} |", flush=True)
+        pairs = {"inference, s": (our_inference, their_inference), "training step, s": (our_step, their_step)}
+        rows[name] = {key: list(take_turns(dict(enumerate(pair)), repeats).values())
+                      for key, pair in pairs.items()}
+        rows[name]["its memory, MiB"] = [peak_memory(call) for call in (our_step, their_step)]
+    return rows
+
+
+# ---- Reading data sets -------------------------------------------------------------------------------------
+def reading():
+    """{set: {column: value}} as tests/folders.py prints them."""
+    rows = {}
+    for form in ("COCO", "YOLO"):
+        with tempfile.TemporaryDirectory() as folder:
+            for _ in range(2):  # the first process also writes the set, which needs memory
+                printed = subprocess.check_output(
+                    [sys.executable, "-m", "tests.folders", form, f"{folder}/set"], cwd=ROOT, text=True)
+        images, cpu, memory = re.findall(r"[\d.]+", printed)
+        rows[form] = {"images": int(images), "CPU time, s": float(cpu), "memory, GB": float(memory)}
+    return rows
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", nargs="+", choices=MODELS, metavar="MODEL", help=f"some of: {'; '.join(MODELS)}")
-    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--repeats", type=int, default=5, help="4 times as many for the laptop size (default: 5)")
     p.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="only models of the paper's size")
     p.add_argument("--batch", nargs="+", type=int, default=[1], help="images, for the paper's models")
     p.add_argument("--precision", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
     p.add_argument("--compile", action="store_true")
     p.add_argument("--flops", nargs=2, type=int, metavar=("H", "W"), help="only multiply-adds of this image")
-    p.add_argument("--growth", nargs="*", type=float, metavar="MEGAPIXELS")
     p.add_argument("--against-transformers", action="store_true")
+    p.add_argument("--data", action="store_true", help="how long it takes to read COCO and a YOLO set")
+    p.add_argument("--draw", action="store_true", help="only writes the tables of docs/speed.md again")
     args = p.parse_args(argv)
     names = args.only or [*METHODS, *VARIANTS]
     size = args.size or (480, 640)
     if args.flops:
         for name in names:
             print(f"{name:28} {multiply_adds(build(name, 'paper'), *batch(1, *args.flops)[:2]):6.1f} G")
-    elif args.growth is not None:
-        growth(args.only or METHODS, args.growth or [0.25, 0.5, 1, 2, 4], ROOT / "docs/growth.png")
+    elif args.draw:
+        PAGE.write_text(drawn(PAGE.read_text()))
+    elif args.data:
+        report("data", reading(), True)
     elif args.against_transformers:
-        against_transformers(names, *size, args.repeats)
+        report("transformers", against_transformers(names, *size, args.repeats), not args.only)
     else:
-        if not args.size:
-            costs(names, "laptop", (8, 96, 96), args.precision, args.repeats, args.compile)
-        for B in args.batch:
-            costs(names, "paper", (B, *size), args.precision, args.repeats, args.compile)
+        runs = [("laptop", (8, 96, 96), 4 * args.repeats)] * (not args.size)
+        for kind, shape, repeats in [*runs, *(("paper", (B, *size), args.repeats) for B in args.batch)]:
+            rows = costs(names, kind, shape, args.precision, repeats, args.compile)
+            part = f"{kind} {' x '.join(map(str, shape))}{' compiled' * args.compile}"
+            report(part if DEVICE == "cpu" else f"{part} {DEVICE}", rows, not args.only)
 
 
 if __name__ == "__main__":

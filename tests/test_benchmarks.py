@@ -2,6 +2,7 @@
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -112,16 +113,17 @@ def test_every_name_of_a_group_is_a_runner_whose_options_its_model_has():
     assert race.OTHERS["default run"] == f"--steps {steps}", "the default run has another length"
 
 
-def test_both_ways_of_sampling_agree_and_a_wrong_one_is_found(monkeypatch, capsys):
-    size = [(5, 4), (2, 3)], 2, 3
-    sampling.compare([1, 2], size, 1)
-    assert [row[0] for row in rows(capsys.readouterr().out)] == ["1", "1", "2", "2"]
+def test_both_ways_of_sampling_agree_and_a_wrong_one_is_found(monkeypatch):
+    sizes = {"tiny": ([(5, 4), (2, 3)], 2, 3)}
+    found = sampling.compare([1, 2], sizes, 1)
+    assert list(found) == ["tiny, 1 image", "tiny, 2 images"]
+    assert all(len(pair) == 2 and min(pair) > 0 for row in found.values() for pair in row.values())
     monkeypatch.setitem(sampling.FORMS, "ours, point by point", lambda *x: 1.01 * sampling.official(*x))
     with pytest.raises(AssertionError):
-        sampling.compare([1], size, 1)
+        sampling.compare([1], sizes, 1)
 
 
-def test_speed_has_a_row_for_each_model_also_for_one_that_fails(monkeypatch, tmp_path, capsys):
+def test_speed_has_a_row_for_each_model_also_for_one_that_fails(monkeypatch, capsys):
     def fail(model, images):
         if model.training:
             raise torch.OutOfMemoryError("no memory\nleft")
@@ -131,10 +133,36 @@ def test_speed_has_a_row_for_each_model_also_for_one_that_fails(monkeypatch, tmp
     monkeypatch.setattr(speed, "build", lambda name, size: models[name])
     speed.main(["--size", "64", "96", "--only", "detr", "hdetr", "--repeats", "1"])
     good, bad = rows(capsys.readouterr().out)
-    assert good[:2] == ["detr", "float32"] and good[4].endswith(" s") and float(good[6].split()[0]) > 0
-    assert bad[0] == "hdetr" and bad[5:] == ["no memory left", ""]
-    speed.growth(["detr"], [0.02, 0.01], tmp_path / "growth.png")
-    assert rows(capsys.readouterr().out)[0][:2] == ["detr", "0.02 M"] and (tmp_path / "growth.png").exists()
+    assert good[0] == "detr" and all(float(cell.replace(",", "")) > 0 for cell in good[1:])
+    assert bad[0] == "hdetr" and bad[3:] == ["no memory left", ""]
+
+
+def test_memory_of_a_training_step_contains_the_gradients():
+    model = tiny("detr")
+    step = partial(speed.training_step, model, speed.SetCriterion(model), *speed.batch(1, 64, 96))
+    memory = [speed.peak_memory(step) for _ in range(2)]
+    assert memory[1] > sum(p.nbytes for p in model.parameters() if p.requires_grad) / 2**20
+    assert memory[0] == pytest.approx(memory[1], rel=0.05)
+
+
+def test_a_part_replaces_only_itself_in_speed_json_and_the_page_shows_ratios(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(speed, "RESULTS", tmp_path / "speed.json")
+    monkeypatch.setattr(speed, "PAGE", tmp_path / "speed.md")
+    old, parts = "<!-- speed.py: {} -->\n\nold\n\n<!-- end -->", ("paper", "sampling", "machine", "data")
+    speed.PAGE.write_text("\n\ntext\n\n".join(map(old.format, parts)))
+    speed.report("paper", {"detr": {"inference, s": 9.0}}, True)
+    speed.report("sampling", {"1 image": {"forward, s": [0.4, 0.50004]}}, True)
+    speed.report("paper", {"detr": {"inference, s": 0.5, "memory, MiB": 1234.4},
+                           "sqr": {"inference, s": 0.6, "memory, MiB": 9}}, True)
+    speed.report("paper", {"sqr": {"inference, s": 9.0}}, False)
+    assert speed.read()["sampling"]["rows"] == {"1 image": {"forward, s": [0.4, 0.5]}}
+    assert speed.read()["paper"].keys() == {"command", "machine", "torch", "date", "commit", "rows"}
+    page = speed.PAGE.read_text()
+    assert rows(page)[:2] == [["detr", "1.00", "1,234"], ["sqr", "1.20", "9"]] and "(1 = 0.5 s)" in page
+    assert "| 1 image | 1.25 |" in page and f"torch {torch.__version__.partition('+')[0]}, 20" in page
+    assert page.count("text") == 3 and page.count("old") == 0 and "Not measured yet." in page
+    speed.main(["--draw"])
+    assert speed.PAGE.read_text() == page
 
 
 def test_stages_counts_fading_exacerbation_duplicates_and_what_an_oracle_knows():

@@ -131,6 +131,17 @@ def test_every_option_of_a_model_is_explained(name):
     assert options and [option for option in options if f"`{option}" not in pages] == []
 
 
+def test_the_tables_of_speed_md_are_those_in_speed_json():
+    speed, page = load("speed", ROOT / "benchmarks"), TEXT["speed.md"]
+    assert speed.drawn(page) == page, "run python benchmarks/speed.py --draw"
+    shown = re.findall(r"<!-- speed.py: (.*) -->", page)
+    assert sorted(shown) == sorted([*speed.read(), "machine"]) and "Not measured" not in page
+    assert len({(entry["machine"], entry["torch"]) for entry in speed.read().values()}) == 1
+    rest = re.sub(r"<!-- speed.py.*?<!-- end -->", "", page, flags=re.S)
+    assert not re.findall(r"\d\.\d", rest), "a measured number outside of the tables"
+    assert len(page.split()) <= 900
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_parameter_counts_are_those_of_the_official_code(name):
     counts = {value for path in (ROOT / "tests/golden").glob("params_*.json")
