@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from support import UserError, machine, shorten
-from support import model_files as files
-from support.checkpoints import load_checkpoint, read_init
+from support import UserError, checkpoints, machine, shorten
 
 # --preset laptop: learns from random weights on two CPU cores. LAPTOP of a model file overrides it.
 LAPTOP = dict(
@@ -37,7 +35,7 @@ class Request:
     init: dict  # the checkpoint of --init, or {}
 
     def build_model(self, num_classes):
-        return files.build_model(self.module, num_classes, self.model_options)
+        return checkpoints.build_model(self.module, num_classes, self.model_options)
 
 
 # ---- Flags -------------------------------------------------------------------------------------------------
@@ -71,7 +69,8 @@ def make_parser(description):
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 usage="train.py [--FLAG VALUE ...]; --help explains every flag")
     add, one_of = p.add_argument, p.add_mutually_exclusive_group().add_argument
-    add("--model", type=name, help=f"a .py file, or one of {', '.join(files.known_files())}; default detr")
+    ours = ", ".join(checkpoints.known_files())
+    add("--model", type=name, help=f"a .py file, or one of {ours}; default detr")
     add("--preset", choices=("laptop", "paper"), default="laptop", help="default laptop: small, from scratch")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="of the model; may be repeated")
     add("--data", type=name, metavar="DIR", help="folder in COCO, VOC or YOLO format; default: shapes")
@@ -126,8 +125,10 @@ def parse(description, argv=None):
         parser.error("--eval and --weights FILE go together. --resume continues a run, and --init starts a "
                      "new one from weights")
     request = (old_run if typed.eval or typed.resume else new_run)(parser, typed, argv)
+    if request.checkpoint or request.init:  # they have the backbone's weights as well
+        request.model_options = checkpoints.without_download(request.module, request.model_options)
     args, path = request.args, Path(request.module.__file__).resolve()  # found from any folder
-    args.model = path.stem if files.known_files().get(path.stem) == path else str(path)
+    args.model = path.stem if checkpoints.known_files().get(path.stem) == path else str(path)
     if typed.epochs and not typed.steps:
         args.steps = None  # follows from the epochs
     needed = ["batch_size", "lr", "lr_backbone", "weight_decay", "clip_norm", "schedule", "warmup"]
@@ -147,29 +148,31 @@ def parse(description, argv=None):
 
 def new_run(parser, typed, argv):
     """A new run, perhaps with the weights (and then the model) of another."""
-    init = read_init(typed.init) if typed.init else {}
+    init = checkpoints.read_init(typed.init) if typed.init else {}
     inherited = dict(init.get("model_options", {}))
     inherited.pop("num_queries", None)  # depends on the data, see resolve
-    ours = "model_options" in init
-    module = files.load_model_of(init, typed.model) if ours else files.load_model_file(typed.model or "detr")
+    if "model_options" in init:  # a checkpoint of ours
+        module = checkpoints.load_model_of(init, typed.model)
+    else:
+        module = checkpoints.load_model_file(typed.model or "detr")
     preset = preset_values(typed.preset, module)
     parser.set_defaults(**{key: preset.pop(key) for key in TRAINING if key in preset})
     args = parser.parse_args(argv)
     options = {**preset, **inherited, **parse_model_options(args.option)}
-    files.check_options(module, options)
-    return Request(args, module, files.without_download(module, options) if init else options, None, init)
+    checkpoints.check_options(module, options)
+    return Request(args, module, options, None, init)
 
 
 def old_run(parser, typed, argv):
     """A run to resume or to evaluate."""
-    checkpoint = load_checkpoint(typed.weights or typed.resume)
-    module, saved = files.load_model_of(checkpoint, typed.model), checkpoint["args"]
+    checkpoint = checkpoints.load_checkpoint(typed.weights or typed.resume)
+    module, saved = checkpoints.load_model_of(checkpoint, typed.model), checkpoint["args"]
     once = {"eval": False, "weights": None, "resume": None, "device": saved["asked_device"]}
     moved = any(getattr(typed, path) for path in PATHS)  # then the new place replaces the old one entirely
     parser.set_defaults(**{**saved, **once, **(dict.fromkeys(PATHS) if moved else {})})
     args = parser.parse_args(argv)
     free = {"size": typed.eval, "split": typed.eval and not saved["split"],
-            "model": saved["model"] not in files.known_files()}
+            "model": saved["model"] not in checkpoints.known_files()}
     changed = [f"--{flag.replace('_', '-')}" for flag in FIXED
                if getattr(args, flag) != saved[flag] and not free.get(flag)]
     if changed:
@@ -180,14 +183,14 @@ def old_run(parser, typed, argv):
     copy = Path(checkpoint["path"]).with_name(Path(module.__file__).name)
     if typed.resume and copy.is_file() and copy.read_bytes() != Path(module.__file__).read_bytes():
         print(f"note     {module.__file__} has changed since this run began; {copy} is its first version")
-    return Request(args, module, files.without_download(module, checkpoint["model_options"]), checkpoint, {})
+    return Request(args, module, checkpoint["model_options"], checkpoint, {})
 
 
 def preset_values(preset, module):
     """All values of a preset: for training (the names in TRAINING) and options of the model (the rest)."""
     recipe = {name: value for name, value in module.RECIPE.items() if name in TRAINING}
     if preset == "laptop":
-        known = files.default_options(module) or LAPTOP  # not every model has an encoder
+        known = checkpoints.default_options(module) or LAPTOP  # not every model has an encoder
         small = {name: value for name, value in LAPTOP.items() if name in TRAINING or name in known}
         return {**recipe, "epochs": None, **small, **getattr(module, "LAPTOP", {})}
     return {**recipe, "steps": None, "warmup": 0, "schedule": "step", **getattr(module, "PAPER", {})}
@@ -211,7 +214,7 @@ def parse_model_options(pairs):
 def resolve(request, train_set):
     """Fills in values that depend on the data: queries, size, steps, eval_every; args are final after it."""
     args, parts, options = request.args, request.args.accumulate * machine.WORLD, request.model_options
-    known = files.default_options(request.module) or ("num_queries",)
+    known = checkpoints.default_options(request.module) or ("num_queries",)
     if args.preset == "laptop" and "num_queries" in known and "num_queries" not in options:
         # Twice the most objects: with fewer queries boxes get lost, with many more learning is slow
         room = max(20, 2 * train_set.max_boxes, request.init.get("model_options", {}).get("num_queries", 0))

@@ -17,10 +17,8 @@ import torch
 import torchvision
 from PIL import Image
 
-from support import UserError, data, machine, reason
-from support.checkpoints import load_checkpoint, load_weights, read_init
+from support import UserError, checkpoints, data, machine, reason
 from support.evaluation import postprocess
-from support.model_files import build_model, load_model_file, load_model_of, without_download
 
 
 def load(source, model=None, device="cpu", **options):
@@ -32,20 +30,22 @@ def load(source, model=None, device="cpu", **options):
     if not all(isinstance(name, (str, Path)) for name in (source, model or "")):
         raise UserError(f"source {source!r} and model {model!r} must be paths or names")
     try:
-        checkpoint = load_checkpoint(source) if Path(source).is_dir() else read_init(source)
+        read = checkpoints.load_checkpoint if Path(source).is_dir() else checkpoints.read_init
+        checkpoint = read(source)
         is_run = "model_options" in checkpoint
         if is_run:
-            module, names = load_model_of(checkpoint, model), checkpoint["class_names"]
+            module, names = checkpoints.load_model_of(checkpoint, model), checkpoint["class_names"]
             trained, options = checkpoint["args"], {**checkpoint["model_options"], **options}
         elif model is None:
             raise UserError(f'{source}: official weights need the name of a model, such as model="detr"')
         else:
-            module, trained = load_model_file(model), {"preset": "paper", "size": 800}
+            module, trained = checkpoints.load_model_file(model), {"preset": "paper", "size": 800}
             if not hasattr(module, "load_official"):
                 raise UserError(f"{model} has no load_official() that could read official weights")
             names = official_names(checkpoint, module.RECIPE)
-        network = build_model(module, len(names), without_download(module, options)).eval()
-        load_weights(network, checkpoint) if is_run else module.load_official(network, checkpoint)
+        options = checkpoints.without_download(module, options)
+        network = checkpoints.build_model(module, len(names), options).eval()
+        (checkpoints.load_weights if is_run else module.load_official)(network, checkpoint)
     except OSError as error:
         raise UserError(f"{source}: {reason(error)}") from None
     except RuntimeError as error:

@@ -9,7 +9,7 @@ import time
 import torch
 
 from support import UserError, data, machine, one_line
-from support.model_files import check_output, describe
+from support.checkpoints import describe
 
 
 # ---- Errors ------------------------------------------------------------------------------------------------
@@ -141,6 +141,29 @@ def try_out(model, train_set, args, train_step, file):
             raise UserError(f"--compile: torch cannot compile here ({type(error).__name__}). It needs a C++ "
                             "compiler such as g++; install one, or leave --compile out")
     return seconds, out["logits"].shape[2]
+
+
+def check_output(out, model, num_images, num_classes):
+    """Raises UserError unless `out` keeps the contract for so many images and classes."""
+    def check(right, what):
+        if not right:
+            raise UserError(f"{type(model).__name__} breaks the contract: {what}")
+
+    check(isinstance(out, dict) and {"logits", "boxes"} <= set(out),
+          'forward must return a dict with "logits" and "boxes"')
+    logits, boxes, recipe = out["logits"], out["boxes"], model.recipe
+    check(all(isinstance(x, torch.Tensor) and x.is_floating_point() for x in (logits, boxes)),
+          "logits and boxes must be floating point tensors")
+    check(logits.ndim == 4 and boxes.shape == (*logits.shape[:3], 4) and logits.shape[1] == num_images
+          and 0 not in logits.shape, f"logits {list(logits.shape)} and boxes {list(boxes.shape)} must be "
+          f"[S, B, Q, C] and [S, B, Q, 4] with B = {num_images}, and not empty")
+    columns = num_classes + (recipe["class_loss"] == "softmax")
+    check(logits.shape[3] in (columns, columns + bool(recipe.get("extra_logit"))),
+          f'{logits.shape[3]} logits for {num_classes} classes; class_loss "{recipe["class_loss"]}" needs '
+          f'{columns}{" (the last one is no-object)" if columns > num_classes else ""}')
+    check(recipe.get("free_boxes") or -1e-4 <= boxes.min() and boxes.max() <= 1 + 1e-4,
+          f"boxes reach from {boxes.min():.3g} to {boxes.max():.3g}, they must be (cx, cy, w, h) in [0, 1] "
+          "of the image")
 
 
 # ---- During a run ------------------------------------------------------------------------------------------
