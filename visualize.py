@@ -5,9 +5,8 @@
     python visualize.py --weights runs/detr-shapes/best.pt --attention      also the paper's figure
     python visualize.py --init detr-r50-e632da11.pth --model detr photo.jpg the official repository's weights
 
-train.py draws predictions and curves at every evaluation. support/look.py returns where a model looks as
-arrays, support/attention_pictures.py draws these arrays, and support/pictures.py draws everything else.
-support/predict.py returns predictions in Python, without pictures.
+train.py draws predictions and curves at every evaluation. support/predict.py returns predictions and where a
+model looks, both as arrays. support/attention_pictures.py draws where it looks, support/pictures.py the rest.
 """
 import argparse
 import json
@@ -16,9 +15,8 @@ from types import SimpleNamespace
 
 from support import UserError, data
 from support.attention_pictures import draw_look
-from support.look import CannotDraw, make_scene
 from support.options import parse_model_options
-from support.pictures import draw_detections, save
+from support.pictures import CannotDraw, draw_detections, make_scene, save
 from support.predict import load
 from support.report import one_line_errors
 

@@ -10,9 +10,8 @@ import torch
 from torchvision.ops import box_iou
 
 from support.evaluation import boxes_to_pixels
-from support.look import CannotDraw, best_class, look
-from support.pictures import PREDICTED, REFERENCE, TRUE, Figure, draw_box, drawable, show
-from support.predict import is_softmax
+from support.pictures import PREDICTED, REFERENCE, TRUE, CannotDraw, Figure, draw_box, drawable, show
+from support.predict import best_class, is_softmax, look
 
 MOST_GROUPS = 6  # panels side by side
 SAMPLES = dict(cmap="plasma", ec="white", lw=0.3, zorder=1)  # sampling points, coloured by a number

@@ -1,4 +1,4 @@
-"""Pictures of a run: predictions and truth on photos, and curves. train.py draws both at every evaluation.
+"""Pictures of a run, which train.py draws at every evaluation, and a Scene: one image with all predictions.
 
 Boxes are xyxy in pixels of the original photo. They are drawn on this photo, not on the small copy that the
 network sees. Names of classes and files may be any text: a character that the font lacks becomes \\u732b.
@@ -7,14 +7,18 @@ import functools
 import json
 import math
 import os
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
+from torchvision.ops import box_convert, box_iou, nms
 
 from support import data, shorten
+from support.evaluation import boxes_to_pixels
 from support.images import load_image
+from support.predict import answers, best_class, is_softmax, look
 
 if "inline" in os.environ.get("MPLBACKEND", "") and not find_spec("matplotlib_inline"):
     del os.environ["MPLBACKEND"]  # a notebook passed it on to a Python that lacks it: matplotlib would raise
@@ -136,7 +140,95 @@ def draw_curves(log, path):
     save(figure, path)
 
 
-# ---- One image ---------------------------------------------------------------------------------------------
+# ---- One image and all predictions of the model ------------------------------------------------------------
+class CannotDraw(Exception):
+    """The model lacks a part that the picture of its attention needs."""
+
+
+@dataclass
+class Scene:
+    """A batch of one image, so without padding. All boxes are xyxy in pixels of the original."""
+    photo: object  # uint8 [h, w, 3]
+    size: tuple  # (height, width) of the original
+    image: torch.Tensor  # [3, H, W], as the network gets it
+    class_names: list  # the model's
+    truth: list  # [(class name, box [4])]; empty if it is not known
+    scores: torch.Tensor  # [S, Q], of the best class
+    labels: torch.Tensor  # [S, Q]
+    boxes: torch.Tensor  # [S, Q, 4]
+    seen: dict  # what look() returns
+    threshold: float  # queries with a higher score are detections
+
+    def to_pixels(self, xy):
+        """Points [..., 2] in [0, 1] of the image -> pixels of the original."""
+        return xy * torch.tensor(self.size[::-1])
+
+    def token_at(self, point, map_size):
+        """Number of the cell, in a map of (h, w) cells, in which a point [2] in pixels lies."""
+        (x, y), (h, w) = (point / torch.tensor(self.size[::-1])).clamp(0, 0.999).tolist(), map_size
+        return int(y * h) * w + int(x * w)
+
+    def map_size(self, tokens):
+        """(h, w) of the feature map with so many tokens: the image at one of the usual strides."""
+        for stride in (4, 8, 16, 32, 64):
+            h, w = (math.ceil(side / stride) for side in self.image.shape[1:])
+            if h * w == tokens:
+                return h, w
+        raise CannotDraw(f"{tokens} tokens are no feature map of {list(self.image.shape[1:])} pixels")
+
+    def arrays_with(self, part, array):
+        """Arrays of the modules with `part` in their names, of those that have `array`: [{name: tensor}]."""
+        return [arrays for name, arrays in self.seen.items() if part in name and array in arrays]
+
+    def last_with(self, part, array):
+        if found := self.arrays_with(part, array):
+            return found[-1]
+        raise CannotDraw(f'look() found no {array} in an "{part}"')
+
+    def detected_queries(self, count):
+        """[(query, its last box [4], class and score in words)], at least one, best first, no duplicates."""
+        queries = nms(self.boxes[-1], self.scores[-1], 0.5)
+        detected = (self.scores[-1, queries] > self.threshold).sum().item()
+        queries = queries[:max(1, min(count, detected))].tolist()
+        return [(query, self.boxes[-1, query], self.in_words(-1, query)) for query in queries]
+
+    def in_words(self, stage, query):
+        return f"{self.class_names[self.labels[stage, query]]} {self.scores[stage, query]:.2f}"
+
+    def objects(self):
+        """The true objects as a target, labels [n] and boxes [n, 4]; the detected ones if unknown."""
+        known = [(self.class_names.index(name), box) for name, box in self.truth if name in self.class_names]
+        known = known or [(self.labels[-1, query], box) for query, box, _ in self.detected_queries(20)]
+        labels, boxes = zip(*known)
+        boxes = box_convert(torch.stack(boxes).float(), "xyxy", "cxcywh")
+        return {"labels": torch.tensor(labels), "boxes": boxes / torch.tensor(self.size[::-1] * 2)}
+
+    def fading_positives(self, query):
+        """(true box [4] that the last stage finds with IoU 0.5 or more, or None; IoU [S]; better [S]).
+
+        Better is a stage with the same class, a higher IoU and a higher score than the last (SQR, section 3).
+        """
+        label, score = self.labels[:, query], self.scores[:, query]
+        for name, box in self.truth:
+            iou = box_iou(self.boxes[:, query], box[None])[:, 0]  # [S]
+            if name == self.class_names[label[-1]] and iou[-1] >= 0.5:
+                return box, iou, (label == label[-1]) & (iou > iou[-1]) & (score > score[-1])
+        return None, torch.zeros_like(score), torch.zeros_like(label, dtype=torch.bool)
+
+
+def make_scene(dataset, index, class_names, model, threshold):
+    """(Scene of one image of a data set, its boxes with a score over the threshold). Raises UserError."""
+    images, mask, _ = data.collate([dataset[index]])
+    out, seen = look(model, images, mask)
+    photo, annotated = photo_and_truth(dataset, index)
+    size = annotated.height, annotated.width
+    found, = answers(model, out, [dataset.path_of(index)], size, len(class_names), threshold)
+    scores, labels = best_class(out["logits"][:, 0], is_softmax(model), len(class_names))  # [S, Q]
+    truth = [(dataset.class_names[label], box) for label, box in true_objects(annotated)]
+    boxes = boxes_to_pixels(out["boxes"][:, 0], size)  # [S, Q, 4]
+    return Scene(photo, size, images[0], class_names, truth, scores, labels, boxes, seen, threshold), found
+
+
 def draw_detections(scene, found):
     """Predictions {"boxes", "labels", "scores"}, a colour for each class; on the right the truth."""
     predicted = [(scene.class_names[label], box, f"{score:.2f}")

@@ -8,7 +8,8 @@ import torch
 import deformable_detr
 from support.attention_pictures import draw_look, outputs_of_training
 from support.evaluation import boxes_to_pixels
-from support.look import CannotDraw, Scene, best_class, look
+from support.pictures import CannotDraw, Scene
+from support.predict import best_class, look
 from tests.tiny_models import batch, module_named, tiny
 
 CASES = [("detr", ""), ("conditional_detr", ""), ("deformable_detr", ""), ("deformable_detr", "two_stage"),

@@ -10,7 +10,7 @@ from PIL import Image
 
 from support import pictures
 from support.images import AnnotatedImage
-from support.look import Scene
+from support.pictures import Scene
 
 
 class Photos:
