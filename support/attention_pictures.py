@@ -11,7 +11,7 @@ from torchvision.ops import box_iou
 
 from support.evaluation import boxes_to_pixels
 from support.pictures import PREDICTED, REFERENCE, TRUE, CannotDraw, Figure, draw_box, drawable, show
-from support.predict import best_class, is_softmax, look
+from support.predict import best_class, look
 
 MOST_GROUPS = 6  # panels side by side
 SAMPLES = dict(cmap="plasma", ec="white", lw=0.3, zorder=1)  # sampling points, coloured by a number
@@ -181,14 +181,14 @@ def draw_stages(scene):
     return figure
 
 
-def draw_parts(scene, parts, softmax):
+def draw_parts(model, scene, parts):
     """Group DETR, H-DETR: all queries that claim an object. parts: [(name, outputs of training, stage)]."""
     best = scene.detected_queries(3)
     title = "Which queries claim an object, in each part of the queries; the paler, the lower the score"
     figure, panels = square_panels(len(best), len(parts), title)
     for row, (query, box, name) in zip(panels, best):
         for axes, (part, out, stage) in zip(row, parts):
-            scores, labels = best_class(out["logits"][stage, 0], softmax, len(scene.class_names))
+            scores, labels = best_class(model, out["logits"][stage, 0], len(scene.class_names))
             boxes = boxes_to_pixels(out["boxes"][stage, 0], scene.size)
             claims = (labels == scene.labels[-1, query]) & (scores > scene.threshold)
             claims &= box_iou(boxes, box[None])[:, 0] >= 0.5
@@ -253,7 +253,7 @@ def draw_look(model, scene):
     if "one2many" in trained:
         parts = [("one-to-one", trained, -1), ("one-to-many", trained["one2many"], -1)]
     if len(parts) > 1:
-        return draw_parts(scene, parts, is_softmax(model))
+        return draw_parts(model, scene, parts)
     if noisy and noisy[-1].numel():
         return draw_denoising(scene, noisy[-1], trained["denoising"])
     if len(trained["logits"]) > len(scene.scores):

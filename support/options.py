@@ -40,7 +40,7 @@ class Request:
 
 # ---- Flags -------------------------------------------------------------------------------------------------
 def between(kind, low, high, what):
-    """A type for argparse: a number from low to high; `what` describes it."""
+    """A type for argparse: a number from low to high, which `what` describes."""
     def read(text):
         try:
             value = kind(text)
@@ -50,13 +50,6 @@ def between(kind, low, high, what):
             raise argparse.ArgumentTypeError(f"{shorten(text, 40)}: it must be {what}")
         return value
     return read
-
-
-def name(text):
-    """A type for argparse: a text that is not empty."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty")
-    return text
 
 
 COUNT = between(int, 1, 10**9, "a whole number greater than 0")
@@ -70,23 +63,23 @@ def make_parser(description):
                                 usage="train.py [--FLAG VALUE ...]; --help explains every flag")
     add, one_of = p.add_argument, p.add_mutually_exclusive_group().add_argument
     ours = ", ".join(checkpoints.known_files())
-    add("--model", type=name, help=f"a .py file, or one of {ours}; default detr")
+    add("--model", help=f"a .py file, or one of {ours}; default detr")
     add("--preset", choices=("laptop", "paper"), default="laptop", help="default laptop: small, from scratch")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="of the model; may be repeated")
-    add("--data", type=name, metavar="DIR", help="folder in COCO, VOC or YOLO format; default: shapes")
+    add("--data", metavar="DIR", help="folder in COCO, VOC or YOLO format; default: shapes")
     for path in ("train-json", "train-images", "val-json", "val-images"):
-        add(f"--{path}", type=name, metavar="PATH", help="instead of --data: the four paths one by one")
+        add(f"--{path}", metavar="PATH", help="instead of --data: the four paths one by one")
     add("--split", type=between(float, 1e-9, 1 - 1e-9, "between 0 and 1, for example 0.2"), metavar="SHARE",
         help="take this share of the training images as val, e.g. 0.2; --seed determines which")
     add("--no-flip", action="store_true", help="never mirror images: for text and classes such as left hand")
     add("--size", type=between(int, 32, 8192, "32 to 8192 pixels"), help="pixels; laptop: longest side "
         "(96 for shapes, 256 for folders), paper: shortest side (800)")
-    add("--out", type=name, help="folder for results; default runs/MODEL-DATA")
-    one_of("--resume", type=name, metavar="RUN", help="continue a run exactly: its folder or a checkpoint")
-    one_of("--init", type=name, metavar="FILE", help="start from the weights of another run (its folder: "
+    add("--out", help="folder for results; default runs/MODEL-DATA")
+    one_of("--resume", metavar="RUN", help="continue a run exactly: its folder or a checkpoint")
+    one_of("--init", metavar="FILE", help="start from the weights of another run (its folder: "
            "best.pt) or of an official checkpoint")
     one_of("--eval", action="store_true", help="only evaluate --weights")
-    add("--weights", type=name, metavar="FILE", help="for --eval: a checkpoint, or a run's folder: last.pt")
+    add("--weights", metavar="FILE", help="for --eval: a checkpoint, or a run's folder: last.pt")
     add("--overfit", type=COUNT, metavar="N", help="train and evaluate on the same N images")
     add("--steps", type=COUNT, help="length of the run in optimiser steps")
     add("--epochs", type=COUNT, help="or in passes over the training images")
@@ -105,11 +98,16 @@ def make_parser(description):
     add("--amp", action=argparse.BooleanOptionalAction, default=False,
         help="autocast to bfloat16, on older CUDA cards to float16; matching and losses stay in float32")
     add("--compile", action="store_true", help="torch.compile the model")
-    add("--device", type=name, default="auto", help="auto (default), cpu, mps, cuda or cuda:1")
+    add("--device", default="auto", help="auto (default), cpu, mps, cuda or cuda:1")
     add("--workers", type=between(int, 0, 256, "0 to 256"), default=machine.default_workers(),
         help="processes that load images; 0: the main process does it")
     add("--seed", type=between(int, 0, 2**31, "0 to 2**31"), default=0, help="of all randomness; default 0")
     return p
+
+
+def as_flags(names):
+    """["batch_size", "lr"] -> "--batch-size, --lr"."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 # ---- From a command line to a Request ----------------------------------------------------------------------
@@ -121,6 +119,8 @@ def parse(description, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(description)
     typed = parser.parse_args(argv)
+    if empty := [flag for flag, value in vars(typed).items() if value == ""]:
+        parser.error(f"{as_flags(empty)}: it is empty; is a variable of the shell not set?")
     if typed.eval != bool(typed.weights):
         parser.error("--eval and --weights FILE go together. --resume continues a run, and --init starts a "
                      "new one from weights")
@@ -133,8 +133,8 @@ def parse(description, argv=None):
         args.steps = None  # follows from the epochs
     needed = ["batch_size", "lr", "lr_backbone", "weight_decay", "clip_norm", "schedule", "warmup"]
     needed += ["lr_drop"] * (args.schedule == "step") + ["epochs"] * (args.steps is None)
-    if missing := [f"--{flag.replace('_', '-')}" for flag in needed if getattr(args, flag) is None]:
-        parser.error(f"{', '.join(missing)}: neither given nor in the RECIPE of {args.model}; give a value")
+    if missing := [flag for flag in needed if getattr(args, flag) is None]:
+        parser.error(f"{as_flags(missing)}: neither given nor in the RECIPE of {args.model}; give a value")
     parts = args.accumulate * machine.WORLD
     if args.batch_size % parts and not args.eval:
         parser.error(f"--batch-size {args.batch_size} is the total: it must be a multiple of {parts}, "
@@ -173,10 +173,8 @@ def old_run(parser, typed, argv):
     args = parser.parse_args(argv)
     free = {"size": typed.eval, "split": typed.eval and not saved["split"],
             "model": saved["model"] not in checkpoints.known_files()}
-    changed = [f"--{flag.replace('_', '-')}" for flag in FIXED
-               if getattr(args, flag) != saved[flag] and not free.get(flag)]
-    if changed:
-        parser.error(f"{', '.join(changed)}: this differs from the run of {checkpoint['path']}. Leave it "
+    if changed := [flag for flag in FIXED if getattr(args, flag) != saved[flag] and not free.get(flag)]:
+        parser.error(f"{as_flags(changed)}: this differs from the run of {checkpoint['path']}. Leave it "
                      "out, or start a new run; --init copies the weights")
     if moved and typed.eval and not typed.split:
         args.split = None  # all other images count

@@ -18,7 +18,7 @@ from torchvision.ops import box_convert, box_iou, nms
 from support import data, shorten
 from support.evaluation import boxes_to_pixels
 from support.images import load_image
-from support.predict import answers, best_class, is_softmax, look
+from support.predict import answers, best_class, look
 
 if "inline" in os.environ.get("MPLBACKEND", "") and not find_spec("matplotlib_inline"):
     del os.environ["MPLBACKEND"]  # a notebook passed it on to a Python that lacks it: matplotlib would raise
@@ -223,7 +223,7 @@ def make_scene(dataset, index, class_names, model, threshold):
     photo, annotated = photo_and_truth(dataset, index)
     size = annotated.height, annotated.width
     found, = answers(model, out, [dataset.path_of(index)], size, len(class_names), threshold)
-    scores, labels = best_class(out["logits"][:, 0], is_softmax(model), len(class_names))  # [S, Q]
+    scores, labels = best_class(model, out["logits"][:, 0], len(class_names))  # [S, Q]
     truth = [(dataset.class_names[label], box) for label, box in true_objects(annotated)]
     boxes = boxes_to_pixels(out["boxes"][:, 0], size)  # [S, Q, 4]
     return Scene(photo, size, images[0], class_names, truth, scores, labels, boxes, seen, threshold), found

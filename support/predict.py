@@ -31,7 +31,7 @@ def load(source, model=None, device="cpu", **options):
     model: a name or a .py file; official weights need it, a run has its own. options: of the model, as in
     train.py, e.g. two_stage=True for such official weights. Raises UserError.
     """
-    is_folder = Path(source).is_dir()
+    device, is_folder = machine.choose_device(device), Path(source).is_dir()
     checkpoint = checkpoints.load_checkpoint(source) if is_folder else checkpoints.read_init(source)
     if "model_options" in checkpoint:  # of a run
         module, fill = checkpoints.load_model_of(checkpoint, model), checkpoints.load_weights
@@ -50,7 +50,7 @@ def load(source, model=None, device="cpu", **options):
         fill(network, checkpoint)
     except RuntimeError as error:
         raise UserError(f"{source}: of another model, or needs an --option: {one_line(error)}") from None
-    return Detector(network, names, trained).to(device)
+    return Detector(network.to(device), names, trained, device)
 
 
 def official_names(checkpoint, recipe):
@@ -93,12 +93,6 @@ class Detector:
     trained: dict  # settings of its training, as train.py keeps them: here preset and size count
     device: str = "cpu"
 
-    def to(self, device):
-        """Moves it to a device: "auto", or any of torch. Raises UserError."""
-        self.device = machine.choose_device(str(device))
-        self.model = self.model.to(self.device)
-        return self
-
     def dataset(self, photos):
         """Photos, as data.from_images takes them, prepared as for evaluation."""
         return data.from_images(photos, self.trained["preset"], self.trained["size"])
@@ -131,26 +125,24 @@ class Detector:
         return [found[i] for i in range(len(dataset))] if several else found[0]
 
 
-def is_softmax(model):
-    return model.recipe["class_loss"] == "softmax"
-
-
 def answers(model, out, files, size, num_classes, threshold):
     """Of each image in a batch, all of one size, the boxes scored over the threshold, the best first."""
     for b, file in enumerate(files):
         if not all(out[key][:, b].isfinite().all() for key in ("logits", "boxes")):
             raise UserError(f"{file}: the model predicts numbers that are not finite; it has diverged")
     logits, boxes, kept = out["logits"][-1], out["boxes"][-1], []
+    softmax = model.recipe["class_loss"] == "softmax"
     most = max(100, boxes.shape[1])  # an image may have as many objects as there are queries
-    for one in postprocess(logits, boxes, [size] * len(files), is_softmax(model), num_classes, most):
+    for one in postprocess(logits, boxes, [size] * len(files), softmax, num_classes, most):
         order = one["scores"].argsort(descending=True, stable=True)
         order = order[one["scores"][order] > threshold]
         kept.append({key: values[order].cpu() for key, values in one.items()})
     return kept
 
 
-def best_class(logits, softmax, num_classes):
-    """Logits [..., C or more] -> the score of the best class and its label, both [...]."""
+def best_class(model, logits, num_classes):
+    """Logits [..., C or more] of a model -> the score of the best class and its label, both [...]."""
+    softmax = model.recipe["class_loss"] == "softmax"
     probabilities = logits.softmax(-1) if softmax else logits.sigmoid()
     return probabilities[..., :num_classes].max(-1)  # without "no object"
 
@@ -175,70 +167,14 @@ def to_photo(what, place):
 
 
 # ---- Where it looks ----------------------------------------------------------------------------------------
-def read_attention(nheads, q, k, v, mask=None, bias=None, **_):
-    # [B, T, E] -> [B, T, M, E/M] -> [B, M, T, E/M]; a key that all heads share, E/M wide, -> [B, 1, T, E/M]
-    width = q.shape[-1] // nheads
-    q, k = (x.unflatten(-1, (-1, width)).transpose(1, 2) for x in (q, k))
-    scale = q.shape[-1] ** -0.5  # for halves as well, so that content * spatial is proportional to weights
-
-    def softmax(q, k, bias=None):
-        scores = q @ k.mT * scale + (0 if bias is None else bias)  # [B, M, Q, T]
-        scores = scores if mask is None else scores.masked_fill(mask[:, None, None], -math.inf)
-        return scores.softmax(-1)
-
-    found = {"weights": softmax(q, k, bias)}
-    if q.shape[-1] * nheads == 2 * v.shape[-1]:  # [content | position] inside every head
-        (c_q, p_q), (c_k, p_k) = q.chunk(2, dim=-1), k.chunk(2, dim=-1)  # [B, M, ., D/M]
-        found.update(content=softmax(c_q, c_k), spatial=softmax(p_q, p_k))
-    elif bias is not None and q.shape[2] != k.shape[2]:  # in self-attention a bias is no map of the image
-        found.update(content=softmax(q, k), prior=bias.exp().expand_as(found["weights"]))
-    return found
-
-
-def read(name, module, given, output):
-    """{name: tensor} of one module after its forward, see look(); given: the arguments by their names."""
-    kind = type(module).__name__
-    if name.endswith("reference_head"):
-        return {"reference": output.sigmoid()}
-    if kind in ("Attention", "SharedKeyAttention"):
-        return read_attention(module.nheads, **given)
-    if kind == "MSDeformAttn":
-        query, reference, shapes = (given[key] for key in ("query", "reference", "spatial_shapes"))
-        locations, weights = module.locations_and_weights(query, reference, shapes)
-        return {"locations": locations, "weights": weights, "reference": reference,
-                "shapes": torch.tensor([tuple(shape) for shape in shapes])}
-    if kind == "SemanticsAligner":  # SAM-DETR
-        return {"points": output[2], "reference": given["reference"]}
-    if kind == "Sampler":  # AdaMixer
-        (h, w), stride = given["maps"][0].shape[-2:], given["strides"][0]
-        samples = module.samples(given["tgt"], given["xyzr"])
-        return {"samples": samples / samples.new_tensor([w * stride, h * stride, 1])}
-    if kind == "BoxPositions":  # DAB-DETR
-        return {"reference": given["box"]}
-    if kind == "Denoising":  # DN-DETR and DINO, in training
-        return {"noisy": output[1][:, :output[3]["target"].shape[1]]}
-    return {}
-
-
 @torch.no_grad()
 def look(model, *inputs):
     """Runs the model and keeps where its parts look: (out, seen), `out` is model(*inputs).
 
     images [B, 3, H, W], mask [B, H, W] bool, True on padding. seen: {name of the module: {name of the array:
-    tensor on the CPU}}, in the order in which modules ran; the last run of a module counts. By class:
-
-    Attention         weights [B, M, Q, T], rows sum to 1, padding gets 0. Also content and spatial, by one
-                      half of q and k, if these are [content | position] in every head; or prior = exp(bias)
-                      and content without it, if a bias is added (not in self-attention)
-    MSDeformAttn      locations [B, Q, M, L, K, 2] as (x, y) and reference [B, Q, L, 2 or 4], in [0, 1] of the
-                      padded maps; weights [B, Q, M, L, K], summing to 1 over L and K; shapes [L, 2] as (h, w)
-    SemanticsAligner  points [B, Q, M, 2] and reference [B, Q, 4] in [0, 1] of the image
-    Sampler           samples [B, Q, M, K, 3]: (x, y) in [0, 1] of the padded image, log2 of the stride
-    BoxPositions      reference [B, Q, 4] in [0, 1] of the image: the box of each query in this layer
-    Denoising         noisy [B, N, 4] in [0, 1] of the image: the boxes of objects with noise, in training
-    "reference_head"  reference [B, Q, 2] in [0, 1] of the image; it is this name that counts
-
-    Other modules are left out, as are classes of these names with other arguments. In an encoder Q is T.
+    tensor on the CPU}}, in the order in which modules ran; the last run of a module counts. The class of a
+    module decides which arrays it has, see read(). Other modules are left out, as are classes of these names
+    with other arguments. In an encoder Q is T.
     """
     seen = {}
 
@@ -253,3 +189,57 @@ def look(model, *inputs):
         for module in names:
             hooks.enter_context(module.register_forward_hook(keep, with_kwargs=True))
         return model(*inputs), seen
+
+
+def read(name, module, given, output):
+    """{name: array} of one module after its forward; given: the arguments by their names.
+
+    Points (x, y) and boxes are in [0, 1] of the image; where it says "padded", in [0, 1] of the padded image.
+    """
+    kind = type(module).__name__
+    if name.endswith("reference_head"):
+        return {"reference": output.sigmoid()}  # [B, Q, 2]
+    if kind in ("Attention", "SharedKeyAttention"):
+        return read_attention(module.nheads, **given)
+    if kind == "MSDeformAttn":
+        query, reference, shapes = (given[key] for key in ("query", "reference", "spatial_shapes"))
+        locations, weights = module.locations_and_weights(query, reference, shapes)
+        return {"locations": locations, "reference": reference,  # [B, Q, M, L, K, 2], [B, Q, L, 2 or 4]; padded
+                "weights": weights,  # [B, Q, M, L, K], the sum over L and K is 1
+                "shapes": torch.tensor([tuple(shape) for shape in shapes])}  # [L, 2] as (h, w)
+    if kind == "SemanticsAligner":  # SAM-DETR
+        return {"points": output[2], "reference": given["reference"]}  # [B, Q, M, 2] and [B, Q, 4]
+    if kind == "Sampler":  # AdaMixer; padded, and the third number is log2 of the stride
+        (h, w), stride = given["maps"][0].shape[-2:], given["strides"][0]
+        samples = module.samples(given["tgt"], given["xyzr"])
+        return {"samples": samples / samples.new_tensor([w * stride, h * stride, 1])}  # [B, Q, M, K, 3]
+    if kind == "BoxPositions":  # DAB-DETR: the box of each query in this layer
+        return {"reference": given["box"]}  # [B, Q, 4]
+    if kind == "Denoising":  # DN-DETR and DINO, in training: the boxes of objects with noise
+        return {"noisy": output[1][:, :output[3]["target"].shape[1]]}  # [B, N, 4]
+    return {}
+
+
+def read_attention(nheads, q, k, v, mask=None, bias=None, **_):
+    """{name: [B, M, Q, T]}: weights, whose rows sum to 1 and are 0 on padding, and what they consist of.
+
+    These are content and spatial, by one half of q and k each, if every head has [content | position]; or, if
+    a bias is added, prior = exp(bias) and content without it.
+    """
+    # [B, T, E] -> [B, T, M, E/M] -> [B, M, T, E/M]; a key that all heads share, E/M wide, -> [B, 1, T, E/M]
+    width = q.shape[-1] // nheads
+    q, k = (x.unflatten(-1, (-1, width)).transpose(1, 2) for x in (q, k))
+    scale = q.shape[-1] ** -0.5  # for halves as well, so that content * spatial is proportional to weights
+
+    def softmax(q, k, bias=0):
+        scores = q @ k.mT * scale + bias  # [B, M, Q, T]
+        scores = scores if mask is None else scores.masked_fill(mask[:, None, None], -math.inf)
+        return scores.softmax(-1)
+
+    found = {"weights": softmax(q, k, 0 if bias is None else bias)}
+    if q.shape[-1] * nheads == 2 * v.shape[-1]:
+        (c_q, p_q), (c_k, p_k) = q.chunk(2, dim=-1), k.chunk(2, dim=-1)  # [B, M, ., D/M]
+        found.update(content=softmax(c_q, c_k), spatial=softmax(p_q, p_k))
+    elif bias is not None and q.shape[2] != k.shape[2]:  # in self-attention a bias is no map of the image
+        found.update(content=softmax(q, k), prior=bias.exp().expand_as(found["weights"]))
+    return found

@@ -121,7 +121,7 @@ def scene_of(model, threshold=0.3):
     """A Scene of a black image of 64 x 96 pixels."""
     image = torch.zeros(1, 3, 64, 96)
     out, seen = look(model.eval(), image, image[:, 0] > 1)
-    scores, labels = best_class(out["logits"][:, 0], model.recipe["class_loss"] == "softmax", 3)
+    scores, labels = best_class(model, out["logits"][:, 0], 3)
     boxes = boxes_to_pixels(out["boxes"][:, 0], (64, 96))
     photo = np.zeros((64, 96, 3), np.uint8)
     return Scene(photo, (64, 96), image[0], list("abc"), [], scores, labels, boxes, seen, threshold)
