@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from support import UserError, data
 from support.attention_pictures import draw_look
 from support.options import parse_model_options
-from support.pictures import CannotDraw, draw_detections, make_scene, save
+from support.pictures import draw_detections, make_scene, save
 from support.predict import load
 from support.report import one_line_errors
 
@@ -91,15 +91,15 @@ def main(argv=None):
     files = [dataset.path_of(index) for index in range(len(dataset))]
     for index, (file, name) in enumerate(zip(files, picture_names(files))):
         scene, found = make_scene(dataset, index, detector.class_names, detector.model, args.threshold)
-        for box, label, score in zip(found["boxes"].tolist(), found["labels"], found["scores"].tolist()):
-            kept.append({"file": file, "label": detector.class_names[label], "score": round(score, 4),
+        for label, score, box in found:
+            kept.append({"file": file, "label": label, "score": round(score, 4),
                          "box_xyxy": [round(x, 2) for x in box]})
         save(draw_detections(scene, found), out / f"{name}-predictions.png")
-        print(f"{file}: {len(found['scores'])} with a score over {args.threshold}")
+        print(f"{file}: {len(found)} with a score over {args.threshold}")
         if args.attention:
             try:
                 save(draw_look(detector.model, scene), out / f"{name}-attention.png")
-            except CannotDraw as error:
+            except UserError as error:
                 args.attention = False
                 print(f"--attention: {error}. Only predictions can be drawn.")
     if args.json:

@@ -55,13 +55,9 @@ def load_model_file(name):
 
 
 def load_model_of(checkpoint, name=None):
-    """The module that made a checkpoint, or the one called `name`.
-
-    A checkpoint may come from anybody. So a file that it names runs only if it is one of ours; another file
-    runs only if the user names it. Raises UserError.
-    """
+    """The module that made a checkpoint, or the one called `name`. Raises UserError."""
     saved = checkpoint["args"]["model"]
-    if name is None and saved not in known_files():
+    if name is None and saved not in known_files():  # anybody may have made it, so it runs no file of theirs
         raise UserError(f"{checkpoint['path']}: made with the file {saved}, which is not one of ours. If you "
                         f"trust it, add --model {saved}; the run's folder has a copy")
     return load_model_file(name or saved)
@@ -78,8 +74,8 @@ def describe(error, path):
 # ---- Options and the model ---------------------------------------------------------------------------------
 def default_options(module):
     """{option: default} of the model that the file's build() makes; {} if they are not visible."""
-    own = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
-    classes = [c for c in own if issubclass(c, torch.nn.Module) and hasattr(c, "recipe")]
+    classes = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__
+               and issubclass(c, torch.nn.Module) and hasattr(c, "recipe")]
     defaults = {}
     for base in reversed(classes[-1].__mro__ if classes else ()):
         if "__init__" in vars(base) and hasattr(base, "recipe"):
@@ -123,9 +119,8 @@ def build_model(module, num_classes, options):
         raise UserError(f"{file}: build() must return an nn.Module with the attribute recipe = RECIPE")
     if missing := {"class_loss", "w_class", "w_l1", "w_giou"} - set(model.recipe):
         raise UserError(f"{file}: RECIPE has no {', '.join(sorted(missing))}; see detr.py for them")
-    if model.recipe["class_loss"] not in ("softmax", "focal"):
-        raise UserError(f'{file}: class_loss in RECIPE must be "softmax" or "focal", but it is '
-                        f"{model.recipe['class_loss']!r}")
+    if (kind := model.recipe["class_loss"]) not in ("softmax", "focal"):
+        raise UserError(f'{file}: class_loss in RECIPE must be "softmax" or "focal", but it is {kind!r}')
     return model
 
 
@@ -141,8 +136,8 @@ def save(path, content):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
         part.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written, is the disk full? ({shorten(one_line(error), 100)}) "
-                        "The previous checkpoint is still there. Make room, then continue with --resume")
+        raise UserError(f"{path}: cannot be written, is the disk full? ({shorten(one_line(error), 100)}) The "
+                        "last checkpoint is still there. Make room, then continue with --resume")
 
 
 def read_file(path):
@@ -172,13 +167,11 @@ def load_checkpoint(path):
     return {**checkpoint, "path": str(path)}
 
 
-def read_init(path):
+def read_init(path, in_folder="best.pt"):
     """The file behind --init, ours or official; of a run's folder best.pt. Raises UserError."""
     path = Path(path)
-    path = path / "best.pt" if path.is_dir() else path
+    path = path / in_folder if path.is_dir() else path
     checkpoint = read_file(path)
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{path}: not a checkpoint, because it has no weights by name")
     return load_checkpoint(path) if "model_options" in checkpoint else checkpoint
 
 
@@ -233,9 +226,9 @@ def initialise(model, module, checkpoint, class_names):
 
     It copies a class head only if the checkpoint names the same classes. Raises UserError.
     """
-    given, left = dict(in_our_names(module, checkpoint)), {}
+    given, left, copied = dict(in_our_names(module, checkpoint)), {}, 0
     queries = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
-    state, copied = model.state_dict(), 0
+    state = model.state_dict()
     for name, tensor in state.items():
         source = given.pop(name, None)
         if source is None:

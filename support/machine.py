@@ -71,10 +71,9 @@ def peak_memory(device):
     module = torch.get_device_module(torch.device(device).type)
     if hasattr(module, "max_memory_allocated"):
         return f"{module.max_memory_allocated(torch.device(device)) / 2**30:.1f} GiB"
-    try:
-        import resource
-    except ImportError:  # Windows
+    if sys.platform == "win32":
         return "unknown"
+    import resource
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
 

@@ -27,7 +27,6 @@ FIXED = ("model", "preset", "option", "out", "size", "seed", "batch_size", "over
 @dataclass
 class Request:
     """The settings of a command line, with all defaults filled in."""
-
     args: argparse.Namespace  # every flag: as typed, otherwise as in the checkpoint or the preset
     module: ModuleType  # the model file
     model_options: dict  # of its build()
@@ -62,8 +61,7 @@ def make_parser(description):
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 usage="train.py [--FLAG VALUE ...]; --help explains every flag")
     add, one_of = p.add_argument, p.add_mutually_exclusive_group().add_argument
-    ours = ", ".join(checkpoints.known_files())
-    add("--model", help=f"a .py file, or one of {ours}; default detr")
+    add("--model", help=f"a .py file, or {', '.join(checkpoints.known_files())}; default detr")
     add("--preset", choices=("laptop", "paper"), default="laptop", help="default laptop: small, from scratch")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="of the model; may be repeated")
     add("--data", metavar="DIR", help="folder in COCO, VOC or YOLO format; default: shapes")
@@ -76,8 +74,7 @@ def make_parser(description):
         "(96 for shapes, 256 for folders), paper: shortest side (800)")
     add("--out", help="folder for results; default runs/MODEL-DATA")
     one_of("--resume", metavar="RUN", help="continue a run exactly: its folder or a checkpoint")
-    one_of("--init", metavar="FILE", help="start from the weights of another run (its folder: "
-           "best.pt) or of an official checkpoint")
+    one_of("--init", metavar="FILE", help="start from weights: official ones, or a run (its best.pt)")
     one_of("--eval", action="store_true", help="only evaluate --weights")
     add("--weights", metavar="FILE", help="for --eval: a checkpoint, or a run's folder: last.pt")
     add("--overfit", type=COUNT, metavar="N", help="train and evaluate on the same N images")
@@ -112,10 +109,8 @@ def as_flags(names):
 
 # ---- From a command line to a Request ----------------------------------------------------------------------
 def parse(description, argv=None):
-    """The Request of a command line. Argparse ends the program if a flag is wrong. Raises UserError.
-
-    The command line is read twice: first to find the preset or the run, and then with its values as defaults.
-    """
+    """The Request of a command line. Argparse ends the program if a flag is wrong. Raises UserError."""
+    # It is read twice: first to find the preset or the run, and then with the values of that as defaults
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(description)
     typed = parser.parse_args(argv)

@@ -28,11 +28,9 @@ from support.evaluation import postprocess
 def load(source, model=None, device="cpu", **options):
     """A Detector from a run's folder (its last.pt), from a checkpoint, or from official weights.
 
-    model: a name or a .py file; official weights need it, a run has its own. options: of the model, as in
-    train.py, e.g. two_stage=True for such official weights. Raises UserError.
+    model: a name or a .py file, which official weights need. options: of the model, e.g. two_stage=True.
     """
-    device, is_folder = machine.choose_device(device), Path(source).is_dir()
-    checkpoint = checkpoints.load_checkpoint(source) if is_folder else checkpoints.read_init(source)
+    device, checkpoint = machine.choose_device(device), checkpoints.read_init(source, in_folder="last.pt")
     if "model_options" in checkpoint:  # of a run
         module, fill = checkpoints.load_model_of(checkpoint, model), checkpoints.load_weights
         names, trained = checkpoint["class_names"], checkpoint["args"]
@@ -54,14 +52,12 @@ def load(source, model=None, device="cpu", **options):
 
 
 def official_names(checkpoint, recipe):
-    """Class names for an official checkpoint: torchvision's for COCO's 91 category ids. Raises UserError.
-
-    The class head has a row for each class, and with softmax (and in SMCA) one more for "no object".
-    """
+    """Class names for an official checkpoint: torchvision's for COCO's 91 category ids. Raises UserError."""
     state = checkpoint.get("model", checkpoint)
     rows = [len(state[name]) for name in ("class_embed.weight", "class_embed.0.weight") if name in state]
     if not rows:
         raise UserError("not official weights: there is no class_embed.weight in the file")
+    # A row for each class, and with softmax (and in SMCA) one more for "no object"
     count = rows[0] - (recipe["class_loss"] == "softmax" or recipe.get("extra_logit", False))
     coco = torchvision.models.get_weight("FasterRCNN_ResNet50_FPN_Weights.COCO_V1").meta["categories"]
     return coco if count == len(coco) else [f"class {i}" for i in range(count)]
@@ -118,25 +114,24 @@ class Detector:
             images, mask, _ = data.collate([dataset[index] for index in indices])
             out = self.model(images.to(self.device), mask.to(self.device))
             files = [dataset.path_of(index) for index in indices]
-            kept = answers(self.model, out, files, size, len(self.class_names), threshold)
-            for index, file, one in zip(indices, files, kept):
-                found[index] = Found(file, size, **one, names=[self.class_names[i] for i in one["labels"]])
+            found.update(zip(indices, answers(self.model, out, files, size, self.class_names, threshold)))
         several = several or isinstance(what, (str, Path)) and Path(what).is_dir()
         return [found[i] for i in range(len(dataset))] if several else found[0]
 
 
-def answers(model, out, files, size, num_classes, threshold):
-    """Of each image in a batch, all of one size, the boxes scored over the threshold, the best first."""
-    for b, file in enumerate(files):
-        if not all(out[key][:, b].isfinite().all() for key in ("logits", "boxes")):
-            raise UserError(f"{file}: the model predicts numbers that are not finite; it has diverged")
+def answers(model, out, files, size, class_names, threshold):
+    """[Found] of a batch of images, which all have this size, scored over the threshold. Raises UserError."""
     logits, boxes, kept = out["logits"][-1], out["boxes"][-1], []
-    softmax = model.recipe["class_loss"] == "softmax"
+    softmax, sizes = model.recipe["class_loss"] == "softmax", [size] * len(files)
     most = max(100, boxes.shape[1])  # an image may have as many objects as there are queries
-    for one in postprocess(logits, boxes, [size] * len(files), softmax, num_classes, most):
+    scored = postprocess(logits, boxes, sizes, softmax, len(class_names), most)
+    for b, (file, one) in enumerate(zip(files, scored)):
+        if not (logits[b].isfinite().all() and boxes[b].isfinite().all()):
+            raise UserError(f"{file}: the model predicts numbers that are not finite; it has diverged")
         order = one["scores"].argsort(descending=True, stable=True)
         order = order[one["scores"][order] > threshold]
-        kept.append({key: values[order].cpu() for key, values in one.items()})
+        one = {key: values[order].cpu() for key, values in one.items()}
+        kept.append(Found(file, size, **one, names=[class_names[label] for label in one["labels"]]))
     return kept
 
 
@@ -172,9 +167,8 @@ def look(model, *inputs):
     """Runs the model and keeps where its parts look: (out, seen), `out` is model(*inputs).
 
     images [B, 3, H, W], mask [B, H, W] bool, True on padding. seen: {name of the module: {name of the array:
-    tensor on the CPU}}, in the order in which modules ran; the last run of a module counts. The class of a
-    module decides which arrays it has, see read(). Other modules are left out, as are classes of these names
-    with other arguments. In an encoder Q is T.
+    tensor on the CPU}}, in the order in which modules ran; the last run of a module counts. See read() for
+    the classes of modules and their arrays. In an encoder Q is T.
     """
     seen = {}
 
@@ -204,8 +198,8 @@ def read(name, module, given, output):
     if kind == "MSDeformAttn":
         query, reference, shapes = (given[key] for key in ("query", "reference", "spatial_shapes"))
         locations, weights = module.locations_and_weights(query, reference, shapes)
-        return {"locations": locations, "reference": reference,  # [B, Q, M, L, K, 2], [B, Q, L, 2 or 4]; padded
-                "weights": weights,  # [B, Q, M, L, K], the sum over L and K is 1
+        return {"locations": locations,  # [B, Q, M, L, K, 2], padded, like reference: [B, Q, L, 2 or 4]
+                "weights": weights, "reference": reference,  # weights [B, Q, M, L, K] sum to 1 over L and K
                 "shapes": torch.tensor([tuple(shape) for shape in shapes])}  # [L, 2] as (h, w)
     if kind == "SemanticsAligner":  # SAM-DETR
         return {"points": output[2], "reference": given["reference"]}  # [B, Q, M, 2] and [B, Q, 4]

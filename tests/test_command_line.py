@@ -56,8 +56,7 @@ def test_options_are_read_as_json_and_bools_in_any_case():
 
 # ---- Folders -----------------------------------------------------------------------------------------------
 def claim(*flags):
-    request = options.parse("", ["--model", "detr", *map(str, flags)])
-    return claim_folder(request.args, request.module)
+    return claim_folder(options.parse("", ["--model", "detr", *map(str, flags)]))
 
 
 def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path, monkeypatch):

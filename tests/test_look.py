@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import deformable_detr
+from support import UserError
 from support.attention_pictures import draw_look, outputs_of_training
 from support.evaluation import boxes_to_pixels
-from support.pictures import CannotDraw, Scene
+from support.pictures import Scene
 from support.predict import best_class, look
 from tests.tiny_models import batch, module_named, tiny
 
@@ -149,7 +150,7 @@ def test_a_token_is_found_where_its_cell_is():
     assert scene.map_size(24) == (4, 6) and scene.map_size(6) == (2, 3)  # strides 16 and 32
     assert scene.token_at(torch.tensor([959.0, 0]), (4, 6)) == 5
     assert scene.token_at(torch.tensor([2000.0, 330]), (4, 6)) == 17  # a box may reach over the edge
-    with pytest.raises(CannotDraw, match="23 tokens"):
+    with pytest.raises(UserError, match="23 tokens"):
         scene.map_size(23)
 
 
@@ -207,12 +208,12 @@ def test_a_bias_is_drawn_as_a_prior():
 
 def test_a_bias_of_self_attention_is_no_picture():
     q, bias = torch.randn(1, 24, 8), torch.rand(1, 2, 24, 24)
-    with pytest.raises(CannotDraw, match="encoder"):
+    with pytest.raises(UserError, match="encoder"):
         titles(Method(Attention(), q, q, q, None, bias))
 
 
 def test_a_model_without_a_known_module_cannot_be_drawn():
-    with pytest.raises(CannotDraw, match="Method has no decoder that shows any of samples, points"):
+    with pytest.raises(UserError, match="Method has no decoder that shows any of samples, points"):
         titles(Method(torch.nn.Identity(), torch.zeros(1)))
 
 

@@ -73,9 +73,9 @@ def test_its_errors_have_file_and_line(text, words, mine):
 @pytest.mark.parametrize("old, new, words", [
     ("num_classes + 1)  # the last", "num_classes)  # the last", "4 logits for 4 classes.*needs 5"),
     ("self.box_head(hs).sigmoid()", "self.box_head(hs) * 100", "boxes reach from"),
-    ('"logits": self.class_head(hs)', '"logits": self.class_head(hs).long()', "must be floating point"),
+    ('"logits": self.class_head(hs)', '"logits": list(self.class_head(hs))', "dict with the tensors"),
     ('"logits": self.class_head(hs)', '"logits": self.class_head(hs)[-1]', r"must be \[S, B, Q, C\]"),
-    ('return {"logits"', 'return {"labels"', 'dict with "logits" and "boxes"'),
+    ('return {"logits"', 'return {"labels"', 'dict with the tensors "logits" and "boxes"'),
     ('return {"logits"', 'hs = hs @ hs\n        return {"logits"', r"mine.py, line \d+: RuntimeError"),
     ('return {"logits"', 'hs = hs if hs.shape[1] > 1 else 3 / 0\n        return {"logits"',  # a single image
      r"mine.py, line \d+: ZeroDivisionError"),
