@@ -1,7 +1,4 @@
-"""A picture for each method: the figure of its paper.
-
-draw_look() chooses it by the arrays that look() finds and by outputs in training, not by the model's name.
-"""
+"""The figure of each method's paper: draw_look() chooses it by arrays and outputs, not by a model's name."""
 import math
 from functools import partial
 from itertools import product
@@ -83,8 +80,8 @@ def draw_attention(scene):
         show_map(large[0], scene, encoder[:, token].mean(0), "encoder, from this point", predicted=box)
         show_points(large[0], centre, REFERENCE)
         show_map(large[1], scene, decoder[:, query].mean(0), f"decoder, query of {name}", predicted=box)
-        for m, (axes, weights) in enumerate(zip(small, decoder[:, query])):
-            show_map(axes, scene, weights, f"head {m + 1}", predicted=box)
+        for m, (axes, weights) in enumerate(zip(small, decoder[:, query]), start=1):
+            show_map(axes, scene, weights, f"head {m}", predicted=box)
     return figure
 
 
@@ -122,11 +119,10 @@ def draw_sampling(scene):
             if part == "encoder":  # its queries are the pixels, those of the finest level first
                 query = scene.token_at(box.view(2, 2).mean(0), shapes[0])
             show_scene(axes, scene, title, grey=True, window=(box, 2.5), predicted=box)
-            locations, weights = scene.to_pixels(seen["locations"][0, query]), seen["weights"][0, query]
-            for level, marker in zip(range(len(shapes)), markers):
-                w = weights[:, level].flatten().numpy()
-                dots = show_points(axes, locations[:, level], w, 14 + 100 * w, vmin=0, vmax=1, marker=marker,
-                                   **SAMPLES)
+            xy = scene.to_pixels(seen["locations"][0, query]).unbind(1)  # of each level [M, K, 2]
+            for points, weights, marker in zip(xy, seen["weights"][0, query].unbind(1), markers):
+                w, style = weights.flatten().numpy(), dict(SAMPLES, vmin=0, vmax=1, marker=marker)
+                dots = show_points(axes, points, w, 14 + 100 * w, **style)
             show_points(axes, scene.to_pixels(seen["reference"][0, query, 0, :2]), REFERENCE)
     figure.colorbar(dots, ax=panels, shrink=0.6, label="weight; those of a head sum to 1")
     for i, ((h, w), marker) in enumerate(zip(shapes, markers)):
@@ -195,8 +191,7 @@ def draw_parts(model, scene, parts):
             boxes = boxes_to_pixels(out["boxes"][stage, 0], scene.size)
             claims = (labels == scene.labels[-1, query]) & (scores > scene.threshold)
             claims &= box_iou(boxes, box[None])[:, 0] >= 0.5
-            title = f"{part}: {claims.sum()} x {name.rsplit(' ', 1)[0]}"
-            show_scene(axes, scene, title, window=(box, 2))
+            show_scene(axes, scene, f"{part}: {claims.sum()} x {name.rsplit(' ', 1)[0]}", window=(box, 2))
             for claimed, score in zip(boxes[claims], scores[claims].tolist()):
                 draw_box(axes, claimed, PREDICTED, alpha=0.2 + 0.8 * score)
     return figure
@@ -235,12 +230,11 @@ def outputs_of_training(model, scene):
     return found
 
 
-# ---- The choice --------------------------------------------------------------------------------------------
 PICTURES = {  # draw_look takes the first entry whose array a module of the decoder has
     "samples": draw_samples,
     "points": draw_salient_points,
     "prior": partial(draw_factors, "prior", "the Gaussian, attention by content without it, both together"),
-    "spatial": partial(draw_factors, "spatial", "attention by the spatial and the content product, by both"),
+    "spatial": partial(draw_factors, "spatial", "attention by the spatial and content product, by their sum"),
     "locations": draw_sampling,
     "weights": draw_attention,
 }

@@ -1,8 +1,7 @@
-"""Model files, the options of their models, and checkpoints, which name a file and have its model's weights.
+"""Model files, and checkpoints, which are written whole or not at all and read with checksums.
 
 A model file is any .py file with RECIPE and build(num_classes, **options), see docs/contract.md. --model
 takes the name of one of ours (the top level and relatives/), or the path of your own, such as work/mine.py.
-Checkpoints are written whole or not at all, and read with checksums.
 """
 import argparse
 import importlib.util
@@ -37,9 +36,8 @@ def load_model_file(name):
     path = known_files().get(str(name)) or Path(name)
     if not path.is_file() or path.suffix != ".py":
         raise UserError(f"--model {name}: no such .py file; give one, or one of {', '.join(known_files())}")
-    for folder in (ROOT, path.resolve().parent):
-        if str(folder) not in sys.path:
-            sys.path.append(str(folder))  # at the end: a neighbour called torch.py must not hide torch
+    # At the end, because a neighbour called torch.py must not hide torch
+    sys.path += [str(f) for f in (ROOT, path.resolve().parent) if str(f) not in sys.path]
     # Under another name if the file is called torch.py, or like any other module that is loaded already
     module_name = path.stem if path.stem not in sys.modules else f"model_file_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
@@ -48,8 +46,7 @@ def load_model_file(name):
         spec.loader.exec_module(module)
     except Exception as error:
         raise UserError(f"--model {name}: importing it fails; {describe(error, path)}")
-    missing = [key for key in ("RECIPE", "build") if not hasattr(module, key)]
-    if missing:
+    if missing := [key for key in ("RECIPE", "build") if not hasattr(module, key)]:
         raise UserError(f"--model {path}: the file has no {' and no '.join(missing)}; see detr.py for them")
     return module
 
@@ -158,8 +155,7 @@ def read_file(path):
 
 def load_checkpoint(path):
     """A checkpoint of train.py: a file, or the last one of a run's folder. Its "path" is added."""
-    path = Path(path)
-    path = path / "last.pt" if path.is_dir() else path
+    path = Path(path, "last.pt") if Path(path).is_dir() else Path(path)
     checkpoint = read_file(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this version of train.py. To start a new run from "
@@ -169,13 +165,11 @@ def load_checkpoint(path):
 
 def read_init(path, in_folder="best.pt"):
     """The file behind --init, ours or official; of a run's folder best.pt. Raises UserError."""
-    path = Path(path)
-    path = path / in_folder if path.is_dir() else path
+    path = Path(path, in_folder) if Path(path).is_dir() else Path(path)
     checkpoint = read_file(path)
     return load_checkpoint(path) if "model_options" in checkpoint else checkpoint
 
 
-# ---- Resume ------------------------------------------------------------------------------------------------
 def check_data(checkpoint, datasets):
     """Raises UserError unless the data are those of the checkpoint, in whatever folder they are now."""
     for dataset in datasets.values():
@@ -202,9 +196,8 @@ def load_weights(model, checkpoint):
 def load_optimizer(optimizer, checkpoint):
     """The optimiser's state from a checkpoint; rates and all other settings are those of this command."""
     fresh, saved = optimizer.state_dict(), checkpoint["optimizer"]
-    parts, expected = ([(group["part"], group["params"]) for group in groups]
-                       for groups in (saved["param_groups"], fresh["param_groups"]))
-    if parts != expected:
+    groups = [[(g["part"], g["params"]) for g in state["param_groups"]] for state in (saved, fresh)]
+    if groups[0] != groups[1]:
         raise UserError(f"{checkpoint['path']}: its optimiser is for other groups of parameters; has the "
                         "model file changed? --init starts a new run with its weights")
     optimizer.load_state_dict({**fresh, "state": saved["state"]})
@@ -222,10 +215,7 @@ def in_our_names(module, checkpoint):
 
 
 def initialise(model, module, checkpoint, class_names):
-    """Copies all tensors that fit into the model and prints the others; of queries as many as both have.
-
-    It copies a class head only if the checkpoint names the same classes. Raises UserError.
-    """
+    """Copies all tensors that fit, those of a class head only for the same classes; prints the others."""
     given, left, copied = dict(in_our_names(module, checkpoint)), {}, 0
     queries = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
     state = model.state_dict()
@@ -238,7 +228,7 @@ def initialise(model, module, checkpoint, class_names):
         elif source.shape == tensor.shape:
             tensor.copy_(source)
             copied += 1
-        elif name in queries and source.shape[1:] == tensor.shape[1:]:
+        elif name in queries and source.shape[1:] == tensor.shape[1:]:  # as many queries as both have
             n = min(len(source), len(tensor))
             tensor[:n] = source[:n]
             copied += 1

@@ -28,8 +28,8 @@ def choose_device(name):
         raise UserError(f"--device {name}: torch has no such device; give auto, cpu, cuda, cuda:1 or mps")
     count = torch.accelerator.device_count() if here and here.type == device.type else 0
     if device.type != "cpu" and (device.index or 0) >= count:
-        found = f"{count or 'no'} {device.type} device{'s' * (count > 1)}"
-        raise UserError(f"--device {name}: torch sees {found} here. --device auto takes an available one")
+        raise UserError(f"--device {name}: torch sees {count or 'no'} {device.type} device{'s' * (count > 1)}"
+                        " here. --device auto takes an available one")
     return name
 
 

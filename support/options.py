@@ -20,8 +20,7 @@ TRAINING = ("steps", "epochs", "lr_drop", "batch_size", "lr", "lr_backbone", "wa
             "clip_norm", "weight_decay")  # the rest of a preset are options of the model
 PATHS = ("data", "train_json", "train_images", "val_json", "val_images")
 # These flags define a run. --resume may change all others.
-FIXED = ("model", "preset", "option", "out", "size", "seed", "batch_size", "overfit", "init", "split",
-         "no_flip")
+FIXED = "model preset option out size seed batch_size overfit init split no_flip".split()
 
 
 @dataclass

@@ -5,8 +5,7 @@
     for name, score, box in detector.predict("photo.jpg"):    # box: x1, y1, x2, y2 in pixels of the photo
         print(name, score, box)
     detector = load("detr-r50-e632da11.pth", model="detr")    # weights of the official repository
-    out, seen = look(detector.model, images, mask)
-    seen["decoder.layers.5.cross_attn"]["weights"]            # [B, M, Q, T]
+    out, seen = look(detector.model, images, mask)            # seen["decoder.layers.5.cross_attn"]["weights"]
 
 Legend as in the model files: B images, Q queries, M heads, L levels, K points, T tokens, S stages.
 """
@@ -42,13 +41,12 @@ def load(source, model=None, device="cpu", **options):
         if not hasattr(module, "load_official"):
             raise UserError(f"{model} has no load_official() that could read official weights")
         names, fill = official_names(checkpoint, module.RECIPE), module.load_official
-    options = checkpoints.without_download(module, options)
-    network = checkpoints.build_model(module, len(names), options).eval()
+    net = checkpoints.build_model(module, len(names), checkpoints.without_download(module, options)).eval()
     try:
-        fill(network, checkpoint)
+        fill(net, checkpoint)
     except RuntimeError as error:
         raise UserError(f"{source}: of another model, or needs an --option: {one_line(error)}") from None
-    return Detector(network.to(device), names, trained, device)
+    return Detector(net.to(device), names, trained, device)
 
 
 def official_names(checkpoint, recipe):
@@ -148,10 +146,9 @@ def to_photo(what, place):
         return what
     if not isinstance(what, (np.ndarray, torch.Tensor)):  # OpenCV gives None for a file that it cannot read
         raise UserError(f"{place}: a {type(what).__name__} is not a path, PIL image, numpy array or tensor")
-    array = what
-    if isinstance(what, torch.Tensor):
-        array = what.detach().cpu().numpy()
-        array = np.moveaxis(array, 0, -1) if array.ndim == 3 else array
+    array = what.detach().cpu().numpy() if isinstance(what, torch.Tensor) else what
+    if isinstance(what, torch.Tensor) and what.ndim == 3:
+        array = np.moveaxis(array, 0, -1)
     array = array[:, :, 0] if array.shape[2:] == (1,) else array  # grey
     if array.dtype.kind == "f" and 0 <= array.min() and array.max() <= 1:  # not for nan
         array = (array * 255).round().astype(np.uint8)

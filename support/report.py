@@ -55,7 +55,7 @@ def first_bad_layer(model, images, mask):
     names, bad = {module: name for name, module in model.named_modules()}, []
 
     def check(module, inputs, output):
-        if isinstance(output, torch.Tensor) and not output.isfinite().all():
+        if module in names and isinstance(output, torch.Tensor) and not output.isfinite().all():
             bad.append(names[module])
 
     with torch.nn.modules.module.register_module_forward_hook(check):
@@ -92,10 +92,7 @@ def announce(model, datasets, request, train_step):
 
 
 def try_out(model, train_set, args, train_step, file):
-    """(seconds, queries) of one step, train_step(model, parts), on a copy of the model. Raises UserError.
-
-    First comes one step on the largest possible batch, so that a lack of memory shows now and not in an hour.
-    """
+    """(seconds, queries) of one step, train_step(model, parts), on a copy of the model. Raises UserError."""
     part = args.batch_size // (args.accumulate * machine.WORLD)
     images, mask, targets = data.collate([train_set[i] for i in range(part)])
     canvas = data.largest_canvas(train_set.size, args.preset)
@@ -108,7 +105,7 @@ def try_out(model, train_set, args, train_step, file):
                 with torch.no_grad():
                     out = model(images[:n].to(args.device), mask[:n].to(args.device))
                 check_output(out, model, n, len(train_set.class_names))
-            for batch in (largest, (images, mask, targets)):
+            for batch in (largest, (images, mask, targets)):  # a lack of memory shows now, not in an hour
                 start = time.time()
                 train_step(model, [batch] * args.accumulate)
                 machine.synchronize(args.device)
@@ -143,12 +140,10 @@ def check_output(out, model, num_images, num_classes):
           f"boxes reach from {boxes.min():.3g} to {boxes.max():.3g}, but (cx, cy, w, h) must be in [0, 1]")
 
 
-# ---- During a run ------------------------------------------------------------------------------------------
 def collapse_line(metrics, num_classes):
     """The most alarming symptom in one line: the same boxes for every image or every query."""
     images, queries, classes = (metrics[k] for k in ("spread_images", "spread_queries", "classes_predicted"))
     line = (f"boxes vary by {images:.3f} between images and {queries:.3f} between queries; {classes} of "
             f"{num_classes} classes reach a score of 0.3")
-    advice = ("\n  COLLAPSED: the same boxes everywhere. This is usual at first. If it stays, the model has "
-              "trained too little (see README), or its features do not depend on the image.")
+    advice = "\n  COLLAPSED: the same boxes everywhere. That is usual early; if it stays, see docs/numbers.md"
     return line + advice * (min(images, queries) < 0.005)

@@ -25,8 +25,7 @@ FILES = ("args.json", "last.pt", "best.pt", "log.jsonl", "curves.png", "predicti
 class Run:
     """Everything about a run that is neither model nor data. Only the process of rank 0 writes."""
 
-    # step: optimiser steps done; judged: the step of the last evaluation, metrics: its numbers; best: the
-    # highest AP; window: values of each step since the last line of log.jsonl
+    # judged: the step of the last evaluation; window: values of each step since the last line of log.jsonl
     STATE = ("step", "judged", "best", "window", "metrics")
 
     def __init__(self, request, model, optimizer, datasets):
@@ -45,6 +44,7 @@ class Run:
             self.folder = claim_folder(request)
             self.save("last.pt")  # so that --resume always finds a checkpoint
         self.folder = machine.gather(self.folder)[0]
+        self.command = f"python train.py --resume {shlex.quote(str(self.folder))}"
         if machine.RANK == 0:
             self.log_file = open_log(self.folder / "log.jsonl", self.step, self.judged)
 
@@ -96,15 +96,9 @@ class Run:
         if learned:
             print(f"Stopped at step {self.step} of {self.args.steps}: AP was 1 in {self.learned} evaluations "
                   "in a row, which is all that --overfit can show. Model and data are fine.")
-        minutes = (time.time() - self.started) / 60
-        print(f"{minutes:.1f} minutes, peak memory {machine.peak_memory(self.args.device)}. Best AP "
-              f"{self.best:.3f}. In {self.folder}: {', '.join(FILES)}")
+        minutes, memory = (time.time() - self.started) / 60, machine.peak_memory(self.args.device)
+        print(f"{minutes:.1f} minutes, peak memory {memory}. Best AP {self.best:.3f}. Files: {self.folder}")
 
-    @property
-    def command(self):
-        return f"python train.py --resume {shlex.quote(str(self.folder))}"
-
-    # ---- What happened ----
     def log(self, step, losses):
         """Counts one optimiser step; every `log_every` of them writes their mean."""
         self.step = step
@@ -140,7 +134,6 @@ class Run:
             pictures.draw_predictions(self.val_set, predictions, self.folder / "predictions.png")
             pictures.draw_curves(self.folder / "log.jsonl", self.folder / "curves.png")
 
-    # ---- Files ----
     def write(self, **line):
         if machine.RANK == 0:
             line = {"step": self.step, "seconds": time.time() - self.started, **line}

@@ -229,8 +229,8 @@ def test_groups_and_one_to_many_queries_are_drawn_next_to_each_other():
 # ---- Which picture -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name, options, title", [
     ("detr", {}, "Attention of the last layers"),
-    ("conditional_detr", {}, "attention by the spatial and the content product"),
-    ("dab_detr", {}, "attention by the spatial and the content product"),
+    ("conditional_detr", {}, "attention by the spatial and content product"),
+    ("dab_detr", {}, "attention by the spatial and content product"),
     ("smca_detr", {}, "the Gaussian, attention by content"),
     ("deformable_detr", {"num_feature_levels": 3}, "Where the last layers of encoder"),
     ("sam_detr", {"smca": True}, "a salient point for each head"),
