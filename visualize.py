@@ -5,9 +5,8 @@
     python visualize.py --weights runs/detr-shapes/best.pt --attention      also the paper's figure
     python visualize.py --init detr-r50-e632da11.pth --model detr photo.jpg the official repository's weights
 
-train.py draws predictions and curves at every evaluation. support/look.py returns where a model looks as
-arrays, support/attention_pictures.py draws these arrays, and support/pictures.py draws everything else.
-support/predict.py returns predictions in Python, without pictures.
+train.py draws predictions and curves at every evaluation. support/predict.py returns predictions and where a
+model looks, both as arrays. support/attention_pictures.py draws where it looks, support/pictures.py the rest.
 """
 import argparse
 import json
@@ -16,9 +15,8 @@ from types import SimpleNamespace
 
 from support import UserError, data
 from support.attention_pictures import draw_look
-from support.look import CannotDraw, make_scene
 from support.options import parse_model_options
-from support.pictures import draw_detections, save
+from support.pictures import draw_detections, make_scene, save
 from support.predict import load
 from support.report import one_line_errors
 
@@ -93,15 +91,15 @@ def main(argv=None):
     files = [dataset.path_of(index) for index in range(len(dataset))]
     for index, (file, name) in enumerate(zip(files, picture_names(files))):
         scene, found = make_scene(dataset, index, detector.class_names, detector.model, args.threshold)
-        for box, label, score in zip(found["boxes"].tolist(), found["labels"], found["scores"].tolist()):
-            kept.append({"file": file, "label": detector.class_names[label], "score": round(score, 4),
+        for label, score, box in found:
+            kept.append({"file": file, "label": label, "score": round(score, 4),
                          "box_xyxy": [round(x, 2) for x in box]})
         save(draw_detections(scene, found), out / f"{name}-predictions.png")
-        print(f"{file}: {len(found['scores'])} with a score over {args.threshold}")
+        print(f"{file}: {len(found)} with a score over {args.threshold}")
         if args.attention:
             try:
                 save(draw_look(detector.model, scene), out / f"{name}-attention.png")
-            except CannotDraw as error:
+            except UserError as error:
                 args.attention = False
                 print(f"--attention: {error}. Only predictions can be drawn.")
     if args.json:

@@ -39,7 +39,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from support import UserError  # noqa: E402
-from support.model_files import known_files  # noqa: E402
+from support.checkpoints import known_files  # noqa: E402
 from support.report import one_line_errors  # noqa: E402
 
 RUNS, RESULTS, DOCS = ROOT / "benchmarks/runs", ROOT / "benchmarks/results/race.json", ROOT / "docs"

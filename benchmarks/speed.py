@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from support import machine  # noqa: E402
-from support.model_files import known_files, load_model_file  # noqa: E402
+from support.checkpoints import known_files, load_model_file  # noqa: E402
 from support.options import TRAINING, preset_values  # noqa: E402
 from train import SetCriterion  # noqa: E402
 

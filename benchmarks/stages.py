@@ -33,10 +33,9 @@ from torchvision.ops import batched_nms, box_iou
 sys.path.insert(0, str(Path(__file__).parents[1]))
 RESULTS = Path(__file__).parent / "results/stages.json"
 from support import machine  # noqa: E402
-from support.checkpoints import load_checkpoint, load_weights  # noqa: E402
+from support.checkpoints import build_model, load_checkpoint, load_model_of, load_weights  # noqa: E402
 from support.data import load_datasets  # noqa: E402
 from support.evaluation import boxes_to_pixels, coco_eval  # noqa: E402
-from support.model_files import build_model, load_model_of  # noqa: E402
 from support.report import one_line_errors  # noqa: E402
 
 

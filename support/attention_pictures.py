@@ -1,7 +1,4 @@
-"""A picture for each method: the figure of its paper.
-
-draw_look() chooses it by the arrays that look() finds and by outputs in training, not by the model's name.
-"""
+"""The figure of each method's paper: draw_look() chooses it by arrays and outputs, not by a model's name."""
 import math
 from functools import partial
 from itertools import product
@@ -9,28 +6,29 @@ from itertools import product
 import torch
 from torchvision.ops import box_iou
 
+from support import UserError
 from support.evaluation import boxes_to_pixels
-from support.look import CannotDraw, best_class, look
 from support.pictures import PREDICTED, REFERENCE, TRUE, Figure, draw_box, drawable, show
-from support.predict import is_softmax
+from support.predict import best_class, look
 
 MOST_GROUPS = 6  # panels side by side
 SAMPLES = dict(cmap="plasma", ec="white", lw=0.3, zorder=1)  # sampling points, coloured by a number
 
 
 # ---- Panels ------------------------------------------------------------------------------------------------
-def show_scene(axes, scene, title, boxes=(), grey=False, window=None):
-    """The photo with boxes: [(box [4], colour, line style)]. window: arguments of zoom."""
+def show_scene(axes, scene, title, grey=False, window=None, true=None, predicted=None, reference=None):
+    """The photo with up to three boxes [4]. window: arguments of zoom."""
     show(axes, scene.photo, scene.size, drawable(title), grey)
     if window:
         zoom(axes, scene, *window)
-    for box, colour, style in boxes:
-        draw_box(axes, box, colour, style)
+    for box, colour, style in ((true, TRUE, "--"), (predicted, PREDICTED, "-"), (reference, REFERENCE, "--")):
+        if box is not None:
+            draw_box(axes, box, colour, style)
 
 
-def show_map(axes, scene, weights, title, boxes=()):
+def show_map(axes, scene, weights, title, **boxes):
     """Attention weights [T] over the photo; the brightest cell is the largest weight of this map."""
-    show_scene(axes, scene, title, boxes, grey=True)
+    show_scene(axes, scene, title, grey=True, **boxes)
     axes.imshow(weights.view(scene.map_size(len(weights))).numpy(), cmap="inferno", vmin=0, alpha=0.65,
                 extent=axes.axis())
 
@@ -77,32 +75,33 @@ def draw_attention(scene):
     title = "Attention of the last layers: mean of the heads (large), and each head of the decoder"
     figure, rows = panel_grid(scene, title, len(best), large=2, lines=2, columns=columns)
     for (query, box, name), (large, small) in zip(best, rows):
-        boxes, centre = [(box, PREDICTED, "-")], box.view(2, 2).mean(0)
+        centre = box.view(2, 2).mean(0)
         token = scene.token_at(centre, scene.map_size(encoder.shape[-1]))
-        show_map(large[0], scene, encoder[:, token].mean(0), "encoder, from this point", boxes)
+        show_map(large[0], scene, encoder[:, token].mean(0), "encoder, from this point", predicted=box)
         show_points(large[0], centre, REFERENCE)
-        show_map(large[1], scene, decoder[:, query].mean(0), f"decoder, query of {name}", boxes)
-        for m, (axes, weights) in enumerate(zip(small, decoder[:, query])):
-            show_map(axes, scene, weights, f"head {m + 1}", boxes)
+        show_map(large[1], scene, decoder[:, query].mean(0), f"decoder, query of {name}", predicted=box)
+        for m, (axes, weights) in enumerate(zip(small, decoder[:, query]), start=1):
+            show_map(axes, scene, weights, f"head {m}", predicted=box)
     return figure
 
 
 def draw_factors(first, title, scene):
     """Three rows of maps, a column for each head: `first`, content and weights of the last decoder layer."""
     seen, best = scene.last_with("decoder", first), scene.detected_queries(2)
-    heads, references = seen["weights"].shape[1], scene.arrays_with("", "reference")
+    heads = seen["weights"].shape[1]
+    references = [arrays["reference"] for arrays in scene.seen.values() if "reference" in arrays]
     figure, rows = panel_grid(scene, f"Last decoder layer, by head: {title}", len(best), 1, 3, heads)
     for (query, box, name), (large, small) in zip(best, rows):
-        boxes, points = [(box, PREDICTED, "-")], torch.zeros(0, 2)
+        boxes, points = {"predicted": box}, torch.zeros(0, 2)
         if references:
-            reference = references[-1]["reference"][0, query]  # [2] or [4]
+            reference = references[-1][0, query]  # [2] or [4]
             points, name = scene.to_pixels(reference[:2]), f"{name}, and its reference"
             if len(reference) == 4:
-                boxes.append((boxes_to_pixels(reference, scene.size), REFERENCE, "--"))
-        show_scene(large[0], scene, name, boxes)
+                boxes["reference"] = boxes_to_pixels(reference, scene.size)
+        show_scene(large[0], scene, name, **boxes)
         show_points(large[0], points, REFERENCE)
         for axes, (kind, m) in zip(small, product((first, "content", "weights"), range(heads))):
-            show_map(axes, scene, seen[kind][0, m, query], f"{kind}, head {m + 1}", boxes)
+            show_map(axes, scene, seen[kind][0, m, query], f"{kind}, head {m + 1}", **boxes)
             show_points(axes, points, REFERENCE, size=12)
     return figure
 
@@ -119,12 +118,11 @@ def draw_sampling(scene):
             title = f"query of {name}" if part == "decoder" else "pixel of level 1, at the centre of a box"
             if part == "encoder":  # its queries are the pixels, those of the finest level first
                 query = scene.token_at(box.view(2, 2).mean(0), shapes[0])
-            show_scene(axes, scene, title, [(box, PREDICTED, "-")], grey=True, window=(box, 2.5))
-            locations, weights = scene.to_pixels(seen["locations"][0, query]), seen["weights"][0, query]
-            for level, marker in zip(range(len(shapes)), markers):
-                w = weights[:, level].flatten().numpy()
-                dots = show_points(axes, locations[:, level], w, 14 + 100 * w, vmin=0, vmax=1, marker=marker,
-                                   **SAMPLES)
+            show_scene(axes, scene, title, grey=True, window=(box, 2.5), predicted=box)
+            xy = scene.to_pixels(seen["locations"][0, query]).unbind(1)  # of each level [M, K, 2]
+            for points, weights, marker in zip(xy, seen["weights"][0, query].unbind(1), markers):
+                w, style = weights.flatten().numpy(), dict(SAMPLES, vmin=0, vmax=1, marker=marker)
+                dots = show_points(axes, points, w, 14 + 100 * w, **style)
             show_points(axes, scene.to_pixels(seen["reference"][0, query, 0, :2]), REFERENCE)
     figure.colorbar(dots, ax=panels, shrink=0.6, label="weight; those of a head sum to 1")
     for i, ((h, w), marker) in enumerate(zip(shapes, markers)):
@@ -142,7 +140,7 @@ def draw_samples(scene):
     title = "Last decoder layer: where, and at which scale, a query samples the feature maps"
     figure, panels = square_panels(1, len(best), title, side=4.0)
     for axes, (_, box, name), points, colours in zip(panels[0], best, xy, scales):
-        show_scene(axes, scene, name, [(box, PREDICTED, "-")], grey=True, window=(box, 2.5))
+        show_scene(axes, scene, name, grey=True, window=(box, 2.5), predicted=box)
         dots = show_points(axes, points, colours, 24, vmin=scales.min(), vmax=scales.max(), **SAMPLES)
     figure.colorbar(dots, ax=panels, shrink=0.8, label="log2 of the stride that is read")
     return figure
@@ -155,10 +153,10 @@ def draw_salient_points(scene):
     title = "Last decoder layer: reference box (dashed), a salient point for each head, and their attention"
     figure, rows = panel_grid(scene, title, len(best), 1, lines=2, columns=math.ceil(len(attention) / 2))
     for (query, box, name), (large, small) in zip(best, rows):
-        reference = (boxes_to_pixels(seen["reference"][0, query], scene.size), REFERENCE, "--")
-        show_scene(large[0], scene, name, [(box, PREDICTED, "-"), reference])
+        reference = boxes_to_pixels(seen["reference"][0, query], scene.size)
+        show_scene(large[0], scene, name, predicted=box, reference=reference)
         for m, (axes, weights) in enumerate(zip(small, attention[:, query])):
-            show_map(axes, scene, weights, f"head {m + 1}", [reference])
+            show_map(axes, scene, weights, f"head {m + 1}", reference=reference)
             for panel in (large[0], axes):
                 show_points(panel, scene.to_pixels(seen["points"][0, query, m]), f"C{m}")
     return figure
@@ -173,28 +171,27 @@ def draw_stages(scene):
     figure, panels = square_panels(len(best), S, f"The same query at every stage, one query a row{known}")
     for row, (query, _, _) in zip(panels, best):
         boxes, (true, iou, better) = scene.boxes[:, query], scene.fading_positives(query)
-        truth = [] if true is None else [(true, TRUE, "--")]
         for stage, axes in enumerate(row):
-            overlap = f", IoU {iou[stage]:.2f}" if truth else ", finds nothing" if scene.truth else ""
-            title = f"stage {stage + 1}: {scene.in_words(stage, query)}{overlap}"
-            show_scene(axes, scene, title, truth + [(boxes[stage], PREDICTED, "-")], window=(boxes, 1.3))
+            title = f"stage {stage + 1}: {scene.in_words(stage, query)}"
+            if scene.truth:
+                title += ", finds nothing" if true is None else f", IoU {iou[stage]:.2f}"
+            show_scene(axes, scene, title, window=(boxes, 1.3), true=true, predicted=boxes[stage])
             axes.title.set_color("#e65100" if better[stage] else "black")
     return figure
 
 
-def draw_parts(scene, parts, softmax):
+def draw_parts(model, scene, parts):
     """Group DETR, H-DETR: all queries that claim an object. parts: [(name, outputs of training, stage)]."""
     best = scene.detected_queries(3)
     title = "Which queries claim an object, in each part of the queries; the paler, the lower the score"
     figure, panels = square_panels(len(best), len(parts), title)
     for row, (query, box, name) in zip(panels, best):
         for axes, (part, out, stage) in zip(row, parts):
-            scores, labels = best_class(out["logits"][stage, 0], softmax, len(scene.class_names))
+            scores, labels = best_class(model, out["logits"][stage, 0], len(scene.class_names))
             boxes = boxes_to_pixels(out["boxes"][stage, 0], scene.size)
             claims = (labels == scene.labels[-1, query]) & (scores > scene.threshold)
             claims &= box_iou(boxes, box[None])[:, 0] >= 0.5
-            title = f"{part}: {claims.sum()} x {name.rsplit(' ', 1)[0]}"
-            show_scene(axes, scene, title, window=(box, 2))
+            show_scene(axes, scene, f"{part}: {claims.sum()} x {name.rsplit(' ', 1)[0]}", window=(box, 2))
             for claimed, score in zip(boxes[claims], scores[claims].tolist()):
                 draw_box(axes, claimed, PREDICTED, alpha=0.2 + 0.8 * score)
     return figure
@@ -214,7 +211,7 @@ def draw_denoising(scene, noisy, out):
         scores = torch.cat([torch.ones(1, N), out["logits"][:, 0, :, label].sigmoid()])  # [1 + S, N]
         for axes, stage, step in zip(row, (0, 1, S), ("with noise", "after layer 1", f"after layer {S}")):
             title = f"{name} {step}: mean IoU {box_iou(boxes[stage, target == k], true[None]).mean():.2f}"
-            show_scene(axes, scene, title, [(true, TRUE, "--")], window=(true, 2.5))
+            show_scene(axes, scene, title, window=(true, 2.5), true=true)
             for query in range(k, N, n)[:2 * MOST_GROUPS]:  # copy c of object k has place c * n + k
                 colour = PREDICTED if target[query] == k else REFERENCE
                 draw_box(axes, boxes[stage, query], colour, alpha=0.2 + 0.8 * scores[stage, query].item())
@@ -233,20 +230,18 @@ def outputs_of_training(model, scene):
     return found
 
 
-# ---- The choice --------------------------------------------------------------------------------------------
 PICTURES = {  # draw_look takes the first entry whose array a module of the decoder has
     "samples": draw_samples,
     "points": draw_salient_points,
     "prior": partial(draw_factors, "prior", "the Gaussian, attention by content without it, both together"),
-    "spatial": partial(draw_factors, "spatial",
-                       "attention by the spatial and the content product, by their sum"),
+    "spatial": partial(draw_factors, "spatial", "attention by the spatial and content product, by their sum"),
     "locations": draw_sampling,
     "weights": draw_attention,
 }
 
 
 def draw_look(model, scene):
-    """The picture that fits the model. Raises CannotDraw."""
+    """The picture that fits the model. Raises UserError if there is none."""
     trained, seen = outputs_of_training(model, scene)
     noisy = [arrays["noisy"] for arrays in seen.values() if "noisy" in arrays]
     count = trained.get("groups", 1)  # the last stages are the groups of the last layer
@@ -254,12 +249,13 @@ def draw_look(model, scene):
     if "one2many" in trained:
         parts = [("one-to-one", trained, -1), ("one-to-many", trained["one2many"], -1)]
     if len(parts) > 1:
-        return draw_parts(scene, parts, is_softmax(model))
+        return draw_parts(model, scene, parts)
     if noisy and noisy[-1].numel():
         return draw_denoising(scene, noisy[-1], trained["denoising"])
     if len(trained["logits"]) > len(scene.scores):
         return draw_stages(scene)
+    found = {array for name, arrays in scene.seen.items() if "decoder" in name for array in arrays}
     for array, draw in PICTURES.items():
-        if scene.arrays_with("decoder", array):
+        if array in found:
             return draw(scene)
-    raise CannotDraw(f"{type(model).__name__} has no decoder that shows any of {', '.join(PICTURES)}")
+    raise UserError(f"{type(model).__name__} has no decoder that shows any of {', '.join(PICTURES)}")

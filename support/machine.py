@@ -28,8 +28,8 @@ def choose_device(name):
         raise UserError(f"--device {name}: torch has no such device; give auto, cpu, cuda, cuda:1 or mps")
     count = torch.accelerator.device_count() if here and here.type == device.type else 0
     if device.type != "cpu" and (device.index or 0) >= count:
-        found = f"{count or 'no'} {device.type} device{'s' * (count > 1)}"
-        raise UserError(f"--device {name}: torch sees {found} here. --device auto takes an available one")
+        raise UserError(f"--device {name}: torch sees {count or 'no'} {device.type} device{'s' * (count > 1)}"
+                        " here. --device auto takes an available one")
     return name
 
 
@@ -71,10 +71,9 @@ def peak_memory(device):
     module = torch.get_device_module(torch.device(device).type)
     if hasattr(module, "max_memory_allocated"):
         return f"{module.max_memory_allocated(torch.device(device)) / 2**30:.1f} GiB"
-    try:
-        import resource
-    except ImportError:  # Windows
+    if sys.platform == "win32":
         return "unknown"
+    import resource
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
 

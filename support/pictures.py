@@ -1,4 +1,4 @@
-"""Pictures of a run: predictions and truth on photos, and curves. train.py draws both at every evaluation.
+"""Pictures of a run, which train.py draws at every evaluation, and a Scene: one image with all predictions.
 
 Boxes are xyxy in pixels of the original photo. They are drawn on this photo, not on the small copy that the
 network sees. Names of classes and files may be any text: a character that the font lacks becomes \\u732b.
@@ -7,14 +7,18 @@ import functools
 import json
 import math
 import os
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
+from torchvision.ops import box_convert, box_iou, nms
 
-from support import data, shorten
+from support import UserError, data, shorten
+from support.evaluation import boxes_to_pixels
 from support.images import load_image
+from support.predict import answers, best_class, look
 
 if "inline" in os.environ.get("MPLBACKEND", "") and not find_spec("matplotlib_inline"):
     del os.environ["MPLBACKEND"]  # a notebook passed it on to a Python that lacks it: matplotlib would raise
@@ -39,20 +43,16 @@ def save(figure, path):
 
 # ---- Photos, boxes and labels ------------------------------------------------------------------------------
 def photo_and_truth(dataset, index, longest=1200):
-    """(uint8 [h, w, 3], AnnotatedImage) of one image; of a very large photo every n-th pixel."""
+    """(uint8 [h, w, 3], of a large photo every n-th pixel; AnnotatedImage; [(class name, box [4] xyxy)])."""
     if hasattr(dataset, "draw"):  # the embedded shapes are in no file
         photo, annotated, _ = dataset.draw(index)
     else:
         annotated = dataset.images[index]
         photo = np.asarray(load_image(annotated))
     step = math.ceil(max(photo.shape[:2]) / longest)
-    return photo[::step, ::step], annotated
-
-
-def true_objects(annotated):
-    """[(label, box [4] xyxy)] of an AnnotatedImage, without crowds."""
-    keep = ~annotated.crowd
-    return list(zip(annotated.labels[keep].tolist(), torch.as_tensor(annotated.boxes_xyxy[keep])))
+    names = [dataset.class_names[label] for label in annotated.labels[~annotated.crowd]]
+    objects = list(zip(names, torch.as_tensor(annotated.boxes_xyxy[~annotated.crowd])))
+    return photo[::step, ::step], annotated, objects
 
 
 def photo_panels(sizes, columns, width):
@@ -93,19 +93,17 @@ def draw_label(axes, box_xyxy, text, colour, size, below=False):
 
 # ---- A run -------------------------------------------------------------------------------------------------
 def draw_predictions(dataset, predictions, path, count=8, threshold=0.3):
-    """The first `count` images with objects: true boxes green, predictions scored over the threshold red.
-
-    predictions: {image id: {"boxes" [n, 4] xyxy in pixels of the original, "labels" [n], "scores" [n]}}.
-    """
+    """The first `count` images with objects. predictions: {image id: dict of evaluation.postprocess}."""
     some, names = data.first_with_boxes(dataset, count), dataset.class_names
     photos = [photo_and_truth(some, index) for index in range(len(some))]
-    figure, panels = photo_panels([(image.height, image.width) for _, image in photos], columns=4, width=13)
-    for axes, (photo, annotated) in zip(panels, photos):
-        size, found = (annotated.height, annotated.width), predictions[annotated.id]
+    sizes = [(annotated.height, annotated.width) for _, annotated, _ in photos]
+    figure, panels = photo_panels(sizes, columns=4, width=13)
+    for axes, size, (photo, annotated, truth) in zip(panels, sizes, photos):
         show(axes, photo, size)
-        for label, box in true_objects(annotated):
+        for name, box in truth:
             draw_box(axes, box, TRUE, width=3)  # seen under a box that fits it
-            draw_label(axes, box, names[label], TRUE, size)
+            draw_label(axes, box, name, TRUE, size)
+        found = predictions[annotated.id]
         order = found["scores"].argsort()  # the best on top
         for k in order[found["scores"][order] > threshold].tolist():
             box, text = found["boxes"][k], f"{names[found['labels'][k]]} {found['scores'][k]:.2f}"
@@ -136,11 +134,90 @@ def draw_curves(log, path):
     save(figure, path)
 
 
-# ---- One image ---------------------------------------------------------------------------------------------
+# ---- One image and all predictions of the model ------------------------------------------------------------
+@dataclass
+class Scene:
+    """A batch of one image, so without padding. All boxes are xyxy in pixels of the original."""
+    photo: object  # uint8 [h, w, 3]
+    size: tuple  # (height, width) of the original
+    image: torch.Tensor  # [3, H, W], as the network gets it
+    class_names: list  # the model's
+    truth: list  # [(class name, box [4])]; empty if it is not known
+    scores: torch.Tensor  # [S, Q], of the best class
+    labels: torch.Tensor  # [S, Q]
+    boxes: torch.Tensor  # [S, Q, 4]
+    seen: dict  # what look() returns
+    threshold: float  # queries with a higher score are detections
+
+    def to_pixels(self, xy):
+        """Points [..., 2] in [0, 1] of the image -> pixels of the original."""
+        return xy * torch.tensor(self.size[::-1])
+
+    def token_at(self, point, map_size):
+        """Number of the cell, in a map of (h, w) cells, in which a point [2] in pixels lies."""
+        (x, y), (h, w) = (point / torch.tensor(self.size[::-1])).clamp(0, 0.999).tolist(), map_size
+        return int(y * h) * w + int(x * w)
+
+    def map_size(self, tokens):
+        """(h, w) of the feature map with so many tokens: the image at one of the usual strides."""
+        for stride in (4, 8, 16, 32, 64):
+            h, w = (math.ceil(side / stride) for side in self.image.shape[1:])
+            if h * w == tokens:
+                return h, w
+        raise UserError(f"{tokens} tokens are no feature map of {list(self.image.shape[1:])} pixels")
+
+    def last_with(self, part, array):
+        """{name: tensor} of the last module with `part` in its name that has `array`. Raises UserError."""
+        for name, arrays in reversed(self.seen.items()):
+            if part in name and array in arrays:
+                return arrays
+        raise UserError(f'look() found no {array} in an "{part}"')
+
+    def detected_queries(self, count):
+        """[(query, its last box [4], class and score in words)], at least one, best first, no duplicates."""
+        queries = nms(self.boxes[-1], self.scores[-1], 0.5)
+        detected = (self.scores[-1, queries] > self.threshold).sum().item()
+        queries = queries[:max(1, min(count, detected))].tolist()
+        return [(query, self.boxes[-1, query], self.in_words(-1, query)) for query in queries]
+
+    def in_words(self, stage, query):
+        return f"{self.class_names[self.labels[stage, query]]} {self.scores[stage, query]:.2f}"
+
+    def objects(self):
+        """The true objects as a target, labels [n] and boxes [n, 4]; the detected ones if unknown."""
+        known = [(self.class_names.index(name), box) for name, box in self.truth if name in self.class_names]
+        known = known or [(self.labels[-1, query], box) for query, box, _ in self.detected_queries(20)]
+        labels, boxes = zip(*known)
+        boxes = box_convert(torch.stack(boxes).float(), "xyxy", "cxcywh")
+        return {"labels": torch.tensor(labels), "boxes": boxes / torch.tensor(self.size[::-1] * 2)}
+
+    def fading_positives(self, query):
+        """(true box [4] that the last stage finds with IoU 0.5 or more, or None; its IoU [S]; better [S])."""
+        label, score = self.labels[:, query], self.scores[:, query]
+        for name, box in self.truth:
+            iou = box_iou(self.boxes[:, query], box[None])[:, 0]  # [S]
+            if name == self.class_names[label[-1]] and iou[-1] >= 0.5:
+                # Better than the last stage: the same class, a higher IoU, a higher score (SQR, section 3)
+                return box, iou, (label == label[-1]) & (iou > iou[-1]) & (score > score[-1])
+        return None, torch.zeros_like(score), torch.zeros_like(label, dtype=torch.bool)
+
+
+def make_scene(dataset, index, class_names, model, threshold):
+    """(Scene of one image of a data set, Found on it with scores over the threshold). Raises UserError."""
+    images, mask, _ = data.collate([dataset[index]])
+    out, seen = look(model, images, mask)
+    photo, annotated, truth = photo_and_truth(dataset, index)
+    size = annotated.height, annotated.width
+    found, = answers(model, out, [dataset.path_of(index)], size, class_names, threshold)
+    scores, labels = best_class(model, out["logits"][:, 0], len(class_names))  # [S, Q]
+    boxes = boxes_to_pixels(out["boxes"][:, 0], size)  # [S, Q, 4]
+    return Scene(photo, size, images[0], class_names, truth, scores, labels, boxes, seen, threshold), found
+
+
 def draw_detections(scene, found):
-    """Predictions {"boxes", "labels", "scores"}, a colour for each class; on the right the truth."""
-    predicted = [(scene.class_names[label], box, f"{score:.2f}")
-                 for label, box, score in zip(found["labels"], found["boxes"], found["scores"])]
+    """What predict.answers() found, a colour for each class; on the right the truth."""
+    scores = [f"{score:.2f}" for score in found.scores]
+    predicted = list(zip(found.names, found.boxes, scores))
     truth = [(name, box, "") for name, box in scene.truth]
     names = sorted({name for name, _, _ in predicted + truth})
     many = colormaps["hsv"](np.linspace(0, 0.95, len(names)))

@@ -9,7 +9,7 @@ import time
 import torch
 
 from support import UserError, data, machine, one_line
-from support.model_files import check_output, describe
+from support.checkpoints import describe
 
 
 # ---- Errors ------------------------------------------------------------------------------------------------
@@ -36,6 +36,8 @@ def advice_for(error):
     text = str(error)
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return "Out of memory. Raise --accumulate, or lower --batch-size or --size; --amp also helps."
+    if "compiler" in text:
+        return "--compile needs a C++ compiler such as g++. Install one, or leave --compile out."
     if "DataLoader worker" in text:
         return ("A process that loads images was killed, by hand or for lack of memory. "
                 "Continue with --resume, perhaps with --workers 0.")
@@ -47,24 +49,13 @@ def advice_for(error):
                 "error in the first message, then continue with --resume.")
 
 
-def divergence(error, run):
-    """The message of a run whose numbers are no longer finite."""
-    layer = first_bad_layer(run.model, *(x.to(run.args.device) for x in run.parts[-1][:2]))
-    amp = " or give --no-amp" if run.args.amp else ""
-    lr = run.optimizer.param_groups[0]["lr"]
-    return (f"The model diverged at step {run.step} (lr {lr:.2g}): {error}; first bad layer {layer}. Lower "
-            f"--lr{amp}, and continue from the last checkpoint: {run.command} --lr {run.args.lr / 10:g}")
-
-
 @torch.no_grad()
 def first_bad_layer(model, images, mask):
     """The name of the first layer to return numbers that are not finite, or "none"."""
-    names, bad = {module: name for name, module in model.named_modules() if name}, []
+    names, bad = {module: name for name, module in model.named_modules()}, []
 
     def check(module, inputs, output):
-        outputs = output if isinstance(output, (tuple, list)) else [output]
-        tensors = [x for x in outputs if isinstance(x, torch.Tensor)]
-        if module in names and not all(x.isfinite().all() for x in tensors):
+        if module in names and isinstance(output, torch.Tensor) and not output.isfinite().all():
             bad.append(names[module])
 
     with torch.nn.modules.module.register_module_forward_hook(check):
@@ -74,7 +65,7 @@ def first_bad_layer(model, images, mask):
 
 # ---- Before a run ------------------------------------------------------------------------------------------
 def announce(model, datasets, request, train_step):
-    """Prints the settings of a run, its expected time, and warnings. train_step: see try_out."""
+    """Prints settings of a run, its expected time, and warnings of a low AP. train_step: see try_out."""
     args, train_set, done = request.args, datasets["train"], (request.checkpoint or {}).get("step", 0)
     amp = f" in {str(machine.amp_dtype(args.device))[6:]}" if args.amp else ""
     print(f"model    {args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
@@ -83,35 +74,25 @@ def announce(model, datasets, request, train_step):
         print(f"{split:8} {d.name}: {len(d)} images, {d.num_boxes} boxes, at most {d.max_boxes} in an image")
         print("".join(f"         note: {note}\n" for note in d.notes), end="")
     print(f"classes  {len(train_set.class_names)}: {', '.join(train_set.class_names)}")
-    print(f"run      {args.steps} steps of {args.batch_size} images = "
-          f"{args.steps * args.batch_size / len(train_set):.1f} epochs, lr {args.lr:g} ({args.schedule}), "
-          f"seed {args.seed}")
+    epochs = args.steps * args.batch_size / len(train_set)
+    print(f"run      {args.steps} steps of {args.batch_size} images = {epochs:.1f} epochs, lr {args.lr:g} "
+          f"({args.schedule}), seed {args.seed}")
     seconds, queries = try_out(model, train_set, args, train_step, request.module.__file__)
     minutes = max(1, math.ceil(seconds * (args.steps - done) / 60))
     print(f"time     about {minutes} minute{'s' * (minutes > 1)} plus evaluations; memory "
           f"{machine.peak_memory(args.device)} for the largest possible batch")
-    for warning in warnings(train_set, args, queries):
-        print(f"WARNING  {warning}")
-
-
-def warnings(train_set, args, queries):
-    """Reasons for a low AP that are known before the run, one sentence each."""
     if queries < train_set.max_boxes:
-        yield (f"{queries} queries, but an image has {train_set.max_boxes} boxes: the rest can never "
-               "be found. Raise --option num_queries=N.")
+        print(f"WARNING  {queries} queries, but an image has {train_set.max_boxes} boxes: the rest can never "
+              "be found. Raise --option num_queries=N.")
     if args.preset == "paper" and args.steps < 100_000 and not args.init:
-        yield (f"the transformer starts from random weights and gets {args.steps} steps. DETR needs "
-               "more than 100,000: expect AP near 0, or give --init.")
+        print(f"WARNING  the transformer starts from random weights and gets {args.steps} steps. DETR needs "
+              "more than 100,000: expect AP near 0, or give --init.")
     if args.preset == "laptop" and len(train_set) < 1000 and not (args.init or args.overfit):
-        yield f"from scratch on {len(train_set)} images: AP rises late and stays low. --init helps."
+        print(f"WARNING  from scratch on {len(train_set)} images: AP rises late and stays low. --init helps.")
 
 
 def try_out(model, train_set, args, train_step, file):
-    """(seconds, queries) of one training step, train_step(model, parts), on a copy of the model.
-
-    First comes one step on the largest possible batch, so that a lack of memory shows now and not in an hour.
-    Raises UserError for this, for an error in the model's file, and for output that breaks the contract.
-    """
+    """(seconds, queries) of one step, train_step(model, parts), on a copy of the model. Raises UserError."""
     part = args.batch_size // (args.accumulate * machine.WORLD)
     images, mask, targets = data.collate([train_set[i] for i in range(part)])
     canvas = data.largest_canvas(train_set.size, args.preset)
@@ -124,31 +105,45 @@ def try_out(model, train_set, args, train_step, file):
                 with torch.no_grad():
                     out = model(images[:n].to(args.device), mask[:n].to(args.device))
                 check_output(out, model, n, len(train_set.class_names))
-            for batch in (largest, (images, mask, targets)):
+            for batch in (largest, (images, mask, targets)):  # a lack of memory shows now, not in an hour
                 start = time.time()
                 train_step(model, [batch] * args.accumulate)
                 machine.synchronize(args.device)
                 seconds = time.time() - start
+            if args.compile:
+                torch.compile(lambda x: x + 1)(torch.zeros(2, device=args.device))
     except (UserError, FloatingPointError):
         raise
     except Exception as error:
         raise UserError(f"A training step on {part} images of up to {canvas[0]} x {canvas[1]} pixels fails: "
                         f"{advice_for(error) or describe(error, file)}")
-    if args.compile:
-        try:
-            torch.compile(lambda x: x + 1)(torch.zeros(2, device=args.device))
-        except Exception as error:
-            raise UserError(f"--compile: torch cannot compile here ({type(error).__name__}). It needs a C++ "
-                            "compiler such as g++; install one, or leave --compile out")
     return seconds, out["logits"].shape[2]
 
 
-# ---- During a run ------------------------------------------------------------------------------------------
+def check_output(out, model, num_images, num_classes):
+    """Raises UserError unless `out` keeps the contract for so many images and classes."""
+    def check(right, what):
+        if not right:
+            raise UserError(f"{type(model).__name__} breaks the contract: {what}")
+
+    logits, boxes = (out.get(name) if isinstance(out, dict) else None for name in ("logits", "boxes"))
+    check(isinstance(logits, torch.Tensor) and isinstance(boxes, torch.Tensor),
+          'forward must return a dict with the tensors "logits" and "boxes"')
+    recipe, columns = model.recipe, num_classes + (model.recipe["class_loss"] == "softmax")
+    check(logits.ndim == 4 and boxes.shape == (*logits.shape[:3], 4) and logits.shape[1] == num_images
+          and 0 not in logits.shape, f"logits {list(logits.shape)} and boxes {list(boxes.shape)} must be "
+          f"[S, B, Q, C] and [S, B, Q, 4] with B = {num_images}, and not empty")
+    check(logits.shape[3] in (columns, columns + bool(recipe.get("extra_logit"))),
+          f'{logits.shape[3]} logits for {num_classes} classes; class_loss "{recipe["class_loss"]}" needs '
+          f'{columns}{" (the last one is no-object)" if columns > num_classes else ""}')
+    check(recipe.get("free_boxes") or -1e-4 <= boxes.min() and boxes.max() <= 1 + 1e-4,
+          f"boxes reach from {boxes.min():.3g} to {boxes.max():.3g}, but (cx, cy, w, h) must be in [0, 1]")
+
+
 def collapse_line(metrics, num_classes):
     """The most alarming symptom in one line: the same boxes for every image or every query."""
     images, queries, classes = (metrics[k] for k in ("spread_images", "spread_queries", "classes_predicted"))
     line = (f"boxes vary by {images:.3f} between images and {queries:.3f} between queries; {classes} of "
             f"{num_classes} classes reach a score of 0.3")
-    advice = ("\n  COLLAPSED: the same boxes everywhere. This is usual at first. If it stays, the model has "
-              "trained too little (see README), or its features do not depend on the image.")
+    advice = "\n  COLLAPSED: the same boxes everywhere. That is usual early; if it stays, see docs/numbers.md"
     return line + advice * (min(images, queries) < 0.005)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from support import UserError, machine, pictures
 from support.checkpoints import FORMAT, save
 from support.evaluation import metrics_table
-from support.report import collapse_line, divergence
+from support.report import collapse_line, first_bad_layer
 
 LEARNED = 0.995, 3  # --overfit ends when AP is this high in so many evaluations in a row
 FILES = ("args.json", "last.pt", "best.pt", "log.jsonl", "curves.png", "predictions.png")
@@ -25,19 +25,15 @@ FILES = ("args.json", "last.pt", "best.pt", "log.jsonl", "curves.png", "predicti
 class Run:
     """Everything about a run that is neither model nor data. Only the process of rank 0 writes."""
 
-    # step: optimiser steps done; judged: the step of the last evaluation, metrics: its numbers; best: the
-    # highest AP; window: values of each step since the last line of log.jsonl
+    # judged: the step of the last evaluation; window: values of each step since the last line of log.jsonl
     STATE = ("step", "judged", "best", "window", "metrics")
 
     def __init__(self, request, model, optimizer, datasets):
         """Claims a folder for a new run. Raises UserError if it cannot."""
-        self.args, self.module, self.model_options = request.args, request.module, request.model_options
-        self.model, self.optimizer, self.val_set = model, optimizer, datasets["val"]
-        self.scaler, self.signals, self.learned, self.parts = machine.make_scaler(self.args), [], 0, []
-        train_set, resumed = datasets["train"], request.checkpoint
-        self.identity = {"class_names": train_set.class_names, "category_ids": train_set.category_ids,
-                         "num_images": len(train_set), "held_out": datasets["val"].held_out}
-        self.steps_per_epoch = len(train_set) // self.args.batch_size
+        self.args, self.model_options = request.args, request.model_options
+        self.model, self.optimizer, self.scaler = model, optimizer, machine.make_scaler(self.args)
+        self.train_set, self.val_set, resumed = datasets["train"], datasets["val"], request.checkpoint
+        self.signals, self.learned, self.parts = [], 0, []
         start = resumed or dict(step=0, judged=0, best=-1.0, seconds=0.0, window=[], metrics={}, scaler={})
         self.step, self.judged, self.best, self.window, self.metrics = (start[name] for name in self.STATE)
         self.started = time.time() - start["seconds"]
@@ -45,10 +41,10 @@ class Run:
             self.scaler.load_state_dict(start["scaler"])
         self.folder = Path(resumed["path"]).parent if resumed else None
         if machine.RANK == 0 and not resumed:
-            self.folder = claim_folder(self.args, self.module)
-            self.describe()
+            self.folder = claim_folder(request)
             self.save("last.pt")  # so that --resume always finds a checkpoint
         self.folder = machine.gather(self.folder)[0]
+        self.command = f"python train.py --resume {shlex.quote(str(self.folder))}"
         if machine.RANK == 0:
             self.log_file = open_log(self.folder / "log.jsonl", self.step, self.judged)
 
@@ -62,7 +58,11 @@ class Run:
         try:
             yield
         except FloatingPointError as error:
-            raise UserError(divergence(error, self))
+            layer = first_bad_layer(self.model, *(x.to(self.args.device) for x in self.parts[-1][:2]))
+            amp, lr = " or give --no-amp" * self.args.amp, self.optimizer.param_groups[0]["lr"]
+            raise UserError(f"The model diverged at step {self.step} (lr {lr:.2g}): {error}; first bad layer "
+                            f"{layer}. Lower --lr{amp}, and continue from the last checkpoint: "
+                            f"{self.command} --lr {self.args.lr / 10:g}")
         except (UserError, RuntimeError, EOFError, OSError, MemoryError):
             if not self.signals:  # a scheduler may also end the processes that load images
                 self.save("last.pt")
@@ -96,23 +96,20 @@ class Run:
         if learned:
             print(f"Stopped at step {self.step} of {self.args.steps}: AP was 1 in {self.learned} evaluations "
                   "in a row, which is all that --overfit can show. Model and data are fine.")
-        minutes = (time.time() - self.started) / 60
-        print(f"{minutes:.1f} minutes, peak memory {machine.peak_memory(self.args.device)}. Best AP "
-              f"{self.best:.3f}. In {self.folder}: best.pt, last.pt, log.jsonl, curves.png, predictions.png")
+        minutes, memory = (time.time() - self.started) / 60, machine.peak_memory(self.args.device)
+        print(f"{minutes:.1f} minutes, peak memory {memory}. Best AP {self.best:.3f}. Files: {self.folder}")
 
-    @property
-    def command(self):
-        return f"python train.py --resume {shlex.quote(str(self.folder))}"
-
-    # ---- What happened ----
     def log(self, step, losses):
         """Counts one optimiser step; every `log_every` of them writes their mean."""
         self.step = step
         self.window.append(losses)
         self.bar.update()
         if step % self.args.log_every == 0 or step == self.args.steps:
-            mean = means(self.window)
-            self.write(epoch=step / self.steps_per_epoch, lr=self.optimizer.param_groups[0]["lr"], **mean)
+            finite = {name: [one[name] for one in self.window if math.isfinite(one.get(name, math.inf))]
+                      for name in losses}  # a step that --amp skips in float16 has no finite gradient norm
+            mean = {name: sum(numbers) / len(numbers) for name, numbers in finite.items() if numbers}
+            epoch = step / (len(self.train_set) // self.args.batch_size)
+            self.write(epoch=epoch, lr=self.optimizer.param_groups[0]["lr"], **mean)
             loss, gradient = (mean.get(name, math.inf) for name in ("total", "grad_norm"))
             self.bar.set_postfix_str(f"loss {loss:.2f}, gradient {gradient:.1f}, AP {max(self.best, 0):.3f}")
             self.window = []
@@ -137,7 +134,6 @@ class Run:
             pictures.draw_predictions(self.val_set, predictions, self.folder / "predictions.png")
             pictures.draw_curves(self.folder / "log.jsonl", self.folder / "curves.png")
 
-    # ---- Files ----
     def write(self, **line):
         if machine.RANK == 0:
             line = {"step": self.step, "seconds": time.time() - self.started, **line}
@@ -149,36 +145,27 @@ class Run:
                 "format": FORMAT, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(), "seconds": time.time() - self.started,
                 **{name: getattr(self, name) for name in self.STATE},
-                "args": vars(self.args), "model_options": self.model_options, **self.identity})
-
-    def describe(self):
-        """Writes what a repetition of the run needs: the model file, every setting, the versions."""
-        source = Path(self.module.__file__)
-        (self.folder / source.name).write_bytes(source.read_bytes())
-        versions = {"torch": torch.__version__, "torchvision": torchvision.__version__,
-                    "python": sys.version.split()[0]}
-        content = {"train": vars(self.args), "model": self.model_options, "versions": versions}
-        (self.folder / "args.json").write_text(json.dumps(content, indent=1))
+                "args": vars(self.args), "model_options": self.model_options,
+                "class_names": self.train_set.class_names, "category_ids": self.train_set.category_ids,
+                "num_images": len(self.train_set), "held_out": self.val_set.held_out})
 
 
-def means(window):
-    """{name: mean of its finite values}; a step that --amp skips in float16 has no finite gradient norm."""
-    values = {name: [step[name] for step in window if math.isfinite(step.get(name, math.inf))]
-              for name in window[-1]}
-    return {name: sum(numbers) / len(numbers) for name, numbers in values.items() if numbers}
-
-
-def claim_folder(args, module):
-    """A folder without another run; two runs that start at once get two folders. Raises UserError."""
-    source = args.data or args.train_images or "shapes"
-    name = f"{Path(args.model).stem}-{Path(source).resolve().name}"
+def claim_folder(request):
+    """A folder for a new run, with what a repetition needs: model file, settings, versions. Or UserError."""
+    args, source = request.args, Path(request.module.__file__)
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__,
+                "python": sys.version.split()[0]}
+    content = {"train": vars(args), "model": request.model_options, "versions": versions}
+    name = f"{source.stem}-{Path(args.data or args.train_images or 'shapes').resolve().name}"
     names = [name] + [f"{name}-{i}" for i in range(2, 1000)]
     for folder in [Path(args.out)] if args.out else [Path("runs") / name for name in names]:
         folder.mkdir(parents=True, exist_ok=True)
-        taken = sorted({*FILES, Path(module.__file__).name}.intersection(os.listdir(folder)))
+        taken = sorted({*FILES, source.name}.intersection(os.listdir(folder)))
         with contextlib.suppress(FileExistsError):
             if not taken:
-                open(folder / "args.json", "x").close()  # only one process can make this file
+                with open(folder / "args.json", "x") as file:  # of two runs only one can make this file
+                    json.dump(content, file, indent=1)
+                (folder / source.name).write_bytes(source.read_bytes())
                 return folder
     raise UserError(f"--out {args.out}: it already has {', '.join(taken or ['another run'])}. Continue "
                     "that run with --resume, or give another folder")
@@ -188,7 +175,7 @@ def open_log(path, step, judged):
     """log.jsonl, opened to append, without the lines that a killed run wrote after its last checkpoint."""
     kept = []
     for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # cut off, or not ours
+        with contextlib.suppress(ValueError):  # cut off
             line = json.loads(text)
             if line["step"] <= (judged if "eval" in line else step):
                 kept.append(text + "\n")

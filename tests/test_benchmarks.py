@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.model_files import default_options, load_model_file
+from support.checkpoints import default_options, load_model_file
 from tests import command
 from tests.tiny_models import tiny
 

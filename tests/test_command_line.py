@@ -18,7 +18,6 @@ WRONG = {
     "a word for a bool": (["--option", "dilation=maybe"], "dilation=maybe: it must be bool"),
     "a float for an int": (["--option", "num_queries=2.5"], "num_queries=2.5: it must be int"),
     "a word for a float": (["--option", "dropout=none"], "it must be float"),
-    "an int of 20 digits": (["--option", f"num_queries={'9' * 20}"], "must be from 0 to 1000000"),
     "missing folder": (["--data", "nowhere"], "nowhere"),
     "missing checkpoint": (["--resume", "nowhere"], "nowhere: no such checkpoint"),
     "an empty name": (["--resume", ""], "--resume: it is empty"),
@@ -57,8 +56,7 @@ def test_options_are_read_as_json_and_bools_in_any_case():
 
 # ---- Folders -----------------------------------------------------------------------------------------------
 def claim(*flags):
-    request = options.parse("", ["--model", "detr", *map(str, flags)])
-    return claim_folder(request.args, request.module)
+    return claim_folder(options.parse("", ["--model", "detr", *map(str, flags)]))
 
 
 def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 import torchvision
 
 import train
-from support.model_files import known_files
+from support.checkpoints import known_files
 from tiny_models import TARGETS, batch, module_named, quick, shake, shaken, tiny
 
 FILES = known_files()

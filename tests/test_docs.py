@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.model_files import default_options, known_files, load_model_file
+from support.checkpoints import default_options, known_files, load_model_file
 from support.options import LAPTOP, make_parser
 from support.run import FILES
 from visualize import make_parser as visualize_parser

@@ -7,7 +7,7 @@ import torch
 
 import train
 from support import UserError, checkpoints
-from support.model_files import load_model_file
+from support.checkpoints import load_model_file
 from tests.command import QUICK
 from tests.folders import small_coco
 from tests.golden import CASES, Case, options_of
@@ -57,10 +57,9 @@ def test_weights_of_another_model_are_refused():
         checkpoints.initialise(tiny("detr"), module, {"model": {"x": torch.zeros(2)}}, ["a"])
 
 
-@pytest.mark.parametrize("content", [7, {"model": 7}, {"model": [1]}, {"a": 1}])
-def test_what_holds_no_weights_is_refused(content, tmp_path):
-    torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="x.pt|does not fit"):
+def test_what_holds_no_weights_is_refused(tmp_path):
+    torch.save({"a": 1}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="does not fit"):
         init = checkpoints.read_init(tmp_path / "x.pt")
         checkpoints.initialise(tiny("detr"), load_model_file("detr"), init, ["a"])
 

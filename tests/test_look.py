@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import deformable_detr
+from support import UserError
 from support.attention_pictures import draw_look, outputs_of_training
 from support.evaluation import boxes_to_pixels
-from support.look import CannotDraw, Scene, best_class, look
+from support.pictures import Scene
+from support.predict import best_class, look
 from tests.tiny_models import batch, module_named, tiny
 
 CASES = [("detr", ""), ("conditional_detr", ""), ("deformable_detr", ""), ("deformable_detr", "two_stage"),
@@ -120,7 +122,7 @@ def scene_of(model, threshold=0.3):
     """A Scene of a black image of 64 x 96 pixels."""
     image = torch.zeros(1, 3, 64, 96)
     out, seen = look(model.eval(), image, image[:, 0] > 1)
-    scores, labels = best_class(out["logits"][:, 0], model.recipe["class_loss"] == "softmax", 3)
+    scores, labels = best_class(model, out["logits"][:, 0], 3)
     boxes = boxes_to_pixels(out["boxes"][:, 0], (64, 96))
     photo = np.zeros((64, 96, 3), np.uint8)
     return Scene(photo, (64, 96), image[0], list("abc"), [], scores, labels, boxes, seen, threshold)
@@ -148,7 +150,7 @@ def test_a_token_is_found_where_its_cell_is():
     assert scene.map_size(24) == (4, 6) and scene.map_size(6) == (2, 3)  # strides 16 and 32
     assert scene.token_at(torch.tensor([959.0, 0]), (4, 6)) == 5
     assert scene.token_at(torch.tensor([2000.0, 330]), (4, 6)) == 17  # a box may reach over the edge
-    with pytest.raises(CannotDraw, match="23 tokens"):
+    with pytest.raises(UserError, match="23 tokens"):
         scene.map_size(23)
 
 
@@ -206,12 +208,12 @@ def test_a_bias_is_drawn_as_a_prior():
 
 def test_a_bias_of_self_attention_is_no_picture():
     q, bias = torch.randn(1, 24, 8), torch.rand(1, 2, 24, 24)
-    with pytest.raises(CannotDraw, match="encoder"):
+    with pytest.raises(UserError, match="encoder"):
         titles(Method(Attention(), q, q, q, None, bias))
 
 
 def test_a_model_without_a_known_module_cannot_be_drawn():
-    with pytest.raises(CannotDraw, match="Method has no decoder that shows any of samples, points"):
+    with pytest.raises(UserError, match="Method has no decoder that shows any of samples, points"):
         titles(Method(torch.nn.Identity(), torch.zeros(1)))
 
 
@@ -227,8 +229,8 @@ def test_groups_and_one_to_many_queries_are_drawn_next_to_each_other():
 # ---- Which picture -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name, options, title", [
     ("detr", {}, "Attention of the last layers"),
-    ("conditional_detr", {}, "attention by the spatial and the content product"),
-    ("dab_detr", {}, "attention by the spatial and the content product"),
+    ("conditional_detr", {}, "attention by the spatial and content product"),
+    ("dab_detr", {}, "attention by the spatial and content product"),
     ("smca_detr", {}, "the Gaussian, attention by content"),
     ("deformable_detr", {"num_feature_levels": 3}, "Where the last layers of encoder"),
     ("sam_detr", {"smca": True}, "a salient point for each head"),

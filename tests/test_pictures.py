@@ -10,7 +10,8 @@ from PIL import Image
 
 from support import pictures
 from support.images import AnnotatedImage
-from support.look import Scene
+from support.pictures import Scene
+from support.predict import Found
 
 
 class Photos:
@@ -70,7 +71,7 @@ def test_images_without_objects_are_no_error(figures):
 
 
 def test_a_large_photo_is_drawn_smaller():
-    photo, annotated = pictures.photo_and_truth(Photos(width=2500), 0)
+    photo, annotated, _ = pictures.photo_and_truth(Photos(width=2500), 0)
     assert photo.shape == (134, 834, 3) and annotated.width == 2500
 
 
@@ -93,8 +94,9 @@ def scene(names, truth=()):
 
 
 def test_every_class_has_its_own_colour():
-    found = {"labels": torch.arange(30), "boxes": torch.rand(30, 4) * 40, "scores": torch.rand(30)}
-    axes, = pictures.draw_detections(scene([f"class {i}" for i in range(30)]), found).axes
+    names = [f"class {i}" for i in range(30)]
+    found = Found("", (60, 90), torch.rand(30, 4) * 40, torch.rand(30), torch.arange(30), names)
+    axes, = pictures.draw_detections(scene(names), found).axes
     assert len({patch.get_edgecolor() for patch in outlines(axes)}) == 30
 
 
@@ -117,6 +119,7 @@ def test_any_name_is_drawn_without_a_warning(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pictures.draw_predictions(Photos(NAMES), {12: found}, tmp_path / "predictions.png")
+        found = Found("", (60, 90), **found, names=NAMES)
         pictures.save(pictures.draw_detections(scene(NAMES, truth), found), tmp_path / "detections.png")
     for name in "predictions.png", "detections.png":
         assert min(Image.open(tmp_path / name).size) > 100

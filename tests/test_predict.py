@@ -10,8 +10,7 @@ from PIL import ExifTags, Image
 
 import visualize
 from support import UserError
-from support.look import look
-from support.predict import Detector, load, official_names, to_photo
+from support.predict import Detector, load, look, official_names, to_photo
 from tests.folders import write_noise
 from tests.golden import Case, assert_close, options_of
 from tests.test_visualize import FIXED, save
@@ -156,8 +155,7 @@ def test_an_object_that_is_no_photo_is_refused_in_one_line(what, message, photos
     assert message in str(error.value) and str(error.value).isprintable()
 
 
-@pytest.mark.parametrize("flags", [dict(threshold=1), dict(threshold=float("nan")), dict(threshold="0.5"),
-                                   dict(batch_size=0), dict(batch_size=2.0)])
+@pytest.mark.parametrize("flags", [dict(threshold=1), dict(threshold=float("nan")), dict(threshold=50)])
 def test_wrong_numbers_are_refused(flags, detector):
     with pytest.raises(UserError, match="it must be a"):
         detector.predict([], **flags)
@@ -165,8 +163,6 @@ def test_wrong_numbers_are_refused(flags, detector):
 
 @pytest.mark.parametrize("source, how, message", [
     ("gone", {}, "gone: no such checkpoint"),
-    (None, {}, "source None and model None must be paths"),
-    ("x" * 5000, {}, "File name too long"),
     ("text.jpg", {}, "text.jpg: not a readable checkpoint"),
     ("photos", {}, "last.pt: no such checkpoint"),
     ("official.pth", {}, 'official weights need the name of a model, such as model="detr"'),
@@ -175,7 +171,6 @@ def test_wrong_numbers_are_refused(flags, detector):
     ("foreign.pth", {"model": "fixed.py"}, "has no load_official()"),
     ("ours.pt", {"model": "conditional_detr"}, "its weights are not those of this model"),
     ("ours.pt", {"model": "gone.py"}, "gone.py: no such .py file"),
-    ("ours.pt", {"model": 7}, "model 7 must be paths or names"),
     ("ours.pt", {"colour": 1}, "detr has no such option"),
     ("run.pt", {"device": "abacus"}, "no such device"),
 ])

@@ -12,7 +12,7 @@ import torch
 import train
 import visualize
 from support import UserError
-from support.model_files import known_files, load_model_file
+from support.checkpoints import known_files, load_model_file
 from support.options import make_parser
 from tests.folders import write_noise
 from tests.test_visualize import save

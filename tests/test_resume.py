@@ -55,7 +55,7 @@ def train_py_with_locks_held(*args):
 
 @pytest.mark.parametrize("kill, number", [(os.kill, signal.SIGINT), (os.killpg, signal.SIGTERM)])
 def test_a_stopped_run_saves_and_resume_gives_the_very_same_weights(kill, number, straight, tmp_path):
-    """To the last bit (CPU): Ctrl-C, and a scheduler's signal, sent to the loading processes, too."""
+    """To the last bit (CPU): Ctrl-C, and a scheduler's signal, which reaches loading processes as well."""
     log = tmp_path / "stopped/log.jsonl"
 
     def stop_after_three_steps(process):

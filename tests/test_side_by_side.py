@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support.model_files import known_files
+from support.checkpoints import known_files
 
 ROOT, FILES = Path(__file__).parents[1], known_files()
 TEXT = {name: path.read_text() for name, path in FILES.items()}
