@@ -192,8 +192,7 @@ def table(rows, base):
 def drawn(page):
     """The text of the page with the tables of speed.json between their markers."""
     texts = {part: table(entry["rows"], "detr") for part, entry in read().items()}
-    texts["machine"] = " and ".join(sorted({f"{e['machine']}, torch {e['torch']}, {e['date']}"
-                                            for e in read().values()}))
+    texts["machine"] = " and ".join(sorted({f"{e['machine']}, torch {e['torch']}" for e in read().values()}))
     return re.sub(r"(<!-- speed.py: (.+?) -->\n\n).*?(\n\n<!-- end -->)", flags=re.S, string=page,
                   repl=lambda match: match[1] + texts.get(match[2], "Not measured yet.") + match[3])
 
