@@ -8,9 +8,9 @@ from PIL import ExifTags
 from tqdm import tqdm
 
 from support import UserError, visible
+from support.data import read_splits
 from support.images import load_image, nearly_black, opened
 from support.report import one_line_errors
-from support.splits import read_splits
 
 
 def check_files(readings):

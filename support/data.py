@@ -4,9 +4,11 @@ Legend as in support/evaluation.py; n objects in one image, H x W pixels.
 """
 import copy
 import functools
+import hashlib
 import itertools
 import os
 import shlex
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +21,11 @@ from torchvision.transforms import v2
 from support import UserError, visible
 from support.evaluation import to_coco
 from support.images import IMAGE_SUFFIXES, bare_image, load_image, nearly_black, to_input_and_target
+from support.layouts import NAMES, Reading, Tree, find_source, given_source, search
+from support.readers import clean, key_of, read_coco, read_voc, read_yolo
 from support.shapes import Shapes
-from support.splits import read_splits
 
+READERS = {"COCO": read_coco, "VOC": read_voc, "YOLO": read_yolo}
 SHAPES_SIZE, LAPTOP_SIZE = 96, 256  # longest side in pixels
 PAPER_SIZE, PAPER_LONGEST = 800, 1333  # DETR's: the short side, and the most for the long one
 
@@ -131,6 +135,12 @@ def make_transform(train, augment, size, flip=True):
     ])
 
 
+def largest_canvas(size, augment):
+    """(height, width) of the largest batch that can occur: one image may be wide and another one high."""
+    side = round(PAPER_LONGEST * size / PAPER_SIZE) if augment == "paper" else size
+    return side, side
+
+
 # ---- Batches -----------------------------------------------------------------------------------------------
 def collate(batch):
     """List of (image, target) -> images [B, 3, H, W], mask [B, H, W] bool, list of B targets.
@@ -156,6 +166,133 @@ def first_with_boxes(dataset, n, augment=False):
     return small
 
 
+# ---- Train and val -----------------------------------------------------------------------------------------
+def read_splits(folder, given, splits, share=None, seed=0):
+    """({category id: name}, {split: Reading}). UserError only for paths that make no sense.
+
+    given: {split: (json, images)}. share: of the training images, held out as val.
+    """
+    if folder is not None and any(map(any, given.values())):
+        raise UserError("give a data folder or the four paths (--train-json, ...), not both")
+    if folder is not None and not os.path.isdir(folder):
+        why = "a file, not a folder" if os.path.isfile(folder) else "no such folder"
+        raise UserError(f'{folder or repr(folder)}: {why}; the embedded data set is called "shapes"')
+    tree = folder and Tree(folder)
+    if share is not None:
+        check_split(tree, share, given)
+        splits = ("train",)
+    names, readings, found = {}, {}, {}
+    for split in ("train", "val") if "val" in splits else ("train",):  # val alone has train's classes, too
+        reading = Reading()
+        try:
+            reading = find_source(tree, split, share is not None) if tree else \
+                given_source(split, *given[split])
+            for path in reading.tree.junk:
+                reading.notes.add("files that systems or notebooks make, not used", path)
+            own, images = READERS[reading.form](reading, names)
+            found[split] = images, join_names(names, own, reading)
+        except UserError as error:
+            reading.errors.add(str(error))
+        if split in splits or reading.path or any(given[split]):  # no training set: val has its own classes
+            readings[split] = reading
+    names = dict(sorted(names.items()))
+    of_voc = [reading for reading in readings.values() if reading.form == "VOC"]
+    from_zero = any(reading.from_zero for reading in of_voc)
+    for split, (images, ids) in found.items():
+        reading = readings[split]
+        if from_zero and reading in of_voc:
+            reading.notes.add("an xmin or ymin is 0: pixels counted from 0, nothing is subtracted")
+        if split in splits:
+            labels = {own: [*names].index(i) for own, i in ids.items()}
+            first = int(reading in of_voc and not from_zero)
+            try:
+                reading.images = clean(images, labels, first, reading)
+            except UserError as error:
+                reading.errors.add(str(error))
+    if share is not None and not readings["train"].errors:
+        readings["val"] = hold_out(readings["train"], share, seed)
+    compare_splits(names, readings)
+    return names, readings
+
+
+def join_names(names, own, reading):
+    """{own id: id in names}. Classes are the same if their names are; `names` gets those that it lacks."""
+    ids, before = {}, dict(names)
+    id_of = {name: i for i, name in before.items()}
+    spelling = {key_of(name): name for name in id_of}
+    for i, name in own.items():
+        ids[i] = i if before.get(i) == name else id_of.get(name)
+        if ids[i] is None:
+            ids[i] = i if i not in names else max(names) + 1
+            names[ids[i]] = name
+            if known := spelling.get(key_of(name)):
+                reading.errors.add("classes written in another way than in train", f"{name!r}, {known!r}")
+            elif before:
+                reading.notes.add("classes that train does not have", name)
+        elif ids[i] != i:
+            kind = "classes with another id than in train, matched by name"
+            reading.notes.add(kind, f"{name}, {i} and {ids[i]}")
+    if before and not id_of.keys() & own.values():
+        reading.errors.add(f"none of train's classes is here: {', '.join(id_of)}")
+    return ids
+
+
+def check_split(tree, share, given):
+    """UserError if --split cannot be used."""
+    if not 0 < share < 1:
+        raise UserError(f"--split {share}: it must be a share between 0 and 1, for example 0.2")
+    if any(given["val"]):
+        raise UserError("--split takes val from train: leave out --val-json and --val-images")
+    try:
+        train, val = (tree and search(tree, name) for name in NAMES)
+    except UserError:  # that a val of data.yaml does not exist does not matter here
+        return
+    if train and val and (train.path, train.places) != (val.path, val.places):
+        raise UserError(f"{tree.top} has a val of its own, {val.path}: leave out --split")
+
+
+def hold_out(reading, share, seed):
+    """Takes a share of the images out of a Reading, and returns them as that of val.
+
+    Images with the same classes are together in a row, rare classes first, and every n-th is taken.
+    """
+    def name(image):
+        return os.fsencode(os.path.basename(image.path))
+
+    def place(image):
+        chance = hashlib.sha256(b"%d %s" % (seed, name(image))).digest()
+        return sorted((images_with[label], label) for label in image.classes), chance
+
+    total, n = len(reading.images), round(share * len(reading.images))
+    if not 0 < n < total:
+        raise UserError(f"--split {share} of {total} images leaves none for train or none for val")
+    images_with = Counter(label for image in reading.images for label in image.classes)
+    row, start = sorted(reading.images, key=place), int(hashlib.sha256(b"%d" % seed).hexdigest(), 16) % total
+    chosen = {row[(k * total + start) // n].id for k in range(n)}
+    val = Reading(path=reading.path, images=[image for image in reading.images if image.id in chosen])
+    reading.images = [image for image in reading.images if image.id not in chosen]
+    val.notes.add(f"{n} of {total} images, held out of the training set by --split {share}, seed {seed}")
+    val.held_out = hashlib.sha256(b"/".join(sorted(map(name, val.images)))).hexdigest()[:16]
+    return val
+
+
+def compare_splits(names, readings):
+    """Adds to the Readings what shows only when all of their images are known."""
+    earlier = {}  # {path: its split}
+    for split, reading in readings.items():
+        present = {label for image in reading.images for label in image.classes}
+        absent = [name for label, name in enumerate(names.values()) if label not in present]
+        if reading.images and absent:
+            reading.notes.add(f"no box of class {', '.join(absent)}")
+        if split == "train" and reading.images and not present and not reading.errors:
+            reading.errors.add(f"not a single usable box to train on in {len(reading.images)} images; "
+                               "crowd regions (iscrowd, VOC: difficult) do not count")
+        for image in reading.images:
+            if image.path in earlier:
+                reading.notes.add(f"images that are in {earlier[image.path]} already, kept", image.path)
+            earlier.setdefault(image.path, split)
+
+
 # ---- Load --------------------------------------------------------------------------------------------------
 def from_images(paths, augment="laptop", size=None):
     """Image files, all images in folders, and PIL images as a data set without boxes, as for evaluation."""
@@ -173,14 +310,8 @@ def from_images(paths, augment="laptop", size=None):
     return CocoFolder("images", images, {}, [], False, augment, size, seed=0)
 
 
-def largest_canvas(size, augment):
-    """(height, width) of the largest batch that can occur: one image may be wide and another one high."""
-    side = round(PAPER_LONGEST * size / PAPER_SIZE) if augment == "paper" else size
-    return side, side
-
-
 def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_images=None, size=None,
-         augment="laptop", seed=0, splits=("train", "val"), class_names=(), split=None, flip=True):
+         augment="laptop", seed=0, splits=("train", "val"), split=None, flip=True):
     """{"train": data set, "val": data set}, or only those that `splits` names. Raises UserError.
 
     folder       None or "shapes": the embedded set. Otherwise a folder in one of LAYOUTS. Or give the four
@@ -189,7 +320,6 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
     seed         of the augmentation, and of the shapes to train on. The shapes to validate on never change.
     splits       val alone needs no training set; if there is one, its classes are those of val
     split        this share of the training images is held out as val, by `seed`; there must be no other val
-    class_names  of a model that is evaluated: VOC files of val alone then get the numbers of these
     """
     if augment not in ("laptop", "paper", "none"):
         raise UserError(f'augment can be "laptop", "paper" or "none", not {augment!r}')
@@ -201,7 +331,7 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
                   "val": Shapes(250, size or SHAPES_SIZE, 0, "val")}
         return {part: shapes[part] for part in splits}
 
-    categories, readings = read_splits(folder, given, splits, class_names, split, seed)
+    categories, readings = read_splits(folder, given, splits, split, seed)
     for reading in (reading for reading in readings.values() if reading.errors):
         message = reading.errors.lines()[0]
         if reading.path is None:

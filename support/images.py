@@ -31,6 +31,10 @@ class AnnotatedImage:
     crowd: np.ndarray  # [n] bool: one box around many objects; not trained on, ignored by the evaluation
     pixels: object = None  # a PIL image, if it is in no file
 
+    @property
+    def classes(self):
+        return set(self.labels[~self.crowd].tolist())
+
 
 @contextlib.contextmanager
 def opened(path, image_id, pixels=None):

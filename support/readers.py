@@ -1,13 +1,18 @@
-"""The three readers. Each turns the annotations of one split into a Table with boxes in pixels.
+"""Reads the annotations of one split: read_coco, read_voc, read_yolo; `clean` makes AnnotatedImages of them.
 
-`known` are the classes of train, {id: name}. Without `wanted` only the classes are read.
+Each takes `reading`, the split (layouts.py), and `known`, the classes of train, {category id: name}. It
+returns the classes of the split and its images, which are read one by one when they are asked for:
+((id, path, height, width), [(category id, (x0, y0, x1, y1) in pixels, area, crowd, where it is written)]).
 """
 import contextlib
+import gc
 import json
+import math
 import os
 import re
-import reprlib
-from collections import Counter
+import unicodedata
+from collections import Counter, defaultdict
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -15,10 +20,10 @@ import yaml
 from pycocotools import mask
 
 from support import UserError, reason, visible
-from support.data_files import Source, Table, image_row, key_of, number, read_text
-from support.images import IMAGE_SUFFIXES, OTHER_SUFFIXES
+from support.images import IMAGE_SUFFIXES, OTHER_SUFFIXES, AnnotatedImage, file_size
 
-MOST_JSON = 5 * 10 ** 9  # bytes
+MOST_TEXT, MOST_JSON = 10 ** 8, 5 * 10 ** 9  # bytes
+SMALLEST_SIDE = 0.1  # pixels; float32 arithmetic leaves nothing of a box that is thinner
 FIELDS = ("image_id", "category_id", "bbox", "area", "iscrowd", "id", "from_outline")  # of COCO's annotations
 OTHER_FORMS = {  # a key that JSON files of other forms have: whose form that is
     "caption": "captions, take instances_*.json", "segments_info": "panoptic, take instances_*.json",
@@ -30,13 +35,105 @@ OTHER_FORMS = {  # a key that JSON files of other forms have: whose form that is
 NO_LABELS = re.compile(r"(?i)(classes|readme|predefined|train|training|val|valid|validation|test|images)\b.*")
 
 
+def key_of(name):
+    """The same for all spellings of a path: capitals, and accents in one character or in two."""
+    return name.lower() if name.isascii() else unicodedata.normalize("NFC", name).casefold()
+
+
+def number(value):
+    """The float that a number or a text says, otherwise None."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def read_text(path, most=MOST_TEXT, as_bytes=False):
+    """A text file in UTF-8, or in UTF-16 with its mark. UserError, without the path."""
+    if not os.path.isfile(path):
+        raise UserError("is not a file" if os.path.exists(path) else "does not exist")
+    if os.path.getsize(path) > most:
+        raise UserError(f"has {os.path.getsize(path) / 1e9:.1f} GB: too large for such a file")
+    content = Path(path).read_bytes()
+    if content.startswith(b"version https://git-lfs"):
+        raise UserError("is a pointer of Git LFS, not the file itself: run git lfs pull")
+    try:
+        return content if as_bytes else content.decode(json.detect_encoding(content))
+    except UnicodeDecodeError:
+        raise UserError("is not in UTF-8: open it in an editor and save it as UTF-8") from None
+
+
+# ---- What all readers share --------------------------------------------------------------------------------
+def usable(i, path, height, width, reading):
+    """(i, path, height, width) of an image; None, and an error, if it cannot be used. path: None if lost."""
+    sides = [number(side or 0) for side in (height, width)]
+    try:
+        if path and path.lower().endswith(OTHER_SUFFIXES):
+            raise UserError(f"{path}: a format that Pillow does not read, save it as .jpg or .png")
+        if path and 0 in sides:  # left out: the file tells
+            sides = file_size(path, i)
+        if path and (None in sides or min(sides) < 1):
+            raise UserError(f"{path} (image id {i}): height and width are {height!r} and {width!r}; "
+                            "correct them or leave them out")
+    except UserError as error:
+        path = reading.errors.add("image files that cannot be used", str(error))  # None
+    return path and (i, path, int(sides[0]), int(sides[1]))
+
+
+def clean(images, labels, first, reading):
+    """The AnnotatedImages of what a reader yields, boxes cut to their image. All changes are noted.
+
+    labels: {category id: label}; first: number of the first pixel (VOC's 1 to 640 is 0 to 640 elsewhere).
+    """
+    found, note, shares, over, total = [], reading.notes.add, [], 0, 0
+    for (i, path, height, width), boxes in images:
+        rows, seen = [], set()
+        for category, box, area, crowd, where in boxes:
+            x0, y0, x1, y1 = box[0] - first, box[1] - first, box[2], box[3]
+            cut = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
+            w, h = cut[2] - cut[0], cut[3] - cut[1]
+            total += 1
+            if max(box) <= 1.01 and min(box) >= -0.01 and any(value % 1 for value in box):
+                shares.append(where)
+            if not math.isfinite(sum(box)) or min(x1 - x0, y1 - y0) < SMALLEST_SIDE:
+                note("boxes that are not finite or have no width or height, dropped", where)
+                continue
+            crosses = max(-x0, -y0, x1 - width, y1 - height) > 0.5  # less is rounding, common in COCO
+            over += crosses
+            if min(w, h) < SMALLEST_SIDE:
+                note("boxes outside their image, dropped", where)
+                continue
+            if crosses:
+                note("boxes reaching over the image edge, clipped", where)
+            if (category, cut) in seen:
+                note("boxes given more than once, with the same class, kept", where)
+            seen.add((category, cut))
+            area = min(number(area) or math.inf, w * h)  # an outline may not have been clipped
+            crowd = crowd in (1, "1", "true", "True")
+            if crowd:
+                note("crowd regions (VOC: difficult), neither trained on nor evaluated", where)
+            rows.append((labels[category], cut, area, crowd))
+        columns = zip(*rows) if rows else ((),) * 4
+        kinds = (np.int64, np.float32, float, bool)
+        label, boxes, area, crowd = (np.array(column, kind) for column, kind in zip(columns, kinds))
+        found.append(AnnotatedImage(i, path, height, width, label, boxes.reshape(-1, 4), area, crowd))
+        if not rows:
+            note("images without boxes, kept", f"{path}, image id {i}")
+    if len(shares) > total / 2:
+        kind = "most boxes are from 0 to 1: shares of the image? Pixels are expected"
+        reading.errors.add(kind, shares[0], len(shares))
+    if over > max(2, total / 2):
+        note("most boxes reach over the edge of their image: COCO expects x, y, width, height")
+    return found
+
+
 # ---- COCO --------------------------------------------------------------------------------------------------
 def compact(entry):
     """A JSON object; an annotation as a tuple of FIELDS, which is small. A missing box is computed."""
     if "image_id" not in entry or "category_id" not in entry:
         return entry
     box, outline = entry.get("bbox"), entry.get("segmentation")
-    if outline and (not box or isinstance(box, list) and box[2:] == [0, 0]):
+    if outline and (not box or box[2:] == [0, 0]):
         with contextlib.suppress(Exception):  # then there is no box, and that is an error later
             entry["bbox"], entry["from_outline"] = box_around(outline), True
     return tuple(map(entry.get, FIELDS))
@@ -52,21 +149,22 @@ def box_around(outline):
 
 
 def parse_coco(path):
-    """A COCO file as a dict, its three lists checked to be lists of objects. UserError, without the path."""
+    """A COCO file as a dict, its annotations as tuples. UserError, without the path."""
     text = read_text(path, MOST_JSON)
+    gc.disable()  # it would look through millions of new objects again and again: a fifth of the time
     try:
         contents = json.loads(text, object_hook=compact)
     except (ValueError, RecursionError) as error:  # ValueError: it says line and column
-        raise UserError("is empty" if not text.strip() else f"cannot be read as JSON: {error}") from None
-    lists = [contents.get(key) if isinstance(contents, dict) else None
-             for key in ("images", "categories", "annotations")]
-    are_lists = all(isinstance(one, list) and all(isinstance(e, (dict, tuple)) for e in one) for one in lists)
-    if not are_lists or any("caption" in entry or "segments_info" in entry for entry in lists[2][:1]):
+        raise UserError(f"cannot be read as JSON: {error}" if text.strip() else "is empty") from None
+    finally:
+        gc.enable()
+    kinds = {"images": dict, "categories": dict, "annotations": tuple}  # captions and panoptic: no tuples
+    if not isinstance(contents, dict) or not all(
+            isinstance(contents.get(key), list) and all(isinstance(entry, kind) for entry in contents[key])
+            for key, kind in kinds.items()):
         guess = next((f"; this is {form}" for key, form in OTHER_FORMS.items() if f'"{key}"' in text), "")
-        raise UserError("is no COCO file of objects, which has the lists images, annotations and categories"
-                        f"{guess}. Export the data as COCO")
-    contents["annotations"] = [entry if isinstance(entry, tuple) else tuple(map(entry.get, FIELDS))
-                               for entry in lists[2]]
+        raise UserError("is no COCO file of objects, which has the lists images, categories and annotations, "
+                        f"these with image_id and category_id{guess}. Export the data as COCO")
     return contents
 
 
@@ -78,12 +176,12 @@ def as_id(value):
 
 
 def by_id(entries, what, told_by, reading):
-    """({id: entry}, {id: whole number below 2**63}), which is the id if all of them are such numbers."""
+    """({id: entry}, {id: whole number}), which is the id or, for a text, its place in the list."""
     found = {}
-    for k, entry in enumerate(entries):
+    for k, entry in enumerate(entries, 1):
         i = as_id(entry.get("id"))
         if i is None:
-            where = f"{what} number {k + 1}: {reprlib.repr(entry.get('id'))}"
+            where = f"{what} number {k}: {entry.get('id')!r}"
             reading.errors.add(f"{what} ids that are not whole numbers", where)
         elif found.setdefault(i, entry).get(told_by) != entry.get(told_by):
             reading.errors.add(f"{what} ids that occur twice", f"{what} id {i}")
@@ -91,54 +189,49 @@ def by_id(entries, what, told_by, reading):
             reading.notes.add(f"{what} ids that are text or fractions, read as numbers", repr(entry["id"]))
     if not entries:
         reading.errors.add(f"the list of {what} entries is empty")
-    whole = all(type(i) is int and abs(i) < 2 ** 63 for i in found)
-    return found, {i: i if whole else k for k, i in enumerate(found, 1)}
+    return found, {i: i if type(i) is int else k for k, i in enumerate(found, 1)}
 
 
-def read_coco(source, tree, reading, known, wanted):
-    """The Table of a COCO file; without images and boxes unless they are wanted."""
-    contents = parse_coco(source.path)
-    found, whole = by_id(contents["categories"], "category", "name", reading)
-    table, category_of = Table({}), {i: k for k, i in enumerate(found)}
-    for i, entry in found.items():
-        table.names[whole[i]] = visible(str(entry.get("name") or "").strip()) or str(i)
-    if not wanted:
-        return table
-    found, id_of = by_id(contents["images"], "image", "file_name", reading)
-    for i, entry in found.items():
-        name = entry.get("file_name") or entry.get("coco_url")  # LVIS has the second
-        path = tree.image(name, source, reading, f"image id {i}") if name else \
-            reading.errors.add("images without a file_name", f"image id {i}")
-        size = entry.get("height"), entry.get("width")
-        table.images.append(path and image_row(id_of[i], path, *size, reading))
+def read_coco(reading, known):
+    """A COCO file."""
+    contents = parse_coco(reading.path)
+    found, ids = by_id(contents["categories"], "category", "name", reading)
+    names = {ids[i]: visible(str(entry.get("name") or "").strip()) or str(i) for i, entry in found.items()}
+    return names, coco_images(contents, ids, reading)
 
-    index, annotations = {i: k for k, i in enumerate(found)}, contents.pop("annotations")
+
+def coco_images(contents, category_ids, reading):
+    """The images of a COCO file, see the top of this file."""
+    found, ids = by_id(contents["images"], "image", "file_name", reading)
+    annotations, of_image = contents.pop("annotations"), defaultdict(list)  # {image id: its annotations}
+    for annotation in annotations:
+        of_image[as_id(annotation[0])].append(annotation)
     if others := len(annotations) - len({entry[5] for entry in annotations if type(entry[5]) is int}):
         reading.notes.add(f"annotation ids that are missing, text or given twice, not used: {others}")
-
-    def where(place):
-        image_id, i, k = place
-        row = table.images[index[as_id(image_id)]] if as_id(image_id) in index else None
-        name = f"annotation number {k + 1}" if i is None else f"annotation id {i}"
-        return f"{os.path.basename(row[1])}, image id {image_id}, {name}" if row else name
-
-    table.where = where
-    for k, (image_id, category_id, bbox, area, crowd, i, computed) in enumerate(annotations):
-        image = index.get(image_id if type(image_id) is int else as_id(image_id))
-        category = category_of.get(category_id if type(category_id) is int else as_id(category_id))
-        box = [number(v) for v in bbox] if isinstance(bbox, list) and len(bbox) == 4 else [None]
-        place = image_id, i, k
-        if image is None or category is None or None in box:
-            kind, value = (("image_id is not among the images", image_id) if image is None else
-                           ("category_id is not among the categories", category_id) if category is None else
-                           ("bbox is not four numbers", bbox))
-            reading.errors.add(f"annotations whose {kind}", f"{where(place)}: {reprlib.repr(value)}")
-            continue
-        x, y, w, h = box
-        table.add(image, category, (x, y, x + w, y + h), place, area, crowd)
-        if computed:
-            reading.notes.add("boxes computed from outlines, because there is no bbox", where(place))
-    return table
+    del annotations
+    for i, entry in found.items():
+        file, boxes = entry.get("file_name") or entry.get("coco_url"), []  # LVIS has the second
+        path = reading.find_image(file, f"image id {i}") if file else \
+            reading.errors.add("images without a file_name", f"image id {i}")
+        for image_id, category_id, bbox, area, crowd, k, computed in of_image.pop(i, ()):
+            where = f"{file}, image id {image_id}, annotation id {k}"
+            category = category_ids.get(as_id(category_id))
+            box = [number(value) for value in bbox] if isinstance(bbox, list) else []
+            if category is None:
+                kind = "annotations whose category_id is not among the categories"
+                reading.errors.add(kind, f"{where}: {category_id}")
+            elif len(box) != 4 or None in box:
+                reading.errors.add("annotations whose bbox is not four numbers", f"{where}: {bbox}")
+            else:
+                x, y, w, h = box
+                boxes.append((category, (x, y, x + w, y + h), area, crowd, where))
+                if computed:
+                    reading.notes.add("boxes computed from outlines, because there is no bbox", where)
+        if image := usable(ids[i], path, entry.get("height"), entry.get("width"), reading):
+            yield image, boxes
+    for image_id, lost in of_image.items():
+        kind = "annotations whose image_id is not among the images"
+        reading.errors.add(kind, f"annotation id {lost[0][5]}: {image_id}", len(lost))
 
 
 # ---- VOC ---------------------------------------------------------------------------------------------------
@@ -155,79 +248,82 @@ def read_xml(path):
     return root
 
 
-def voc_files(source, tree):
+def voc_files(reading):
     """{path below their folder, without ending: XML file} of a folder, or of a list with a name a line."""
-    folder, listed = source.path, not os.path.isdir(source.path)
+    folder, listed = reading.path, not os.path.isdir(reading.path)
     if listed:
-        above = [source.path.rsplit(os.sep, k)[0] for k in (1, 2, 3)]
+        above = [*map(str, Path(folder).parents[:3])]
         likely = [os.path.join(place, name) for place in above for name in ("Annotations", "annotations")]
         folder = next(filter(os.path.isdir, likely), above[-1])
-    found = {key_of(xml[len(folder) + 1:-4]): xml for xml in tree.inside(folder, ".xml")}
-    if not found:
-        raise UserError(f"no XML files in {folder}")
-    if not listed:
-        return found
-    bare, chosen = {os.path.basename(key): key for key in found}, {}
-    for line in read_text(source.path).splitlines():
-        line = line.strip().strip('"')  # Datumaro puts names with spaces in quotes, VoTT writes a.jpg 1
-        names = [key_of(name) for name in (line, os.path.splitext(line)[0], line.split(" ")[0])]
-        key = next((bare.get(name, name) for name in names if name in found or name in bare), line)
-        if line and line[0] != "#":
-            chosen[key] = found.get(key)
-    if not any(chosen.values()):
-        raise UserError(f"no name in this list has an XML file in {folder}")
-    return chosen
+    found = {key_of(xml[len(folder) + 1:-4]): xml for xml in reading.tree.inside(folder, ".xml")}
+    if listed:
+        bare, all_files, found = {os.path.basename(key): key for key in found}, found, {}
+        for line in read_text(reading.path).splitlines():
+            line = line.strip().strip('"')  # Datumaro puts names with spaces in quotes, VoTT writes a.jpg 1
+            names = [key_of(name) for name in (line, os.path.splitext(line)[0], line.split(" ")[0])]
+            key = next((bare.get(name, name) for name in names if name in all_files or name in bare), line)
+            if line and line[0] != "#":
+                found[key] = all_files.get(key)
+    if not any(found.values()):
+        raise UserError(f"no {'name in this list has an XML file' if listed else 'XML files'} in {folder}")
+    return found
 
 
-def voc_image(stem, name, times, source, tree, reading):
+def voc_image(stem, name, times, reading):
     """The image of a VOC file: its <filename>, which so many files have, or the one called like the file."""
     def at(name):
         paths = (os.path.join(place, inside, name) for inside in (os.path.dirname(stem), "")
-                 for place in source.places)
-        return next(filter(None, map(tree.find, paths)), None) if name else None
+                 for place in reading.places)
+        return next(filter(None, map(reading.tree.find, paths)), None) if name else None
 
     named, alike = at(name) or at(re.split(r"[\\/]", name)[-1]), at(os.path.basename(stem))
     used = named if named and (times == 1 or not alike) else alike
     if name and alike and named != alike:
         kind = "XML files whose <filename> is not the image called like them"
         reading.notes.add(kind, f"{stem}.xml: {name}, {used} is used")
-    return used or tree.image(name or stem, source, reading, f"{stem}.xml")
+    return used or reading.find_image(name or stem, f"{stem}.xml")
 
 
-def read_voc(source, tree, reading, known, wanted):
-    """The Table of VOC's XML files, boxes as they are written. Classes that are `known` keep their ids."""
+def read_voc(reading, known):
+    """VOC's XML files. Classes that are `known` keep their ids."""
     def text(element, tag):
         return visible((element.findtext(tag) or "").strip())
 
-    roots = {}  # {path below the folder, without ending: (XML file, root)}
-    for stem, xml in voc_files(source, tree).items():
+    files = {}  # {path below the folder, without ending: (XML file, <filename>, size, objects)}
+    for stem, xml in voc_files(reading).items():
         if not xml:  # Datumaro and CVAT write none
             reading.notes.add("listed images without an XML file, taken as images without objects", stem)
         try:
-            roots[stem] = xml, read_xml(xml) if xml else ElementTree.Element("annotation")
+            root = read_xml(xml) if xml else ElementTree.Element("annotation")
         except UserError as error:
             reading.errors.add("XML files that cannot be used", f"{xml} {error}")
-    times = Counter(text(root, "filename") for _, root in roots.values())
-    names = {text(thing, "name") for _, root in roots.values() for thing in root.findall("object")}
-    new = sorted(names - {"", *known.values()})
-    table = Table(known | dict(enumerate(new, max(known, default=0) + 1)), from_one=True,
-                  where="{0[0]}, object {0[1]}".format)
-    category_of = {name: k for k, name in enumerate(table.names.values())}
-    for i, (stem, (xml, root)) in enumerate(roots.items() if wanted else ()):
-        name = text(root, "filename")
-        path = voc_image(stem, name, times[name], source, tree, reading)
+            continue
+        objects = [(text(thing, "name"), text(thing, "difficult"),
+                    [text(thing, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")])
+                   for thing in root.findall("object")]
         size = text(root, "size/height"), text(root, "size/width")
-        table.images.append(path and image_row(i + 1, path, *size, reading))
-        for k, thing in enumerate(root.findall("object"), 1):
-            category = category_of.get(text(thing, "name"))
-            corners = [text(thing, f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
-            box = [number(corner) for corner in corners]
-            if category is None or None in box:
-                lacks = "name" if category is None else "four numbers xmin, ymin, xmax, ymax"
-                reading.errors.add(f"objects without {lacks}", f"{xml}, object {k}: {', '.join(corners)}")
+        files[stem] = xml, text(root, "filename"), size, objects
+    starts = [number(corner) for *_, objects in files.values() for _, _, box in objects for corner in box[:2]]
+    reading.from_zero = any(value is not None and 0 <= value < 1 for value in starts)
+    new = {name for *_, objects in files.values() for name, _, _ in objects} - {"", *known.values()}
+    names = known | dict(enumerate(sorted(new), max(known, default=0) + 1))
+    return names, voc_images(files, {name: i for i, name in names.items()}, reading)
+
+
+def voc_images(files, category_ids, reading):
+    """The images of VOC's files, see the top of this file; boxes as they are written."""
+    times = Counter(name for _, name, _, _ in files.values())
+    for i, (stem, (xml, name, size, objects)) in enumerate(files.items(), 1):
+        boxes = []
+        for k, (category, difficult, corners) in enumerate(objects, 1):
+            where, box = f"{xml}, object {k}", [number(corner) for corner in corners]
+            if not category or None in box:
+                lacks = "four numbers xmin, ymin, xmax, ymax" if category else "name"
+                reading.errors.add(f"objects without {lacks}", f"{where}: {', '.join(corners)}")
             else:
-                table.add(i, category, box, (xml, k), crowd=text(thing, "difficult"))
-    return table
+                boxes.append((category_ids[category], box, None, difficult, where))
+        if image := usable(i, voc_image(stem, name, times[name], reading), *size, reading):
+            yield image, boxes
 
 
 # ---- YOLO --------------------------------------------------------------------------------------------------
@@ -257,7 +353,7 @@ def read_classes(config, path, notes):
     found = {as_id(i): name for i, name in pairs}
     if not found or not all(type(i) is int and isinstance(name, str) for i, name in found.items()):
         raise UserError("names should be a list such as [cat, dog] or numbered such as {0: cat, 1: dog}, "
-                        f"it is {reprlib.repr(names)}")
+                        f"it is {names!r}")
     if count not in (0, len(found)):
         notes.add(f"nc is {count}, but there are {len(found)} names; the names count")
     return {i: visible(name.strip() or str(i)) for i, name in sorted(found.items())}
@@ -267,7 +363,7 @@ def locate(key, value, config, path):
     """The folder or file that data.yaml names, or as much of its path as there is beside data.yaml."""
     folder, root = os.path.dirname(path), config.get("path", "")
     if not isinstance(value, str) or not isinstance(root, str):
-        raise UserError(f"{key} should be a path or a list of paths, it is {reprlib.repr(value)}")
+        raise UserError(f"{key} should be a path or a list of paths, it is {value!r}")
     value, root = value.replace("\\", "/"), root.replace("\\", "/")
     parts = [part for part in value.split("/") if part not in ("", ".", "..")]
     for tail in (os.path.join(root, value), value, *("/".join(parts[k:]) for k in range(len(parts)))):
@@ -278,19 +374,20 @@ def locate(key, value, config, path):
     raise UserError(f"{key}: {value} does not exist; paths are relative to this file")
 
 
-def yolo_images(source, tree, reading):
+def yolo_files(reading):
     """The images in the folders and lists that are a split."""
     found = []
-    for place in source.places:
+    for place in reading.places:
         if os.path.isdir(place):
-            others = [path for path in tree.inside(place, *OTHER_SUFFIXES) if labels_of(path, tree)]
-            found += sorted(tree.inside(place, *IMAGE_SUFFIXES) + others)
+            others = [path for path in reading.tree.inside(place, *OTHER_SUFFIXES)
+                      if labels_of(path, reading.tree)]
+            found += sorted(reading.tree.inside(place, *IMAGE_SUFFIXES) + others)
         else:
-            here = Source("", "", [os.path.dirname(place), os.path.dirname(source.path)])
+            homes = [os.path.dirname(place), os.path.dirname(reading.path)]
             lines = filter(None, map(str.strip, read_text(place).splitlines()))
-            found += filter(None, (tree.image(line, here, reading, f"in {place}") for line in lines))
+            found += filter(None, (reading.find_image(line, f"in {place}", homes) for line in lines))
     if not found and not reading.errors:
-        raise UserError(f"no images in {', '.join(source.places)}")
+        raise UserError(f"no images in {', '.join(reading.places)}")
     return found
 
 
@@ -304,8 +401,8 @@ def labels_of(image, tree):
 
 
 def read_labels(path, keypoints, reading):
-    """[(line, class id, (x0, y0, x1, y1) as shares of the image)] of a label file; [] without one."""
-    found, lines = [], []
+    """Yields (class id, (x0, y0, x1, y1) as shares of the image, place) of a label file; path may be None."""
+    lines = []
     try:
         lines = read_text(path).splitlines() if path else []
     except UserError as error:
@@ -313,7 +410,7 @@ def read_labels(path, keypoints, reading):
     for k, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        label, *corners = map(number, line.split())
+        where, (label, *corners) = f"{path}, line {k}", map(number, line.split())
         corners = corners[:4] if keypoints else corners
         fault = ("label lines with more than numbers" if None in (label, *corners) else
                  "label lines that are neither class, x, y, width, height nor a class and a polygon"
@@ -321,49 +418,53 @@ def read_labels(path, keypoints, reading):
                  "labels that are not shares of the image, from 0 to 1; are they pixels?"
                  if max(map(abs, corners)) > 2 else None)
         if fault:
-            reading.errors.add(fault, f"{path}, line {k}: {reprlib.repr(line)}")
+            reading.errors.add(fault, f"{where}: {line!r}")
         elif len(corners) == 4:
             x, y, w, h = corners
-            found.append((k, label, (x - w / 2, y - h / 2, x + w / 2, y + h / 2)))
+            yield label, (x - w / 2, y - h / 2, x + w / 2, y + h / 2), where
         else:
-            reading.notes.add("polygons, the boxes around them are used", f"{path}, line {k}")
+            reading.notes.add("polygons, the boxes around them are used", where)
             xs, ys = corners[::2], corners[1::2]
-            found.append((k, label, (min(xs), min(ys), max(xs), max(ys))))
-    return found
+            yield label, (min(xs), min(ys), max(xs), max(ys)), where
 
 
-def read_yolo(source, tree, reading, known, wanted):
-    """The Table of a YOLO folder; without images and boxes unless they are wanted."""
-    config = read_config(source.path)
-    table = Table(read_classes(config, source.path, reading.notes), where="{0[0]}, line {0[1]}".format,
-                  from_shares=True)
-    category_of, used, unknown = {i: k for k, i in enumerate(table.names)}, {}, []
-    for k, path in enumerate(yolo_images(source, tree, reading) if wanted else ()):
-        table.images.append(image_row(k + 1, path, 0, 0, reading))
-        labels = labels_of(path, tree)
+def read_yolo(reading, known):
+    """A YOLO folder."""
+    config = read_config(reading.path)
+    names = read_classes(config, reading.path, reading.notes)
+    return names, yolo_images(names, "kpt_shape" in config, reading)
+
+
+def yolo_images(names, keypoints, reading):
+    """The images of a YOLO folder, see the top of this file."""
+    used, unknown, zeros = {}, [], False  # {label file: image}
+    for i, path in enumerate(yolo_files(reading), 1):
+        labels, boxes = labels_of(path, reading.tree), []
         if labels is None:
             reading.notes.add("images without a label file, taken as images without objects", path)
         elif labels in used:
             reading.notes.add("images that share a label file, kept; masks?", f"{used[labels]}, {path}")
-        used[labels] = path  # {label file: image}
-        _, _, height, width = table.images[k] or (0, 0, 0, 0)
-        for line, label, (x0, y0, x1, y1) in read_labels(labels, "kpt_shape" in config, reading):
-            if label in category_of:
-                box = x0 * width, y0 * height, x1 * width, y1 * height
-                table.add(k, category_of[label], box, (labels, line))
+        used[labels] = path
+        image = usable(i, path, 0, 0, reading)
+        _, _, height, width = image or (0, 0, 0, 0)
+        for label, (x0, y0, x1, y1), where in read_labels(labels, keypoints, reading):
+            zeros |= label == 0
+            if label in names:
+                boxes.append((label, (x0 * width, y0 * height, x1 * width, y1 * height), None, None, where))
             else:
-                unknown.append((label, f"{labels}, line {line}: {label:g}"))
+                unknown.append((label, f"{where}: {label:g}"))
+        if image:
+            yield image, boxes
     if unknown:
-        kind = f"labels whose class id is not among the {len(table.names)} names"
-        if {label for label, _ in unknown} == {len(table.names)} and 0 not in table.numbers[1::8]:
+        kind = f"labels whose class id is not among the {len(names)} names"
+        if {label for label, _ in unknown} == {len(names)} and not zeros:
             kind += "; they seem to count from 1, and YOLO counts from 0"
         reading.errors.add(kind, unknown[0][1], len(unknown))
     if {*used} == {None}:
         raise UserError(f"no image has labels; {used[None]} has no .txt beside it or in labels/ for images/")
     homes = {os.path.dirname(labels): os.path.dirname(image) for labels, image in used.items() if labels}
-    for labels in {*tree.files.values()} - {*used}:
+    for labels in {*reading.tree.files.values()} - {*used}:
         folder, name = os.path.split(labels)
         if folder in homes and name.lower().endswith(".txt") and not NO_LABELS.match(name) \
-                and not tree.find(os.path.join(homes[folder], name[:-4])):
+                and not reading.tree.find(os.path.join(homes[folder], name[:-4])):
             reading.notes.add("label files without an image, not used", labels)
-    return table
