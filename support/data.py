@@ -196,19 +196,17 @@ def read_splits(folder, given, splits, share=None, seed=0):
         if split in splits or reading.path or any(given[split]):  # no training set: val has its own classes
             readings[split] = reading
     names = dict(sorted(names.items()))
-    of_voc = [reading for reading in readings.values() if reading.form == "VOC"]
-    from_zero = any(reading.from_zero for reading in of_voc)
+    from_zero = any(reading.from_zero for reading in readings.values())
     for split, (images, ids) in found.items():
-        reading = readings[split]
-        if from_zero and reading in of_voc:
+        reading, labels = readings[split], {own: [*names].index(i) for own, i in ids.items()}
+        if from_zero and reading.form == "VOC":
             reading.notes.add("an xmin or ymin is 0: pixels counted from 0, nothing is subtracted")
-        if split in splits:
-            labels = {own: [*names].index(i) for own, i in ids.items()}
-            first = int(reading in of_voc and not from_zero)
-            try:
+        try:
+            if split in splits:
+                first = int(reading.form == "VOC" and not from_zero)
                 reading.images = clean(images, labels, first, reading)
-            except UserError as error:
-                reading.errors.add(str(error))
+        except UserError as error:
+            reading.errors.add(str(error))
     if share is not None and not readings["train"].errors:
         readings["val"] = hold_out(readings["train"], share, seed)
     compare_splits(names, readings)

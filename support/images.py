@@ -14,6 +14,11 @@ from support import UserError, reason
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp",
                   ".avif", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".mpo", ".tga", ".pcx")
 OTHER_SUFFIXES = (".heic", ".heif", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".svg", ".exr", ".dcm")
+SIGNS = {  # at the start of files that are not images, or not such as Pillow reads
+    b"version https://git-lfs": "a pointer of Git LFS, run git lfs pull",
+    b"ftyphe": "HEIC, whatever its name says; save it as JPEG",
+    b"ftypmif1": "HEIC, whatever its name says; save it as JPEG",
+}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 THINNEST = 30  # an image longer than this many times its short side may have no pixels left when made small
 
@@ -45,21 +50,14 @@ def opened(path, image_id, pixels=None):
             with contextlib.nullcontext(pixels) if pixels else Image.open(path) as raw:
                 yield raw
     except Exception as error:
-        what = what_is_it(path) if isinstance(error, UnidentifiedImageError) else reason(error)
+        what = reason(error)
         if isinstance(error, Image.DecompressionBombError):
             what = f"more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; cut it into tiles"
+        elif isinstance(error, UnidentifiedImageError):
+            with open(path, "rb") as file:
+                start = file.read(64)
+            what = next((what for sign, what in SIGNS.items() if sign in start), "not an image, or damaged")
         raise UserError(f"{path} (image id {image_id}): {what}; repair or remove it") from None
-
-
-def what_is_it(path):
-    """What a file that PIL does not know seems to be, from its first bytes."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        start = file.read(64)
-        if start.startswith(b"version https://git-lfs"):
-            return "a pointer of Git LFS, run git lfs pull"
-        if start[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
-            return "HEIC, whatever its name says; save it as JPEG"
-    return "not an image, or damaged"
 
 
 def size_shown(raw):

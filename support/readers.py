@@ -119,6 +119,8 @@ def clean(images, labels, first, reading):
         found.append(AnnotatedImage(i, path, height, width, label, boxes.reshape(-1, 4), area, crowd))
         if not rows:
             note("images without boxes, kept", f"{path}, image id {i}")
+    if not found and not reading.errors:
+        reading.errors.add("there are no images")
     if len(shares) > total / 2:
         kind = "most boxes are from 0 to 1: shares of the image? Pixels are expected"
         reading.errors.add(kind, shares[0], len(shares))
@@ -135,17 +137,16 @@ def compact(entry):
     box, outline = entry.get("bbox"), entry.get("segmentation")
     if outline and (not box or box[2:] == [0, 0]):
         with contextlib.suppress(Exception):  # then there is no box, and that is an error later
-            entry["bbox"], entry["from_outline"] = box_around(outline), True
+            if isinstance(outline, dict):  # a mask, its counts as a text or as a list
+                packed = isinstance(outline["counts"], str)
+                outline = outline if packed else mask.frPyObjects(outline, *outline["size"])
+                entry["bbox"] = mask.toBbox(outline).tolist()
+            else:
+                polygons = outline if isinstance(outline[0], list) else [outline]
+                points = np.concatenate(polygons).reshape(-1, 2)
+                entry["bbox"] = [*points.min(0).tolist(), *np.ptp(points, 0).tolist()]
+            entry["from_outline"] = True
     return tuple(map(entry.get, FIELDS))
-
-
-def box_around(outline):
-    """COCO's [x, y, width, height] around polygons or a mask."""
-    if isinstance(outline, dict):
-        plain = isinstance(outline["counts"], list)
-        return mask.toBbox(mask.frPyObjects(outline, *outline["size"]) if plain else outline).tolist()
-    points = np.concatenate(outline if isinstance(outline[0], list) else [outline]).reshape(-1, 2)
-    return [*points.min(0).tolist(), *np.ptp(points, 0).tolist()]
 
 
 def parse_coco(path):
@@ -158,10 +159,9 @@ def parse_coco(path):
         raise UserError(f"cannot be read as JSON: {error}" if text.strip() else "is empty") from None
     finally:
         gc.enable()
-    kinds = {"images": dict, "categories": dict, "annotations": tuple}  # captions and panoptic: no tuples
-    if not isinstance(contents, dict) or not all(
-            isinstance(contents.get(key), list) and all(isinstance(entry, kind) for entry in contents[key])
-            for key, kind in kinds.items()):
+    lists = ("images", "categories", "annotations")
+    if not (isinstance(contents, dict) and all(isinstance(contents.get(key), list) for key in lists)
+            and all(isinstance(entry, tuple) for entry in contents["annotations"])):  # unlike captions
         guess = next((f"; this is {form}" for key, form in OTHER_FORMS.items() if f'"{key}"' in text), "")
         raise UserError("is no COCO file of objects, which has the lists images, categories and annotations, "
                         f"these with image_id and category_id{guess}. Export the data as COCO")
@@ -169,27 +169,21 @@ def parse_coco(path):
 
 
 def as_id(value):
-    """An id as a whole number if it says one ("1", 1.0), another text as it is, otherwise None."""
-    if isinstance(value, str) and value.isdecimal() or isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value if type(value) is int or isinstance(value, str) and value else None
+    """An id as a whole number if it says one, such as "1" or 1.0, otherwise as it is."""
+    whole = isinstance(value, str) and value.isdecimal() or isinstance(value, float) and value.is_integer()
+    return int(value) if whole else value
 
 
 def by_id(entries, what, told_by, reading):
     """({id: entry}, {id: whole number}), which is the id or, for a text, its place in the list."""
     found = {}
-    for k, entry in enumerate(entries, 1):
+    for entry in entries:
         i = as_id(entry.get("id"))
-        if i is None:
-            where = f"{what} number {k}: {entry.get('id')!r}"
-            reading.errors.add(f"{what} ids that are not whole numbers", where)
-        elif found.setdefault(i, entry).get(told_by) != entry.get(told_by):
+        if found.setdefault(i, entry).get(told_by) != entry.get(told_by):
             reading.errors.add(f"{what} ids that occur twice", f"{what} id {i}")
-        elif type(entry["id"]) is not int:
-            reading.notes.add(f"{what} ids that are text or fractions, read as numbers", repr(entry["id"]))
-    if not entries:
-        reading.errors.add(f"the list of {what} entries is empty")
-    return found, {i: i if type(i) is int else k for k, i in enumerate(found, 1)}
+        if not isinstance(entry.get("id"), int):
+            reading.notes.add(f"{what} ids that are text or fractions, read as numbers", repr(i))
+    return found, {i: i if isinstance(i, int) else k for k, i in enumerate(found, 1)}
 
 
 def read_coco(reading, known):
@@ -252,21 +246,21 @@ def voc_files(reading):
     """{path below their folder, without ending: XML file} of a folder, or of a list with a name a line."""
     folder, listed = reading.path, not os.path.isdir(reading.path)
     if listed:
-        above = [*map(str, Path(folder).parents[:3])]
+        above = [str(place) for place in Path(folder).parents[:3]]
         likely = [os.path.join(place, name) for place in above for name in ("Annotations", "annotations")]
         folder = next(filter(os.path.isdir, likely), above[-1])
-    found = {key_of(xml[len(folder) + 1:-4]): xml for xml in reading.tree.inside(folder, ".xml")}
+    found = chosen = {key_of(xml[len(folder) + 1:-4]): xml for xml in reading.tree.inside(folder, ".xml")}
     if listed:
-        bare, all_files, found = {os.path.basename(key): key for key in found}, found, {}
+        chosen, known = {}, {os.path.basename(key): key for key in found} | {key: key for key in found}
         for line in read_text(reading.path).splitlines():
             line = line.strip().strip('"')  # Datumaro puts names with spaces in quotes, VoTT writes a.jpg 1
-            names = [key_of(name) for name in (line, os.path.splitext(line)[0], line.split(" ")[0])]
-            key = next((bare.get(name, name) for name in names if name in all_files or name in bare), line)
+            keys = [key_of(name) for name in (line, os.path.splitext(line)[0], line.split(" ")[0])]
             if line and line[0] != "#":
-                found[key] = all_files.get(key)
-    if not any(found.values()):
+                key = next((known[key] for key in keys if key in known), line)
+                chosen[key] = found.get(key)
+    if not any(chosen.values()):
         raise UserError(f"no {'name in this list has an XML file' if listed else 'XML files'} in {folder}")
-    return found
+    return chosen
 
 
 def voc_image(stem, name, times, reading):
@@ -437,7 +431,7 @@ def read_yolo(reading, known):
 
 def yolo_images(names, keypoints, reading):
     """The images of a YOLO folder, see the top of this file."""
-    used, unknown, zeros = {}, [], False  # {label file: image}
+    used, places = {}, {}  # {label file: image}, {class id: its first place}
     for i, path in enumerate(yolo_files(reading), 1):
         labels, boxes = labels_of(path, reading.tree), []
         if labels is None:
@@ -448,18 +442,17 @@ def yolo_images(names, keypoints, reading):
         image = usable(i, path, 0, 0, reading)
         _, _, height, width = image or (0, 0, 0, 0)
         for label, (x0, y0, x1, y1), where in read_labels(labels, keypoints, reading):
-            zeros |= label == 0
+            places.setdefault(label, where)
             if label in names:
-                boxes.append((label, (x0 * width, y0 * height, x1 * width, y1 * height), None, None, where))
-            else:
-                unknown.append((label, f"{where}: {label:g}"))
+                box = x0 * width, y0 * height, x1 * width, y1 * height
+                boxes.append((label, box, None, None, where))
         if image:
             yield image, boxes
-    if unknown:
+    if unknown := [label for label in places if label not in names]:
         kind = f"labels whose class id is not among the {len(names)} names"
-        if {label for label, _ in unknown} == {len(names)} and not zeros:
+        if unknown == [len(names)] and 0 not in places:
             kind += "; they seem to count from 1, and YOLO counts from 0"
-        reading.errors.add(kind, unknown[0][1], len(unknown))
+        reading.errors.add(kind, f"{places[unknown[0]]}: {unknown[0]:g}", len(unknown))
     if {*used} == {None}:
         raise UserError(f"no image has labels; {used[None]} has no .txt beside it or in labels/ for images/")
     homes = {os.path.dirname(labels): os.path.dirname(image) for labels, image in used.items() if labels}
