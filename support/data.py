@@ -13,21 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from support import UserError, visible
 from support.evaluation import to_coco
-from support.images import IMAGE_SUFFIXES, bare_image, load_image, nearly_black, to_input_and_target
+from support.images import bare_images, clean, load_image, make_transform, nearly_black, to_input_and_target
 from support.layouts import NAMES, Reading, Tree, find_source, given_source, search
-from support.readers import clean, key_of, read_coco, read_voc, read_yolo
+from support.readers import READERS, join_names
 from support.shapes import Shapes
 
-READERS = {"COCO": read_coco, "VOC": read_voc, "YOLO": read_yolo}
-SHAPES_SIZE, LAPTOP_SIZE = 96, 256  # longest side in pixels
-PAPER_SIZE, PAPER_LONGEST = 800, 1333  # DETR's: the short side, and the most for the long one
+SIZES = {"laptop": 256, "none": 256, "paper": 800}  # pixels, without --size: see make_transform
+SHAPES_SIZE = 96  # longest side in pixels
 
 
 class CocoFolder(Dataset):
@@ -49,7 +47,7 @@ class CocoFolder(Dataset):
         self.name, self.images, self.notes, self.held_out = name, images, notes, held_out
         self.category_ids, self.class_names = list(categories), list(categories.values())
         self.augment, self.seed = augment, seed
-        self.size = size or (PAPER_SIZE if augment == "paper" else LAPTOP_SIZE)
+        self.size = size or SIZES[augment]
         self.transform = make_transform(train, augment, self.size, flip)
 
     def __len__(self):
@@ -95,50 +93,6 @@ class CocoFolder(Dataset):
     @functools.cached_property
     def coco(self):
         return to_coco(self, self.images)
-
-
-# ---- Augmentation ------------------------------------------------------------------------------------------
-def random_size_crop(smallest, largest, image, target):
-    """Cuts out a window with sides of smallest..largest pixels. Objects outside go with their labels."""
-    sides = [int(torch.randint(min(smallest, side), min(largest, side) + 1, ())) for side in image.shape[-2:]]
-    return v2.SanitizeBoundingBoxes()(*v2.RandomCrop(sides)(image, target))
-
-
-def make_transform(train, augment, size, flip=True):
-    """A function (image, target) -> (image, target). Without `flip` nothing is mirrored.
-
-    "none"    the image is resized to just fit into size x size pixels, its shape kept
-    "laptop"  the same; in training also mirrored, lighter or darker, and half the time magnified and cut
-    "paper"   DETR's: short side 800 (training: 480 to 800), long side up to 1333; in training also mirrored,
-              and half the time cut to 384 to 600 before. `size` stands for the 800 and scales all of these.
-    """
-    mirror = [v2.RandomHorizontalFlip()] if flip else []
-    if augment == "paper":
-        scale = size / PAPER_SIZE
-        longest, _ = largest_canvas(size, augment)
-        if not train:
-            return v2.RandomShortestSize([size], longest)
-        resize = v2.RandomShortestSize([round(side * scale) for side in range(480, 801, 32)], longest)
-        cut = [v2.RandomShortestSize([round(side * scale) for side in (400, 500, 600)]),
-               functools.partial(random_size_crop, round(384 * scale), round(600 * scale)), resize]
-        return v2.Compose([*mirror, v2.RandomChoice([resize, v2.Compose(cut)])])
-
-    fit = v2.Resize(size=None, max_size=size)
-    if augment == "none" or not train:
-        return fit
-    magnify = [v2.Resize(size=None, max_size=round(size * zoom)) for zoom in (1.0, 1.2, 1.4, 1.6)]
-    cut = [v2.RandomChoice(magnify), functools.partial(random_size_crop, round(size * 0.7), size)]
-    return v2.Compose([
-        *mirror,  # not upside down: right for cells, wrong for people and most of the world
-        v2.RandomChoice([fit, v2.Compose(cut)]),
-        v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),  # not hue: it may tell classes apart
-    ])
-
-
-def largest_canvas(size, augment):
-    """(height, width) of the largest batch that can occur: one image may be wide and another one high."""
-    side = round(PAPER_LONGEST * size / PAPER_SIZE) if augment == "paper" else size
-    return side, side
 
 
 # ---- Batches -----------------------------------------------------------------------------------------------
@@ -201,38 +155,15 @@ def read_splits(folder, given, splits, share=None, seed=0):
         reading, labels = readings[split], {own: [*names].index(i) for own, i in ids.items()}
         if from_zero and reading.form == "VOC":
             reading.notes.add("an xmin or ymin is 0: pixels counted from 0, nothing is subtracted")
+        first = 1 if reading.form == "VOC" and not from_zero else 0
         try:
-            if split in splits:
-                first = int(reading.form == "VOC" and not from_zero)
-                reading.images = clean(images, labels, first, reading)
+            reading.images = clean(images, labels, first, reading) if split in splits else []
         except UserError as error:
             reading.errors.add(str(error))
     if share is not None and not readings["train"].errors:
         readings["val"] = hold_out(readings["train"], share, seed)
     compare_splits(names, readings)
     return names, readings
-
-
-def join_names(names, own, reading):
-    """{own id: id in names}. Classes are the same if their names are; `names` gets those that it lacks."""
-    ids, before = {}, dict(names)
-    id_of = {name: i for i, name in before.items()}
-    spelling = {key_of(name): name for name in id_of}
-    for i, name in own.items():
-        ids[i] = i if before.get(i) == name else id_of.get(name)
-        if ids[i] is None:
-            ids[i] = i if i not in names else max(names) + 1
-            names[ids[i]] = name
-            if known := spelling.get(key_of(name)):
-                reading.errors.add("classes written in another way than in train", f"{name!r}, {known!r}")
-            elif before:
-                reading.notes.add("classes that train does not have", name)
-        elif ids[i] != i:
-            kind = "classes with another id than in train, matched by name"
-            reading.notes.add(kind, f"{name}, {i} and {ids[i]}")
-    if before and not id_of.keys() & own.values():
-        reading.errors.add(f"none of train's classes is here: {', '.join(id_of)}")
-    return ids
 
 
 def check_split(tree, share, given):
@@ -294,18 +225,7 @@ def compare_splits(names, readings):
 # ---- Load --------------------------------------------------------------------------------------------------
 def from_images(paths, augment="laptop", size=None):
     """Image files, all images in folders, and PIL images as a data set without boxes, as for evaluation."""
-    found = []
-    for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        if isinstance(path, Image.Image) or os.path.isfile(path):
-            found.append(path)
-        elif not os.path.isdir(path):
-            raise UserError(f"{path}: no such image or folder")
-        elif inside := [file for file in Path(path).iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]:
-            found += sorted(filter(os.path.isfile, inside))
-        else:
-            raise UserError(f"{path}: no images in this folder")
-    images = [bare_image(i, image) for i, image in enumerate(found)]
-    return CocoFolder("images", images, {}, [], False, augment, size, seed=0)
+    return CocoFolder("images", bare_images(paths), {}, [], False, augment, size, seed=0)
 
 
 def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_images=None, size=None,
@@ -319,7 +239,7 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
     splits       val alone needs no training set; if there is one, its classes are those of val
     split        this share of the training images is held out as val, by `seed`; there must be no other val
     """
-    if augment not in ("laptop", "paper", "none"):
+    if augment not in SIZES:
         raise UserError(f'augment can be "laptop", "paper" or "none", not {augment!r}')
     given = {"train": (train_json, train_images), "val": (val_json, val_images)}
     if folder in (None, "shapes") and not any(map(any, given.values())):
@@ -330,13 +250,14 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
         return {part: shapes[part] for part in splits}
 
     categories, readings = read_splits(folder, given, splits, split, seed)
-    for reading in (reading for reading in readings.values() if reading.errors):
-        message = reading.errors.lines()[0]
-        if reading.path is None:
-            raise UserError(message)
-        same = shlex.quote(str(folder)) if folder else "with the same paths"
-        same += f" --split {split}" if split else ""
-        raise UserError(f"{reading.path}: {message}; to see everything: python -m support.check_data {same}")
+    for reading in readings.values():
+        if reading.errors and reading.path is None:
+            raise UserError(reading.errors.lines()[0])
+        if reading.errors:
+            same = shlex.quote(str(folder)) if folder else "with the same paths"
+            same += f" --split {split}" if split else ""
+            raise UserError(f"{reading.path}: {reading.errors.lines()[0]}; "
+                            f"to see everything: python -m support.check_data {same}")
     datasets = {}
     for part in splits:
         reading = readings[part]

@@ -7,18 +7,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from urllib.parse import unquote
 
-from support import UserError, shorten, visible
+from support import UserError, readers, shorten, visible
 from support.images import IMAGE_SUFFIXES
-from support.readers import (
-    MOST_JSON,
-    key_of,
-    locate,
-    parse_coco,
-    read_config,
-    read_labels,
-    read_text,
-    read_xml,
-)
 
 JUNK = ("._", ".ipynb_checkpoints", "__MACOSX")  # systems and notebooks make them
 NAMES = {"train": ["train", "training", "trainval"], "val": ["val", "valid", "validation", "test"]}
@@ -48,8 +38,8 @@ class Problems(dict):
         self.setdefault(kind, [0, where])[0] += count
 
     def lines(self):
-        return [shorten(visible(f"{kind}: {count} (first: {where})" if where else kind), 500)
-                for kind, (count, where) in self.items()]
+        texts = [f"{kind}: {n} (first: {where})" if where else kind for kind, (n, where) in self.items()]
+        return [shorten(visible(text), 500) for text in texts]
 
 
 class Tree:
@@ -63,9 +53,9 @@ class Tree:
             folders[:] = sorted(name for name in folders if not name.startswith((".", *JUNK)) and not (
                 os.path.islink(link := os.path.join(folder, name))  # to a folder that it lies in
                 and os.path.join(os.path.realpath(folder), "").startswith(os.path.realpath(link) + os.sep)))
-            self.folders[key_of(folder)] = folder
+            self.folders[readers.key_of(folder)] = folder
             for path in (os.path.join(folder, name) for name in sorted(names) if not name.startswith(JUNK)):
-                key = key_of(path)
+                key = readers.key_of(path)
                 self.files[key] = path
                 if key.endswith(IMAGE_SUFFIXES):
                     stem = os.path.splitext(key)[0]
@@ -76,12 +66,12 @@ class Tree:
     def find(self, path):
         """The file at a path, or None. A device or a FIFO is none."""
         path = os.path.normpath(path)
-        found = path if os.path.isfile(path) else self.files.get(key_of(path))
+        found = path if os.path.isfile(path) else self.files.get(readers.key_of(path))
         return found if found and os.path.isfile(found) else None
 
     def match(self, pattern):
         """The files and folders below the top that a pattern in small letters fits, such as train/*.json."""
-        pattern = os.path.normpath(os.path.join(key_of(self.top), pattern))
+        pattern = os.path.normpath(os.path.join(readers.key_of(self.top), pattern))
         if "*" not in pattern:
             return [found for found in (self.files.get(pattern), self.folders.get(pattern)) if found]
         ending, depth = os.path.splitext(pattern)[1], pattern.count(os.sep)
@@ -90,8 +80,8 @@ class Tree:
 
     def inside(self, folder, *endings):
         """The paths of the files with one of these endings in a folder and below."""
-        start = key_of(os.path.join(folder, ""))
-        if not start.startswith(key_of(self.top)):
+        start = readers.key_of(os.path.join(folder, ""))
+        if not start.startswith(readers.key_of(self.top)):
             return Tree(folder).inside(folder, *endings)
         return sorted(path for key, path in self.files.items()
                       if key.startswith(start) and key.endswith(endings) and os.path.isfile(path))
@@ -122,24 +112,24 @@ class Reading:
                     if not found.startswith(self.tree.top + os.sep):
                         self.notes.add("image files outside of the data folder", found)
                     return found
-        parts = key_of(plain).split("/")[::-1]
+        parts = readers.key_of(plain).split("/")[::-1]
         found = [path for path in self.tree.called.get(parts[0], ()) if os.path.isfile(path)
-                 and not self.avoid & {*key_of(path[len(self.tree.top):]).split(os.sep)[:-1]}]
-        same = [len(os.path.commonprefix([key_of(path).split(os.sep)[::-1], parts])) for path in found]
+                 and not self.avoid & {*readers.key_of(path[len(self.tree.top):]).split(os.sep)[:-1]}]
+        ends = [readers.key_of(path).split(os.sep)[::-1] for path in found]
+        same = [len(os.path.commonprefix([end, parts])) for end in ends]
         found = [path for path, count in zip(found, same) if count == max(same)]  # the most folders in common
         if len(found) == 1:
-            kind = "image files in another folder than the annotations say, found by their name"
-            self.notes.add(kind, f"{name} is {found[0]}")
+            self.notes.add("image files in another folder than the annotations say", f"{name} is {found[0]}")
             return found[0]
-        kind = "do not exist" if not found else "are lost, with several of that name elsewhere"
-        self.errors.add(f"image files that {kind}",
-                        ", ".join([os.path.join(places[0], name), where, *found[:2]]))
+        kind = "are lost, with several of that name elsewhere" if found else "do not exist"
+        lost = ", ".join([os.path.join(places[0], name), where, *found[:2]])
+        self.errors.add(f"image files that {kind}", lost)
 
 
 def mentions(path, *words):
     """Whether all of these bytes are in a file."""
     with contextlib.suppress(UserError):
-        content = read_text(path, MOST_JSON, as_bytes=True)
+        content = readers.read_text(path, readers.MOST_JSON, as_bytes=True)
         return all(word in content for word in words)
 
 
@@ -183,7 +173,7 @@ def search(tree, split, unsplit=False):
         found = tree.match(layout)
         if form == "COCO":
             word = re.compile(rf"(?<![a-z]){name}(?![a-z])")
-            found = [path for path in found if word.search(key_of(path[len(tree.top):]))]
+            found = [path for path in found if word.search(readers.key_of(path[len(tree.top):]))]
             if path := one_coco(found, "*" not in layout):
                 return in_places(tree, form, path, name)
         elif form == "VOC":
@@ -194,10 +184,10 @@ def search(tree, split, unsplit=False):
             if config is None:
                 classes = class_file(tree, NAMES[split])
                 try:
-                    config = read_config(classes) if classes else {}
+                    config = readers.read_config(classes) if classes else {}
                     if key := next((key for key in NAMES[split] if config.get(key)), None):
                         values = config[key] if isinstance(config[key], list) else [config[key]]
-                        places = [locate(key, value, config, classes) for value in values]
+                        places = [readers.locate(key, value, config, classes) for value in values]
                         return Reading(form, classes, tree, places)
                 except UserError as error:
                     raise UserError(f"{classes}: {error}") from None
@@ -234,7 +224,7 @@ def find_hint(tree, split, unsplit):
     likely = {"COCO": [together.path], "VOC": xmls, "YOLO": []}[together.form] if together else jsons + xmls
     for path in likely:
         try:
-            parse_coco(path) if path.lower().endswith("json") else read_xml(path)
+            readers.parse_coco(path) if path.lower().endswith("json") else readers.read_xml(path)
         except UserError as error:
             return f"{path} {error}"
     if together:
@@ -242,7 +232,7 @@ def find_hint(tree, split, unsplit):
     if class_file(tree, NAMES[split]):
         return "There are no images where YOLO's layouts have them"
     for path in tree.inside(tree.top, ".txt")[:20]:
-        if any(read_labels(path, False, Reading())):
+        if any(readers.read_labels(path, False, Reading())):
             return f"{path} is a YOLO label file: write the names of its classes into {tree.top}/classes.txt"
     return f"Export the data as COCO, or give --{split}-json and --{split}-images"
 

@@ -1,4 +1,4 @@
-"""Reads the annotations of one split: read_coco, read_voc, read_yolo; `clean` makes AnnotatedImages of them.
+"""Reads the annotations of one split: read_coco, read_voc, read_yolo.
 
 Each takes `reading`, the split (layouts.py), and `known`, the classes of train, {category id: name}. It
 returns the classes of the split and its images, which are read one by one when they are asked for:
@@ -7,7 +7,6 @@ returns the classes of the split and its images, which are read one by one when 
 import contextlib
 import gc
 import json
-import math
 import os
 import re
 import unicodedata
@@ -20,10 +19,9 @@ import yaml
 from pycocotools import mask
 
 from support import UserError, reason, visible
-from support.images import IMAGE_SUFFIXES, OTHER_SUFFIXES, AnnotatedImage, file_size
+from support.images import IMAGE_SUFFIXES, OTHER_SUFFIXES, file_size
 
 MOST_TEXT, MOST_JSON = 10 ** 8, 5 * 10 ** 9  # bytes
-SMALLEST_SIDE = 0.1  # pixels; float32 arithmetic leaves nothing of a box that is thinner
 FIELDS = ("image_id", "category_id", "bbox", "area", "iscrowd", "id", "from_outline")  # of COCO's annotations
 OTHER_FORMS = {  # a key that JSON files of other forms have: whose form that is
     "caption": "captions, take instances_*.json", "segments_info": "panoptic, take instances_*.json",
@@ -32,7 +30,7 @@ OTHER_FORMS = {  # a key that JSON files of other forms have: whose form that is
     "items": "Datumaro's own form", "data": "Label Studio's own form", "score": "a file of results",
     "image": "CreateML's form",
 }
-NO_LABELS = re.compile(r"(?i)(classes|readme|predefined|train|training|val|valid|validation|test|images)\b.*")
+NO_LABELS = re.compile(r"(?i)(classes|readme|predefined|train|training|val|valid|validation|test|images)\b")
 
 
 def key_of(name):
@@ -65,68 +63,39 @@ def read_text(path, most=MOST_TEXT, as_bytes=False):
 
 # ---- What all readers share --------------------------------------------------------------------------------
 def usable(i, path, height, width, reading):
-    """(i, path, height, width) of an image; None, and an error, if it cannot be used. path: None if lost."""
-    sides = [number(side or 0) for side in (height, width)]
+    """(i, path, height, width) of an image; None, and an error, if it cannot be used. No size: the file's."""
     try:
-        if path and path.lower().endswith(OTHER_SUFFIXES):
+        if path.lower().endswith(OTHER_SUFFIXES):
             raise UserError(f"{path}: a format that Pillow does not read, save it as .jpg or .png")
-        if path and 0 in sides:  # left out: the file tells
-            sides = file_size(path, i)
-        if path and (None in sides or min(sides) < 1):
-            raise UserError(f"{path} (image id {i}): height and width are {height!r} and {width!r}; "
-                            "correct them or leave them out")
+        sides = [number(side or 0) for side in (height, width)]
+        sides = file_size(path, i) if 0 in sides else sides
+        if None in sides or min(sides) < 1:
+            raise UserError(f"{path} (image id {i}): height and width cannot be {height!r} and {width!r}")
+        return i, path, int(sides[0]), int(sides[1])
     except UserError as error:
-        path = reading.errors.add("image files that cannot be used", str(error))  # None
-    return path and (i, path, int(sides[0]), int(sides[1]))
+        reading.errors.add("image files that cannot be used", str(error))
 
 
-def clean(images, labels, first, reading):
-    """The AnnotatedImages of what a reader yields, boxes cut to their image. All changes are noted.
-
-    labels: {category id: label}; first: number of the first pixel (VOC's 1 to 640 is 0 to 640 elsewhere).
-    """
-    found, note, shares, over, total = [], reading.notes.add, [], 0, 0
-    for (i, path, height, width), boxes in images:
-        rows, seen = [], set()
-        for category, box, area, crowd, where in boxes:
-            x0, y0, x1, y1 = box[0] - first, box[1] - first, box[2], box[3]
-            cut = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
-            w, h = cut[2] - cut[0], cut[3] - cut[1]
-            total += 1
-            if max(box) <= 1.01 and min(box) >= -0.01 and any(value % 1 for value in box):
-                shares.append(where)
-            if not math.isfinite(sum(box)) or min(x1 - x0, y1 - y0) < SMALLEST_SIDE:
-                note("boxes that are not finite or have no width or height, dropped", where)
-                continue
-            crosses = max(-x0, -y0, x1 - width, y1 - height) > 0.5  # less is rounding, common in COCO
-            over += crosses
-            if min(w, h) < SMALLEST_SIDE:
-                note("boxes outside their image, dropped", where)
-                continue
-            if crosses:
-                note("boxes reaching over the image edge, clipped", where)
-            if (category, cut) in seen:
-                note("boxes given more than once, with the same class, kept", where)
-            seen.add((category, cut))
-            area = min(number(area) or math.inf, w * h)  # an outline may not have been clipped
-            crowd = crowd in (1, "1", "true", "True")
-            if crowd:
-                note("crowd regions (VOC: difficult), neither trained on nor evaluated", where)
-            rows.append((labels[category], cut, area, crowd))
-        columns = zip(*rows) if rows else ((),) * 4
-        kinds = (np.int64, np.float32, float, bool)
-        label, boxes, area, crowd = (np.array(column, kind) for column, kind in zip(columns, kinds))
-        found.append(AnnotatedImage(i, path, height, width, label, boxes.reshape(-1, 4), area, crowd))
-        if not rows:
-            note("images without boxes, kept", f"{path}, image id {i}")
-    if not found and not reading.errors:
-        reading.errors.add("there are no images")
-    if len(shares) > total / 2:
-        kind = "most boxes are from 0 to 1: shares of the image? Pixels are expected"
-        reading.errors.add(kind, shares[0], len(shares))
-    if over > max(2, total / 2):
-        note("most boxes reach over the edge of their image: COCO expects x, y, width, height")
-    return found
+def join_names(names, own, reading):
+    """{own id: id in names}. Classes are the same if their names are; `names` gets those that it lacks."""
+    ids, before = {}, dict(names)
+    id_of = {name: i for i, name in before.items()}
+    spelling = {key_of(name): name for name in id_of}
+    for i, name in own.items():
+        ids[i] = i if before.get(i) == name else id_of.get(name)
+        if ids[i] is None:
+            ids[i] = i if i not in names else max(names) + 1
+            names[ids[i]] = name
+            if known := spelling.get(key_of(name)):
+                reading.errors.add("classes written in another way than in train", f"{name!r}, {known!r}")
+            elif before:
+                reading.notes.add("classes that train does not have", name)
+        elif ids[i] != i:
+            kind = "classes with another id than in train, matched by name"
+            reading.notes.add(kind, f"{name}, {i} and {ids[i]}")
+    if before and not id_of.keys() & own.values():
+        reading.errors.add(f"none of train's classes is here: {', '.join(id_of)}")
+    return ids
 
 
 # ---- COCO --------------------------------------------------------------------------------------------------
@@ -204,28 +173,26 @@ def coco_images(contents, category_ids, reading):
         reading.notes.add(f"annotation ids that are missing, text or given twice, not used: {others}")
     del annotations
     for i, entry in found.items():
-        file, boxes = entry.get("file_name") or entry.get("coco_url"), []  # LVIS has the second
-        path = reading.find_image(file, f"image id {i}") if file else \
-            reading.errors.add("images without a file_name", f"image id {i}")
+        file, boxes = entry.get("file_name") or entry.get("coco_url") or "", []  # LVIS has the second
+        path = reading.find_image(file, f"image id {i}")
         for image_id, category_id, bbox, area, crowd, k, computed in of_image.pop(i, ()):
             where = f"{file}, image id {image_id}, annotation id {k}"
             category = category_ids.get(as_id(category_id))
             box = [number(value) for value in bbox] if isinstance(bbox, list) else []
             if category is None:
-                kind = "annotations whose category_id is not among the categories"
-                reading.errors.add(kind, f"{where}: {category_id}")
+                reading.errors.add("annotations of a class that is not listed", f"{where}: {category_id}")
             elif len(box) != 4 or None in box:
                 reading.errors.add("annotations whose bbox is not four numbers", f"{where}: {bbox}")
             else:
                 x, y, w, h = box
-                boxes.append((category, (x, y, x + w, y + h), area, crowd, where))
+                boxes.append((category, (x, y, x + w, y + h), number(area), crowd, where))
                 if computed:
                     reading.notes.add("boxes computed from outlines, because there is no bbox", where)
-        if image := usable(ids[i], path, entry.get("height"), entry.get("width"), reading):
+        if path and (image := usable(ids[i], path, entry.get("height"), entry.get("width"), reading)):
             yield image, boxes
     for image_id, lost in of_image.items():
-        kind = "annotations whose image_id is not among the images"
-        reading.errors.add(kind, f"annotation id {lost[0][5]}: {image_id}", len(lost))
+        where = f"annotation id {lost[0][5]}: {image_id}"
+        reading.errors.add("annotations whose image_id is not among the images", where, len(lost))
 
 
 # ---- VOC ---------------------------------------------------------------------------------------------------
@@ -316,7 +283,8 @@ def voc_images(files, category_ids, reading):
                 reading.errors.add(f"objects without {lacks}", f"{where}: {', '.join(corners)}")
             else:
                 boxes.append((category_ids[category], box, None, difficult, where))
-        if image := usable(i, voc_image(stem, name, times[name], reading), *size, reading):
+        path = voc_image(stem, name, times[name], reading)
+        if path and (image := usable(i, path, *size, reading)):
             yield image, boxes
 
 
@@ -338,9 +306,9 @@ def read_config(path):
     return contents
 
 
-def read_classes(config, path, notes):
+def read_classes(config, path):
     """{class id: name} of what read_config returns."""
-    names, count = config.get("names"), int(number(config.get("nc") or config.get("classes")) or 0)
+    names, count = config.get("names"), int(number(config.get("nc")) or 0)
     if isinstance(names, str) and names:
         names = read_config(locate("names", names, config, path))["names"]
     pairs = names.items() if isinstance(names, dict) else enumerate(names or map(str, range(count)))
@@ -348,8 +316,6 @@ def read_classes(config, path, notes):
     if not found or not all(type(i) is int and isinstance(name, str) for i, name in found.items()):
         raise UserError("names should be a list such as [cat, dog] or numbered such as {0: cat, 1: dog}, "
                         f"it is {names!r}")
-    if count not in (0, len(found)):
-        notes.add(f"nc is {count}, but there are {len(found)} names; the names count")
     return {i: visible(name.strip() or str(i)) for i, name in sorted(found.items())}
 
 
@@ -425,7 +391,7 @@ def read_labels(path, keypoints, reading):
 def read_yolo(reading, known):
     """A YOLO folder."""
     config = read_config(reading.path)
-    names = read_classes(config, reading.path, reading.notes)
+    names = read_classes(config, reading.path)
     return names, yolo_images(names, "kpt_shape" in config, reading)
 
 
@@ -457,7 +423,10 @@ def yolo_images(names, keypoints, reading):
         raise UserError(f"no image has labels; {used[None]} has no .txt beside it or in labels/ for images/")
     homes = {os.path.dirname(labels): os.path.dirname(image) for labels, image in used.items() if labels}
     for labels in {*reading.tree.files.values()} - {*used}:
-        folder, name = os.path.split(labels)
-        if folder in homes and name.lower().endswith(".txt") and not NO_LABELS.match(name) \
-                and not reading.tree.find(os.path.join(homes[folder], name[:-4])):
+        folder, name = os.path.split(os.path.splitext(labels)[0])
+        if folder in homes and labels.lower().endswith(".txt") and not NO_LABELS.match(name) \
+                and not reading.tree.find(os.path.join(homes[folder], name)):
             reading.notes.add("label files without an image, not used", labels)
+
+
+READERS = {"COCO": read_coco, "VOC": read_voc, "YOLO": read_yolo}

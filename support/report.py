@@ -9,6 +9,7 @@ import time
 import torch
 
 from support import UserError, data, machine, one_line
+from support.images import largest_canvas
 from support.model_files import check_output, describe
 
 
@@ -114,7 +115,7 @@ def try_out(model, train_set, args, train_step, file):
     """
     part = args.batch_size // (args.accumulate * machine.WORLD)
     images, mask, targets = data.collate([train_set[i] for i in range(part)])
-    canvas = data.largest_canvas(train_set.size, args.preset)
+    canvas = largest_canvas(train_set.size, args.preset)
     largest = images.new_zeros(part, 3, *canvas), mask.new_zeros(part, *canvas), targets
     model = copy.deepcopy(model)
     try:
