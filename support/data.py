@@ -143,8 +143,8 @@ def read_splits(folder, given, splits, share=None, seed=0):
                 given_source(split, *given[split])
             for path in reading.tree.junk:
                 reading.notes.add("files that systems or notebooks make, not used", path)
-            own, images = READERS[reading.form](reading, names)
-            found[split] = images, join_names(names, own, reading)
+            images = READERS[reading.form](reading, names)
+            found[split] = images, join_names(names, next(images), reading)
         except UserError as error:
             reading.errors.add(str(error))
         if split in splits or reading.path or any(given[split]):  # no training set: val has its own classes

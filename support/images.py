@@ -47,6 +47,24 @@ class AnnotatedImage:
         return set(self.labels[~self.crowd].tolist())
 
 
+def number(value):
+    """The float that a number or a text says, otherwise None."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def true_size(path, height, width, image_id):
+    """(height, width) as annotated, or of the file if they are left out. UserError if it cannot be used."""
+    if path.lower().endswith(OTHER_SUFFIXES):
+        raise UserError(f"{path}: a format that Pillow does not read, save it as .jpg or .png")
+    sides = [number(side or 0) for side in (height, width)]
+    if None in sides or min(sides) < 0:
+        raise UserError(f"{path} (image id {image_id}): height and width cannot be {height!r} and {width!r}")
+    return file_size(path, image_id) if 0 in sides else map(int, sides)
+
+
 def clean(images, labels, first, reading):
     """The AnnotatedImages of what a reader yields (readers.py), boxes cut to their image. Changes are noted.
 
@@ -54,8 +72,17 @@ def clean(images, labels, first, reading):
     """
     found, note, shares, over, total = [], reading.notes.add, [], 0, 0
     for (i, path, height, width), boxes in images:
+        if path is None:
+            continue
+        try:
+            height, width = true_size(path, height, width, i)
+        except UserError as error:
+            reading.errors.add("image files that cannot be used", str(error))
+            continue
         rows = []
         for category, box, area, crowd, where in boxes:
+            if reading.form == "YOLO":  # shares of the image
+                box = box[0] * width, box[1] * height, box[2] * width, box[3] * height
             x0, y0, x1, y1 = box[0] - first, box[1] - first, box[2], box[3]
             cut = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
             w, h = cut[2] - cut[0], cut[3] - cut[1]
@@ -74,8 +101,8 @@ def clean(images, labels, first, reading):
             crowd = crowd in (1, "1", "true", "True")
             if crowd:
                 note("crowd regions (VOC: difficult), neither trained on nor evaluated", where)
-            area = min(area or math.inf, w * h)  # an outline may not have been clipped
-            rows.append((labels[category], cut, area, crowd))
+            area = area if area and area > 0 else math.inf
+            rows.append((labels[category], cut, min(area, w * h), crowd))  # outlines cross edges
         if len({row[:2] for row in rows}) < len(rows):
             note("images with the same box and class more than once, kept", path)
         if not rows:

@@ -1,8 +1,9 @@
 """Reads the annotations of one split: read_coco, read_voc, read_yolo.
 
-Each takes `reading`, the split (layouts.py), and `known`, the classes of train, {category id: name}. It
-returns the classes of the split and its images, which are read one by one when they are asked for:
-((id, path, height, width), [(category id, (x0, y0, x1, y1) in pixels, area, crowd, where it is written)]).
+Each takes `reading`, the split (layouts.py), and `known`, the classes of train. It yields the classes of the
+split, {category id: name}, and then image after image, so nobody waits for images that are not needed:
+(id, path, height, width), [(category id, (x0, y0, x1, y1), area, crowd, where this is written), ...]
+Numbers are as they are written; the path is None if there is no such file. See clean in images.py.
 """
 import contextlib
 import gc
@@ -19,7 +20,7 @@ import yaml
 from pycocotools import mask
 
 from support import UserError, reason, visible
-from support.images import IMAGE_SUFFIXES, OTHER_SUFFIXES, file_size
+from support.images import IMAGE_SUFFIXES, OTHER_SUFFIXES, number
 
 MOST_TEXT, MOST_JSON = 10 ** 8, 5 * 10 ** 9  # bytes
 FIELDS = ("image_id", "category_id", "bbox", "area", "iscrowd", "id", "from_outline")  # of COCO's annotations
@@ -38,14 +39,6 @@ def key_of(name):
     return name.lower() if name.isascii() else unicodedata.normalize("NFC", name).casefold()
 
 
-def number(value):
-    """The float that a number or a text says, otherwise None."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
-
-
 def read_text(path, most=MOST_TEXT, as_bytes=False):
     """A text file in UTF-8, or in UTF-16 with its mark. UserError, without the path."""
     if not os.path.isfile(path):
@@ -61,21 +54,7 @@ def read_text(path, most=MOST_TEXT, as_bytes=False):
         raise UserError("is not in UTF-8: open it in an editor and save it as UTF-8") from None
 
 
-# ---- What all readers share --------------------------------------------------------------------------------
-def usable(i, path, height, width, reading):
-    """(i, path, height, width) of an image; None, and an error, if it cannot be used. No size: the file's."""
-    try:
-        if path.lower().endswith(OTHER_SUFFIXES):
-            raise UserError(f"{path}: a format that Pillow does not read, save it as .jpg or .png")
-        sides = [number(side or 0) for side in (height, width)]
-        sides = file_size(path, i) if 0 in sides else sides
-        if None in sides or min(sides) < 1:
-            raise UserError(f"{path} (image id {i}): height and width cannot be {height!r} and {width!r}")
-        return i, path, int(sides[0]), int(sides[1])
-    except UserError as error:
-        reading.errors.add("image files that cannot be used", str(error))
-
-
+# ---- Classes -----------------------------------------------------------------------------------------------
 def join_names(names, own, reading):
     """{own id: id in names}. Classes are the same if their names are; `names` gets those that it lacks."""
     ids, before = {}, dict(names)
@@ -156,15 +135,11 @@ def by_id(entries, what, told_by, reading):
 
 
 def read_coco(reading, known):
-    """A COCO file."""
+    """See the top of this file."""
     contents = parse_coco(reading.path)
-    found, ids = by_id(contents["categories"], "category", "name", reading)
-    names = {ids[i]: visible(str(entry.get("name") or "").strip()) or str(i) for i, entry in found.items()}
-    return names, coco_images(contents, ids, reading)
+    found, classes = by_id(contents["categories"], "category", "name", reading)
+    yield {classes[i]: visible(str(entry.get("name") or "").strip()) or str(i) for i, entry in found.items()}
 
-
-def coco_images(contents, category_ids, reading):
-    """The images of a COCO file, see the top of this file."""
     found, ids = by_id(contents["images"], "image", "file_name", reading)
     annotations, of_image = contents.pop("annotations"), defaultdict(list)  # {image id: its annotations}
     for annotation in annotations:
@@ -177,10 +152,10 @@ def coco_images(contents, category_ids, reading):
         path = reading.find_image(file, f"image id {i}")
         for image_id, category_id, bbox, area, crowd, k, computed in of_image.pop(i, ()):
             where = f"{file}, image id {image_id}, annotation id {k}"
-            category = category_ids.get(as_id(category_id))
+            category = classes.get(as_id(category_id))
             box = [number(value) for value in bbox] if isinstance(bbox, list) else []
             if category is None:
-                reading.errors.add("annotations of a class that is not listed", f"{where}: {category_id}")
+                reading.errors.add("category_id not among the categories", f"{where}: {category_id}")
             elif len(box) != 4 or None in box:
                 reading.errors.add("annotations whose bbox is not four numbers", f"{where}: {bbox}")
             else:
@@ -188,8 +163,7 @@ def coco_images(contents, category_ids, reading):
                 boxes.append((category, (x, y, x + w, y + h), number(area), crowd, where))
                 if computed:
                     reading.notes.add("boxes computed from outlines, because there is no bbox", where)
-        if path and (image := usable(ids[i], path, entry.get("height"), entry.get("width"), reading)):
-            yield image, boxes
+        yield (ids[i], path, entry.get("height"), entry.get("width")), boxes
     for image_id, lost in of_image.items():
         where = f"annotation id {lost[0][5]}: {image_id}"
         reading.errors.add("annotations whose image_id is not among the images", where, len(lost))
@@ -246,7 +220,7 @@ def voc_image(stem, name, times, reading):
 
 
 def read_voc(reading, known):
-    """VOC's XML files. Classes that are `known` keep their ids."""
+    """See the top of this file. Boxes are as they are written; classes that are `known` keep their ids."""
     def text(element, tag):
         return visible((element.findtext(tag) or "").strip())
 
@@ -264,16 +238,14 @@ def read_voc(reading, known):
                    for thing in root.findall("object")]
         size = text(root, "size/height"), text(root, "size/width")
         files[stem] = xml, text(root, "filename"), size, objects
-    starts = [number(corner) for *_, objects in files.values() for _, _, box in objects for corner in box[:2]]
+    all_objects = [thing for *_, objects in files.values() for thing in objects]
+    starts = [number(corner) for _, _, corners in all_objects for corner in corners[:2]]
     reading.from_zero = any(value is not None and 0 <= value < 1 for value in starts)
-    new = {name for *_, objects in files.values() for name, _, _ in objects} - {"", *known.values()}
-    names = known | dict(enumerate(sorted(new), max(known, default=0) + 1))
-    return names, voc_images(files, {name: i for i, name in names.items()}, reading)
+    new = sorted({name for name, _, _ in all_objects} - {"", *known.values()})
+    names = known | dict(enumerate(new, max(known, default=0) + 1))
+    yield names
 
-
-def voc_images(files, category_ids, reading):
-    """The images of VOC's files, see the top of this file; boxes as they are written."""
-    times = Counter(name for _, name, _, _ in files.values())
+    id_of, times = {name: i for i, name in names.items()}, Counter(name for _, name, _, _ in files.values())
     for i, (stem, (xml, name, size, objects)) in enumerate(files.items(), 1):
         boxes = []
         for k, (category, difficult, corners) in enumerate(objects, 1):
@@ -282,10 +254,8 @@ def voc_images(files, category_ids, reading):
                 lacks = "four numbers xmin, ymin, xmax, ymax" if category else "name"
                 reading.errors.add(f"objects without {lacks}", f"{where}: {', '.join(corners)}")
             else:
-                boxes.append((category_ids[category], box, None, difficult, where))
-        path = voc_image(stem, name, times[name], reading)
-        if path and (image := usable(i, path, *size, reading)):
-            yield image, boxes
+                boxes.append((id_of[category], box, None, difficult, where))
+        yield (i, voc_image(stem, name, times[name], reading), *size), boxes
 
 
 # ---- YOLO --------------------------------------------------------------------------------------------------
@@ -389,14 +359,11 @@ def read_labels(path, keypoints, reading):
 
 
 def read_yolo(reading, known):
-    """A YOLO folder."""
+    """See the top of this file."""
     config = read_config(reading.path)
     names = read_classes(config, reading.path)
-    return names, yolo_images(names, "kpt_shape" in config, reading)
+    yield names
 
-
-def yolo_images(names, keypoints, reading):
-    """The images of a YOLO folder, see the top of this file."""
     used, places = {}, {}  # {label file: image}, {class id: its first place}
     for i, path in enumerate(yolo_files(reading), 1):
         labels, boxes = labels_of(path, reading.tree), []
@@ -405,15 +372,11 @@ def yolo_images(names, keypoints, reading):
         elif labels in used:
             reading.notes.add("images that share a label file, kept; masks?", f"{used[labels]}, {path}")
         used[labels] = path
-        image = usable(i, path, 0, 0, reading)
-        _, _, height, width = image or (0, 0, 0, 0)
-        for label, (x0, y0, x1, y1), where in read_labels(labels, keypoints, reading):
+        for label, box, where in read_labels(labels, "kpt_shape" in config, reading):
             places.setdefault(label, where)
             if label in names:
-                box = x0 * width, y0 * height, x1 * width, y1 * height
                 boxes.append((label, box, None, None, where))
-        if image:
-            yield image, boxes
+        yield (i, path, None, None), boxes
     if unknown := [label for label in places if label not in names]:
         kind = f"labels whose class id is not among the {len(names)} names"
         if unknown == [len(names)] and 0 not in places:

@@ -296,6 +296,7 @@ REPAIRED = {  # what tools write, and the note about it
     "size as text": (edit("images", 0, width="64", height=48.0), ""),
     "no iscrowd": (edit("annotations", 0, iscrowd=...), ""),
     "false iscrowd": (edit("annotations", 0, iscrowd=False, area=0), ""),
+    "a negative area": (edit("annotations", 0, area=-1), ""),
     "only polygons": (edit("annotations", 0, bbox=..., segmentation=[
         [10, 8, 30, 8, 30, 9], [10, 20, 12, 24, 11, 9]]), "from outlines, because there is no bbox: 1"),
     "VIA's polygon": (edit("annotations", 0, bbox=[], segmentation=[10, 8, 30, 8, 30, 24]), "from outlines"),
@@ -314,7 +315,7 @@ def test_coco_as_tools_write_it(folder, what):
     change(folder, how)
     sets = read(folder)
     assert_truth(sets)
-    assert note in said(sets["train"])
+    assert note in said(sets["train"]) and sets["train"].images[0].areas.tolist() == [20 * 16]
 
 
 def test_ids_beyond_53_bits_stay_as_they_are(folder):
@@ -497,6 +498,8 @@ def test_a_zero_proves_that_voc_counts_pixels_from_0(tmp_path):
     sets = read(tmp_path / "a")
     assert_truth(sets)
     assert all("counted from 0" in said(dataset) for dataset in sets.values())
+    val = read(tmp_path / "a", splits=("val",))["val"]  # its own boxes prove nothing
+    assert boxes_in(val) == boxes_in(sets["val"])
     voc_as_published(tmp_path / "b", first=1)
     assert "counted from 0" not in said(read(tmp_path / "b")["train"])
 
