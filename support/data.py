@@ -24,7 +24,7 @@ from support.layouts import NAMES, Reading, Tree, find_source, given_source, sea
 from support.readers import READERS, join_names
 from support.shapes import Shapes
 
-SIZES = {"laptop": 256, "none": 256, "paper": 800}  # pixels, without --size: see make_transform
+SIZES = {"laptop": 256, "none": 256, "paper": 800}  # pixels, without --size: see make_transform in images.py
 SHAPES_SIZE = 96  # longest side in pixels
 
 
@@ -234,7 +234,7 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
 
     folder       None or "shapes": the embedded set. Otherwise a folder in one of LAYOUTS. Or give the four
                  paths (VOC: instead of a JSON file, a list in ImageSets/Main or a folder of XML files)
-    size, augment, flip   see make_transform; augment and flip are not for shapes
+    size, augment, flip   see make_transform in images.py; augment and flip are not for shapes
     seed         of the augmentation, and of the shapes to train on. The shapes to validate on never change.
     splits       val alone needs no training set; if there is one, its classes are those of val
     split        this share of the training images is held out as val, by `seed`; there must be no other val
