@@ -4,13 +4,12 @@ import hashlib
 import sys
 
 import numpy as np
-from PIL import ExifTags
 from tqdm import tqdm
 
 from support import UserError, visible
-from support.images import load_image, nearly_black, opened
+from support.data import read_splits
+from support.images import load_image, nearly_black
 from support.report import one_line_errors
-from support.splits import read_splits
 
 
 def check_files(readings):
@@ -20,15 +19,11 @@ def check_files(readings):
     for split, reading, image in tqdm(images, "images", dynamic_ncols=True, leave=False, disable=None):
         try:
             load_image(image)
-            with opened(image.path, image.id) as raw:
-                turned = raw.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
             with open(image.path, "rb") as file:
                 fingerprint = hashlib.sha256(file.read()).digest()
         except (UserError, OSError) as error:
             reading.errors.add("image files that cannot be used", str(error))
             continue
-        if turned:
-            reading.notes.add("photos to be turned (EXIF), used as they were annotated", image.path)
         if dark := nearly_black(image):
             reading.notes.add(dark, image.path)
         original, home = originals.setdefault(fingerprint, (image.path, split))

@@ -4,26 +4,28 @@ Legend as in support/evaluation.py; n objects in one image, H x W pixels.
 """
 import copy
 import functools
+import hashlib
 import itertools
 import os
 import shlex
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from support import UserError, visible
 from support.evaluation import to_coco
-from support.images import IMAGE_SUFFIXES, bare_image, load_image, nearly_black, to_input_and_target
+from support.images import bare_images, clean, load_image, make_transform, nearly_black, to_input_and_target
+from support.layouts import NAMES, Reading, Tree, find_source, given_source, search
+from support.readers import READERS, join_names
 from support.shapes import Shapes
-from support.splits import read_splits
 
-SHAPES_SIZE, LAPTOP_SIZE = 96, 256  # longest side in pixels
-PAPER_SIZE, PAPER_LONGEST = 800, 1333  # DETR's: the short side, and the most for the long one
+SIZES = {"laptop": 256, "none": 256, "paper": 800}  # pixels, without --size: see make_transform in images.py
+SHAPES_SIZE = 96  # longest side in pixels
 
 
 class CocoFolder(Dataset):
@@ -45,7 +47,7 @@ class CocoFolder(Dataset):
         self.name, self.images, self.notes, self.held_out = name, images, notes, held_out
         self.category_ids, self.class_names = list(categories), list(categories.values())
         self.augment, self.seed = augment, seed
-        self.size = size or (PAPER_SIZE if augment == "paper" else LAPTOP_SIZE)
+        self.size = size or SIZES[augment]
         self.transform = make_transform(train, augment, self.size, flip)
 
     def __len__(self):
@@ -93,44 +95,6 @@ class CocoFolder(Dataset):
         return to_coco(self, self.images)
 
 
-# ---- Augmentation ------------------------------------------------------------------------------------------
-def random_size_crop(smallest, largest, image, target):
-    """Cuts out a window with sides of smallest..largest pixels. Objects outside go with their labels."""
-    sides = [int(torch.randint(min(smallest, side), min(largest, side) + 1, ())) for side in image.shape[-2:]]
-    return v2.SanitizeBoundingBoxes()(*v2.RandomCrop(sides)(image, target))
-
-
-def make_transform(train, augment, size, flip=True):
-    """A function (image, target) -> (image, target). Without `flip` nothing is mirrored.
-
-    "none"    the image is resized to just fit into size x size pixels, its shape kept
-    "laptop"  the same; in training also mirrored, lighter or darker, and half the time magnified and cut
-    "paper"   DETR's: short side 800 (training: 480 to 800), long side up to 1333; in training also mirrored,
-              and half the time cut to 384 to 600 before. `size` stands for the 800 and scales all of these.
-    """
-    mirror = [v2.RandomHorizontalFlip()] if flip else []
-    if augment == "paper":
-        scale = size / PAPER_SIZE
-        longest, _ = largest_canvas(size, augment)
-        if not train:
-            return v2.RandomShortestSize([size], longest)
-        resize = v2.RandomShortestSize([round(side * scale) for side in range(480, 801, 32)], longest)
-        cut = [v2.RandomShortestSize([round(side * scale) for side in (400, 500, 600)]),
-               functools.partial(random_size_crop, round(384 * scale), round(600 * scale)), resize]
-        return v2.Compose([*mirror, v2.RandomChoice([resize, v2.Compose(cut)])])
-
-    fit = v2.Resize(size=None, max_size=size)
-    if augment == "none" or not train:
-        return fit
-    magnify = [v2.Resize(size=None, max_size=round(size * zoom)) for zoom in (1.0, 1.2, 1.4, 1.6)]
-    cut = [v2.RandomChoice(magnify), functools.partial(random_size_crop, round(size * 0.7), size)]
-    return v2.Compose([
-        *mirror,  # not upside down: right for cells, wrong for people and most of the world
-        v2.RandomChoice([fit, v2.Compose(cut)]),
-        v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),  # not hue: it may tell classes apart
-    ])
-
-
 # ---- Batches -----------------------------------------------------------------------------------------------
 def collate(batch):
     """List of (image, target) -> images [B, 3, H, W], mask [B, H, W] bool, list of B targets.
@@ -156,42 +120,126 @@ def first_with_boxes(dataset, n, augment=False):
     return small
 
 
+# ---- Train and val -----------------------------------------------------------------------------------------
+def read_splits(folder, given, splits, share=None, seed=0):
+    """({category id: name}, {split: Reading}). UserError only for paths that make no sense.
+
+    given: {split: (json, images)}. share: of the training images, held out as val.
+    """
+    if folder is not None and any(map(any, given.values())):
+        raise UserError("give a data folder or the four paths (--train-json, ...), not both")
+    if folder is not None and not os.path.isdir(folder):
+        why = "a file, not a folder" if os.path.isfile(folder) else "no such folder"
+        raise UserError(f'{folder or repr(folder)}: {why}; the embedded data set is called "shapes"')
+    tree = folder and Tree(folder)
+    if share is not None:
+        check_split(tree, share, given)
+        splits = ("train",)
+    names, readings, found = {}, {}, {}
+    for split in ("train", "val") if "val" in splits else ("train",):  # val alone has train's classes, too
+        reading = Reading()
+        try:
+            reading = find_source(tree, split, share is not None) if tree else \
+                given_source(split, *given[split])
+            for path in reading.tree.junk:
+                reading.notes.add("files that systems or notebooks make, not used", path)
+            images = READERS[reading.form](reading, names)
+            found[split] = images, join_names(names, next(images), reading)
+        except UserError as error:
+            reading.errors.add(str(error))
+        if split in splits or reading.path or any(given[split]):  # no training set: val has its own classes
+            readings[split] = reading
+    names = dict(sorted(names.items()))
+    from_zero = any(reading.from_zero for reading in readings.values())
+    for split, (images, ids) in found.items():
+        reading, labels = readings[split], {own: [*names].index(i) for own, i in ids.items()}
+        if from_zero and reading.form == "VOC":
+            reading.notes.add("an xmin or ymin is 0: pixels counted from 0, nothing is subtracted")
+        first = 1 if reading.form == "VOC" and not from_zero else 0
+        try:
+            reading.images = clean(images, labels, first, reading) if split in splits else []
+        except UserError as error:
+            reading.errors.add(str(error))
+    if share is not None and not readings["train"].errors:
+        readings["val"] = hold_out(readings["train"], share, seed)
+    compare_splits(names, readings)
+    return names, readings
+
+
+def check_split(tree, share, given):
+    """UserError if --split cannot be used."""
+    if not 0 < share < 1:
+        raise UserError(f"--split {share}: it must be a share between 0 and 1, for example 0.2")
+    if any(given["val"]):
+        raise UserError("--split takes val from train: leave out --val-json and --val-images")
+    try:
+        train, val = (tree and search(tree, name) for name in NAMES)
+    except UserError:  # that a val of data.yaml does not exist does not matter here
+        return
+    if train and val and (train.path, train.places) != (val.path, val.places):
+        raise UserError(f"{tree.top} has a val of its own, {val.path}: leave out --split")
+
+
+def hold_out(reading, share, seed):
+    """Takes a share of the images out of a Reading, and returns them as that of val.
+
+    Images with the same classes are together in a row, rare classes first, and every n-th is taken.
+    """
+    def name(image):
+        return os.fsencode(os.path.basename(image.path))
+
+    def place(image):
+        chance = hashlib.sha256(b"%d %s" % (seed, name(image))).digest()
+        return sorted((images_with[label], label) for label in image.classes), chance
+
+    total, n = len(reading.images), round(share * len(reading.images))
+    if not 0 < n < total:
+        raise UserError(f"--split {share} of {total} images leaves none for train or none for val")
+    images_with = Counter(label for image in reading.images for label in image.classes)
+    row, start = sorted(reading.images, key=place), int(hashlib.sha256(b"%d" % seed).hexdigest(), 16) % total
+    chosen = {row[(k * total + start) // n].id for k in range(n)}
+    val = Reading(path=reading.path, images=[image for image in reading.images if image.id in chosen])
+    reading.images = [image for image in reading.images if image.id not in chosen]
+    val.notes.add(f"{n} of {total} images, held out of the training set by --split {share}, seed {seed}")
+    val.held_out = hashlib.sha256(b"/".join(sorted(map(name, val.images)))).hexdigest()[:16]
+    return val
+
+
+def compare_splits(names, readings):
+    """Adds to the Readings what shows only when all of their images are known."""
+    earlier = {}  # {path: its split}
+    for split, reading in readings.items():
+        present = {label for image in reading.images for label in image.classes}
+        absent = [name for label, name in enumerate(names.values()) if label not in present]
+        if reading.images and absent:
+            reading.notes.add(f"no box of class {', '.join(absent)}")
+        if split == "train" and reading.images and not present and not reading.errors:
+            reading.errors.add(f"not a single usable box to train on in {len(reading.images)} images; "
+                               "crowd regions (iscrowd, VOC: difficult) do not count")
+        for image in reading.images:
+            if image.path in earlier:
+                reading.notes.add(f"images that are in {earlier[image.path]} already, kept", image.path)
+            earlier.setdefault(image.path, split)
+
+
 # ---- Load --------------------------------------------------------------------------------------------------
 def from_images(paths, augment="laptop", size=None):
     """Image files, all images in folders, and PIL images as a data set without boxes, as for evaluation."""
-    found = []
-    for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        if isinstance(path, Image.Image) or os.path.isfile(path):
-            found.append(path)
-        elif not os.path.isdir(path):
-            raise UserError(f"{path}: no such image or folder")
-        elif inside := [file for file in Path(path).iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]:
-            found += sorted(filter(os.path.isfile, inside))
-        else:
-            raise UserError(f"{path}: no images in this folder")
-    images = [bare_image(i, image) for i, image in enumerate(found)]
-    return CocoFolder("images", images, {}, [], False, augment, size, seed=0)
-
-
-def largest_canvas(size, augment):
-    """(height, width) of the largest batch that can occur: one image may be wide and another one high."""
-    side = round(PAPER_LONGEST * size / PAPER_SIZE) if augment == "paper" else size
-    return side, side
+    return CocoFolder("images", bare_images(paths), {}, [], False, augment, size, seed=0)
 
 
 def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_images=None, size=None,
-         augment="laptop", seed=0, splits=("train", "val"), class_names=(), split=None, flip=True):
+         augment="laptop", seed=0, splits=("train", "val"), split=None, flip=True):
     """{"train": data set, "val": data set}, or only those that `splits` names. Raises UserError.
 
     folder       None or "shapes": the embedded set. Otherwise a folder in one of LAYOUTS. Or give the four
                  paths (VOC: instead of a JSON file, a list in ImageSets/Main or a folder of XML files)
-    size, augment, flip   see make_transform; augment and flip are not for shapes
+    size, augment, flip   see make_transform in images.py; augment and flip are not for shapes
     seed         of the augmentation, and of the shapes to train on. The shapes to validate on never change.
     splits       val alone needs no training set; if there is one, its classes are those of val
     split        this share of the training images is held out as val, by `seed`; there must be no other val
-    class_names  of a model that is evaluated: VOC files of val alone then get the numbers of these
     """
-    if augment not in ("laptop", "paper", "none"):
+    if augment not in SIZES:
         raise UserError(f'augment can be "laptop", "paper" or "none", not {augment!r}')
     given = {"train": (train_json, train_images), "val": (val_json, val_images)}
     if folder in (None, "shapes") and not any(map(any, given.values())):
@@ -201,14 +249,15 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
                   "val": Shapes(250, size or SHAPES_SIZE, 0, "val")}
         return {part: shapes[part] for part in splits}
 
-    categories, readings = read_splits(folder, given, splits, class_names, split, seed)
-    for reading in (reading for reading in readings.values() if reading.errors):
-        message = reading.errors.lines()[0]
-        if reading.path is None:
-            raise UserError(message)
-        same = shlex.quote(str(folder)) if folder else "with the same paths"
-        same += f" --split {split}" if split else ""
-        raise UserError(f"{reading.path}: {message}; to see everything: python -m support.check_data {same}")
+    categories, readings = read_splits(folder, given, splits, split, seed)
+    for reading in readings.values():
+        if reading.errors and reading.path is None:
+            raise UserError(reading.errors.lines()[0])
+        if reading.errors:
+            same = shlex.quote(str(folder)) if folder else "with the same paths"
+            same += f" --split {split}" if split else ""
+            raise UserError(f"{reading.path}: {reading.errors.lines()[0]}; "
+                            f"to see everything: python -m support.check_data {same}")
     datasets = {}
     for part in splits:
         reading = readings[part]

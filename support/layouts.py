@@ -2,13 +2,15 @@
 import contextlib
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from urllib.parse import unquote
 
-from support import UserError
-from support.data_files import Reading, Source, Tree, key_of, read_text
+from support import UserError, readers, shorten, visible
 from support.images import IMAGE_SUFFIXES
-from support.readers import MOST_JSON, locate, parse_coco, read_config, read_labels, read_xml
 
+JUNK = ("._", ".ipynb_checkpoints", "__MACOSX")  # systems and notebooks make them
 NAMES = {"train": ["train", "training", "trainval"], "val": ["val", "valid", "validation", "test"]}
 ALIKE = [["train", "training"], ["val", "valid", "validation"], ["test"]]
 LAYOUTS = {  # in any case, the first fit is taken; {} is one of NAMES, and a layout without it is for --split
@@ -29,10 +31,105 @@ CLASS_PLACES = ["", "labels/", "labels/{}/", "{}/", "{}/labels/", "data/", "imag
 OTHER_TASKS = ("person_keypoints", "captions", "stuff", "panoptic", "image_info", "_annotations.createml")
 
 
+class Problems(dict):
+    """{kind of problem: [count, first place]}. A kind that speaks for itself has no place."""
+
+    def add(self, kind, where="", count=1):
+        self.setdefault(kind, [0, where])[0] += count
+
+    def lines(self):
+        texts = [f"{kind}: {n} (first: {where})" if where else kind for kind, (n, where) in self.items()]
+        return [shorten(visible(text), 500) for text in texts]
+
+
+class Tree:
+    """The files below a folder and linked ones. Any spelling finds them, and images also without ending."""
+
+    def __init__(self, top):
+        self.top, self.files, self.folders, self.junk = os.path.abspath(top), {}, {}, []  # {key: path}
+        self.called = defaultdict(list)  # {key of a bare name, with or without ending: [images]}
+        for folder, folders, names in os.walk(self.top, followlinks=True):
+            self.junk += [os.path.join(folder, name) for name in folders + names if name.startswith(JUNK)]
+            folders[:] = sorted(name for name in folders if not name.startswith((".", *JUNK)) and not (
+                os.path.islink(link := os.path.join(folder, name))  # to a folder that it lies in
+                and os.path.join(os.path.realpath(folder), "").startswith(os.path.realpath(link) + os.sep)))
+            self.folders[readers.key_of(folder)] = folder
+            for path in (os.path.join(folder, name) for name in sorted(names) if not name.startswith(JUNK)):
+                key = readers.key_of(path)
+                self.files[key] = path
+                if key.endswith(IMAGE_SUFFIXES):
+                    stem = os.path.splitext(key)[0]
+                    self.files[stem] = "" if stem in self.files else path  # "": several are called so
+                    for name in (key, stem):
+                        self.called[os.path.basename(name)].append(path)
+
+    def find(self, path):
+        """The file at a path, or None. A device or a FIFO is none."""
+        path = os.path.normpath(path)
+        found = path if os.path.isfile(path) else self.files.get(readers.key_of(path))
+        return found if found and os.path.isfile(found) else None
+
+    def match(self, pattern):
+        """The files and folders below the top that a pattern in small letters fits, such as train/*.json."""
+        pattern = os.path.normpath(os.path.join(readers.key_of(self.top), pattern))
+        if "*" not in pattern:
+            return [found for found in (self.files.get(pattern), self.folders.get(pattern)) if found]
+        ending, depth = os.path.splitext(pattern)[1], pattern.count(os.sep)
+        return sorted(path for key, path in self.files.items()
+                      if key.endswith(ending) and key.count(os.sep) == depth and fnmatchcase(key, pattern))
+
+    def inside(self, folder, *endings):
+        """The paths of the files with one of these endings in a folder and below."""
+        start = readers.key_of(os.path.join(folder, ""))
+        if not start.startswith(readers.key_of(self.top)):
+            return Tree(folder).inside(folder, *endings)
+        return sorted(path for key, path in self.files.items()
+                      if key.startswith(start) and key.endswith(endings) and os.path.isfile(path))
+
+
+@dataclass
+class Reading:
+    """One split: where it is, and what was read. A problem does not stop it: check_data prints all."""
+    form: str = None  # "COCO", "VOC" or "YOLO"
+    path: str = None  # a file of annotations or of classes, or a folder of XML files
+    tree: Tree = None
+    places: list = ()  # folders that images may be in, likely ones first; of YOLO, the folders and lists
+    avoid: set = frozenset()  # names of folders of the other split, where no lost image is looked for
+    images: list = field(default_factory=list)  # of AnnotatedImage
+    errors: Problems = field(default_factory=Problems)  # need a person: data.load refuses
+    notes: Problems = field(default_factory=Problems)  # were dealt with, each says how
+    from_zero: bool = False  # of VOC: an xmin or ymin is 0
+    held_out: str | None = None  # of a val that --split made: tells these images from any others
+
+    def find_image(self, name, where, places=None):
+        """The path of an image: `name` as written, or its last part anywhere. None, and an error, if lost."""
+        places = places or self.places
+        plain = unquote(name.split("?d=")[-1]).replace("\\", "/")  # Label Studio's and Windows'
+        for spelling in (name, plain):
+            for k, place in enumerate(places):
+                if found := self.tree.find(os.path.join(place, spelling)):
+                    places.insert(0, places.pop(k))  # the next one is probably here, too
+                    if not found.startswith(self.tree.top + os.sep):
+                        self.notes.add("image files outside of the data folder", found)
+                    return found
+        parts = readers.key_of(plain).split("/")[::-1]
+        found = [path for path in self.tree.called.get(parts[0], ()) if os.path.isfile(path)
+                 and not self.avoid & {*readers.key_of(path[len(self.tree.top):]).split(os.sep)[:-1]}]
+        ends = [readers.key_of(path).split(os.sep)[::-1] for path in found]
+        same = [len(os.path.commonprefix([end, parts])) for end in ends]
+        found = [path for path, count in zip(found, same) if count == max(same)]  # the most folders in common
+        if len(found) == 1:
+            self.notes.add("image files in another folder than the annotations say", f"{name} is {found[0]}")
+            return found[0]
+        kind = "are lost, with several of that name elsewhere" if found else "do not exist"
+        lost = ", ".join([os.path.join(places[0], name), where, *found[:2]])
+        self.errors.add(f"image files that {kind}", lost)
+
+
 def mentions(path, *words):
     """Whether all of these bytes are in a file."""
     with contextlib.suppress(UserError):
-        content = read_text(path, MOST_JSON, as_bytes=True)
+        content = readers.read_text(path, readers.MOST_JSON, as_bytes=True)
         return all(word in content for word in words)
 
 
@@ -49,25 +146,26 @@ def one_coco(paths, certain):
 
 def class_file(tree, names):
     """The file that names the classes of a YOLO folder, or None."""
-    configs = [path for pattern in ("data.yaml", "*.yaml", "*.yml", "*.data") for path in tree.match(pattern)
-               if pattern == "data.yaml" or mentions(path, b"names")]
     places = [place.format(name) + file for place in CLASS_PLACES for name in names for file in CLASS_FILES]
-    return next(iter(configs + [path for place in places for path in tree.match(place)]), None)
+    for pattern in ("data.yaml", "*.yaml", "*.yml", "*.data", *places):
+        for path in tree.match(pattern):
+            if "*" not in pattern or mentions(path, b"names"):
+                return path
 
 
 def in_places(tree, form, path, name):
-    """A Source: the places are the folders of `tree` for images of a split that is called `name`."""
+    """A Reading: the places are the folders of `tree` for images of a split that is called `name`."""
     alike = next((words for words in ALIKE if name in words), [])
     others = [word for words in ALIKE if alike and words != alike for word in words]
     patterns = [place.format(word) for word in (name, *alike) for place in IMAGE_PLACES]
     places = [folder for pattern in patterns for folder in tree.match(pattern) if os.path.isdir(folder)]
     places.append(path if os.path.isdir(path) else os.path.dirname(path))
     avoid = {word + year for word in others for year in ("", "2014", "2017")}
-    return Source(form, path, list(dict.fromkeys(places)), avoid)
+    return Reading(form, path, tree, list(dict.fromkeys(places)), avoid)
 
 
 def search(tree, split, unsplit=False):
-    """The Source of a split by the first of LAYOUTS that a folder has, None if it has none."""
+    """The Reading of a split by the first of LAYOUTS that a folder has, None if it has none."""
     rows = [(name, form, layout.format(name)) for name in [*NAMES[split], *[""] * unsplit]
             for form, layouts in LAYOUTS.items() for layout in layouts if bool(name) == ("{}" in layout)]
     config = None
@@ -75,7 +173,7 @@ def search(tree, split, unsplit=False):
         found = tree.match(layout)
         if form == "COCO":
             word = re.compile(rf"(?<![a-z]){name}(?![a-z])")
-            found = [path for path in found if word.search(key_of(path[len(tree.top):]))]
+            found = [path for path in found if word.search(readers.key_of(path[len(tree.top):]))]
             if path := one_coco(found, "*" not in layout):
                 return in_places(tree, form, path, name)
         elif form == "VOC":
@@ -86,22 +184,21 @@ def search(tree, split, unsplit=False):
             if config is None:
                 classes = class_file(tree, NAMES[split])
                 try:
-                    config = read_config(classes) if classes else {}
+                    config = readers.read_config(classes) if classes else {}
                     if key := next((key for key in NAMES[split] if config.get(key)), None):
                         values = config[key] if isinstance(config[key], list) else [config[key]]
-                        places = [locate(key, value, config, classes) for value in values]
-                        return Source(form, classes, places)
+                        places = [readers.locate(key, value, config, classes) for value in values]
+                        return Reading(form, classes, tree, places)
                 except UserError as error:
                     raise UserError(f"{classes}: {error}") from None
             if classes and found and (os.path.isfile(found[0]) or tree.inside(found[0], *IMAGE_SUFFIXES)):
-                return Source(form, classes, found)
-    return None
+                return Reading(form, classes, tree, found)
 
 
 def find_source(tree, split, unsplit):
-    """The Source of a split. UserError with what is there and what to do if there is none."""
-    if source := search(tree, split, unsplit):
-        return source
+    """The Reading of a split. UserError with what is there and what to do if there is none."""
+    if reading := search(tree, split, unsplit):
+        return reading
     endings = Counter(os.path.splitext(path)[1].lower() for path in {*tree.files.values()})
     here = sorted({key[len(tree.top) + 1:].split(os.sep)[0] + "/" for key in tree.folders} - {"/"})[:9]
     here += [f"{count} {ending or 'without ending'}" for ending, count in endings.most_common(6)]
@@ -127,7 +224,7 @@ def find_hint(tree, split, unsplit):
     likely = {"COCO": [together.path], "VOC": xmls, "YOLO": []}[together.form] if together else jsons + xmls
     for path in likely:
         try:
-            parse_coco(path) if path.lower().endswith("json") else read_xml(path)
+            readers.parse_coco(path) if path.lower().endswith("json") else readers.read_xml(path)
         except UserError as error:
             return f"{path} {error}"
     if together:
@@ -135,13 +232,13 @@ def find_hint(tree, split, unsplit):
     if class_file(tree, NAMES[split]):
         return "There are no images where YOLO's layouts have them"
     for path in tree.inside(tree.top, ".txt")[:20]:
-        if read_labels(path, False, Reading()):
+        if any(readers.read_labels(path, False, Reading())):
             return f"{path} is a YOLO label file: write the names of its classes into {tree.top}/classes.txt"
     return f"Export the data as COCO, or give --{split}-json and --{split}-images"
 
 
 def given_source(split, path, folder):
-    """(Tree, Source) of a split whose two paths were given."""
+    """The Reading of a split whose two paths were given."""
     if not (path and folder):
         raise UserError(f"without a data folder, --{split}-json and --{split}-images are both needed")
     path, folder = os.path.abspath(path), os.path.abspath(folder)
@@ -153,4 +250,4 @@ def given_source(split, path, folder):
     yolo = ending in (".yaml", ".yml", ".data", ".names") or os.path.basename(path) in CLASS_FILES
     form = "YOLO" if yolo else "VOC" if os.path.isdir(path) or ending == ".txt" else "COCO"
     top = folder if os.path.isdir(folder) else os.path.dirname(folder)
-    return Tree(top), Source(form, path, [folder])
+    return Reading(form, path, Tree(top), [folder])

@@ -10,6 +10,7 @@ import torch
 
 from support import UserError, data, machine, one_line
 from support.checkpoints import describe
+from support.images import largest_canvas
 
 
 # ---- Errors ------------------------------------------------------------------------------------------------
@@ -95,7 +96,7 @@ def try_out(model, train_set, args, train_step, file):
     """(seconds, queries) of one step, train_step(model, parts), on a copy of the model. Raises UserError."""
     part = args.batch_size // (args.accumulate * machine.WORLD)
     images, mask, targets = data.collate([train_set[i] for i in range(part)])
-    canvas = data.largest_canvas(train_set.size, args.preset)
+    canvas = largest_canvas(train_set.size, args.preset)
     largest = images.new_zeros(part, 3, *canvas), mask.new_zeros(part, *canvas), targets
     model = copy.deepcopy(model)
     try:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
-from support import UserError, check_data, data, one_line, shapes, shorten, visible
+from support import UserError, check_data, data, images, one_line, shapes, shorten, visible
 from support.images import AnnotatedImage, load_image
 from support.shapes import Shapes
 from tests.folders import (
@@ -213,7 +213,7 @@ def test_an_object_cut_away_takes_its_label_along():
     torch.manual_seed(0)
     counts = set()
     for _ in range(50):
-        _, target = data.random_size_crop(15, 25, image, {"boxes": boxes, "labels": torch.tensor([5, 6])})
+        _, target = images.random_size_crop(15, 25, image, {"boxes": boxes, "labels": torch.tensor([5, 6])})
         counts.add(len(target["boxes"]))
         assert len(target["labels"]) == len(target["boxes"]) and (target["boxes"][:, 2:] > 0).all()
     assert counts == {0, 1}, "a window of at most 25 pixels holds one of the two or none, never both"
@@ -224,7 +224,7 @@ def test_validation_images_have_one_size_and_training_images_stay_within_it(fold
     sets = data.load(folder, augment=augment, size=size)
     val = sets["val"]
     assert tuple(val[0][0].shape[1:]) == shape and torch.equal(val[5, 0][0], val[0][0])
-    largest = data.largest_canvas(sets["train"].size, augment)
+    largest = images.largest_canvas(sets["train"].size, augment)
     shapes_seen = {sets["train"][epoch, 0][0].shape for epoch in range(12)}
     assert len(shapes_seen) > 3 and max(max(shape[1:]) for shape in shapes_seen) <= largest[0]
 
