@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from support import UserError, data
-from support.attention_pictures import draw_look
+from support.attention_pictures import draw_heads, draw_look
 from support.options import parse_model_options
 from support.pictures import draw_detections, make_scene, save
 from support.predict import load
@@ -34,6 +34,8 @@ def make_parser():
     p.add_argument("--count", type=int, default=4, help="how many held-out images; default 4")
     p.add_argument("--threshold", type=float, default=0.3, help="least score to keep; default 0.3")
     p.add_argument("--attention", action="store_true", help="also draw the figure of the method's paper")
+    p.add_argument("--beside", nargs="+", default=[], metavar="RUN",
+                   help="also draw where the heads of this run and of others look, for one object")
     p.add_argument("--out", default="pictures", metavar="DIR", help="folder for pictures; default pictures")
     p.add_argument("--json", metavar="FILE", help="write all kept predictions to this file")
     return p
@@ -84,6 +86,7 @@ def main(argv=None):
         dataset = detector.dataset(args.images)
     else:
         dataset = held_out(detector.trained, args.data, args.count)
+    compared = {args.weights or args.init: detector, **{run: load(run) for run in args.beside}}
     out, kept = Path(args.out), []
     out.mkdir(parents=True, exist_ok=True)
     if args.json:
@@ -96,6 +99,10 @@ def main(argv=None):
                          "box_xyxy": [round(x, 2) for x in box]})
         save(draw_detections(scene, found), out / f"{name}-predictions.png")
         print(f"{file}: {len(found)} with a score over {args.threshold}")
+        if args.beside:
+            scenes = {Path(run).name: make_scene(dataset, index, one.class_names, one.model, 0)[0]
+                      for run, one in compared.items()}
+            save(draw_heads(scenes), out / f"{name}-heads.png")
         if args.attention:
             try:
                 save(draw_look(detector.model, scene), out / f"{name}-attention.png")

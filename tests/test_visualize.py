@@ -91,6 +91,18 @@ def test_a_method_gets_its_pictures_from_a_checkpoint_alone(tmp_path, monkeypatc
         assert min(Image.open(f"pictures/shapes-0-{kind}.png").size) > 200
 
 
+def test_the_heads_of_two_runs_are_drawn_for_the_same_object(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "detr", "conditional_detr", "deformable_detr":
+        Path(name).mkdir()
+        save(f"{name}/last.pt", name, tiny(name).state_dict(), TINY, SHAPE_NAMES[:3])
+    visualize.main(["--weights", "detr", "--beside", "conditional_detr", "--count", "1"])
+    width, height = Image.open("pictures/shapes-0-heads.png").size
+    assert width > height > 300  # two rows
+    with pytest.raises(UserError, match="deformable_detr: its heads sample points"):
+        visualize.main(["--weights", "detr", "--beside", "deformable_detr", "--count", "1"])
+
+
 def test_held_out_images_of_a_folder_and_own_files_are_prepared_alike(tmp_path):
     (tmp_path / "val").mkdir()
     Image.effect_noise((90, 60), 50).convert("RGB").save(tmp_path / "val/x.png")
