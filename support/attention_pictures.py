@@ -96,12 +96,11 @@ def draw_heads(scenes):
     if other := [name for name, weights in maps.items() if weights.ndim != 3]:  # not [M, Q, T]
         raise UserError(f"{other[0]}: its heads sample points, so they have no attention map")
     title = "Cross-attention of the last layer for one object (dashed), by head"
-    figure, rows = square_panels(len(scenes), 1 + max(map(len, maps.values())), title, side=1.8)
+    figure, rows = square_panels(len(scenes), 1 + max(map(len, maps.values())), title, side=2.0)
     for row, (name, scene) in zip(rows, scenes.items()):
         iou = box_iou(scene.boxes[-1], true[None])[:, 0]  # [Q]
         query = int((iou * scene.scores[-1]).argmax())
-        title = f"{name}\n{scene.in_words(-1, query)}"
-        show_scene(row[0], scene, title, true=true, predicted=scene.boxes[-1, query])
+        show_scene(row[0], scene, name, true=true, predicted=scene.boxes[-1, query])
         for m, (axes, weights) in enumerate(zip(row[1:], maps[name][:, query])):
             show_map(axes, scene, weights, f"head {m + 1}", true=true)
     return figure
