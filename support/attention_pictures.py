@@ -71,7 +71,7 @@ def panel_grid(scene, title, rows, large, lines, columns):
 def draw_attention(scene):
     """DETR: encoder attention from a box's centre; decoder attention of the query that predicts this box."""
     encoder, decoder = (scene.last_with(part, "weights")["weights"][0] for part in ("encoder", "decoder"))
-    best, columns = scene.detected_queries(3), math.ceil(len(decoder) / 2)
+    best, columns = scene.detected_queries(1), math.ceil(len(decoder) / 2)
     title = "Attention of the last layers: mean of the heads (large), and each head of the decoder"
     figure, rows = panel_grid(scene, title, len(best), large=2, lines=2, columns=columns)
     for (query, box, name), (large, small) in zip(best, rows):
@@ -107,11 +107,11 @@ def draw_heads(scenes):
 
 
 def draw_factors(first, title, scene):
-    """Three rows of maps, a column for each head: `first`, content and weights of the last decoder layer."""
-    seen, best = scene.last_with("decoder", first), scene.detected_queries(2)
-    heads = seen["weights"].shape[1]
+    """Three rows of maps, a column for each of four heads: `first`, content, weights of the last layer."""
+    seen, best = scene.last_with("decoder", first), scene.detected_queries(1)
+    heads = min(4, seen["weights"].shape[1])  # more would be too small to read
     references = [arrays["reference"] for arrays in scene.seen.values() if "reference" in arrays]
-    figure, rows = panel_grid(scene, f"Last decoder layer, by head: {title}", len(best), 1, 3, heads)
+    figure, rows = panel_grid(scene, f"Last decoder layer, {heads} heads: {title}", len(best), 1, 3, heads)
     for (query, box, name), (large, small) in zip(best, rows):
         boxes, points = {"predicted": box}, torch.zeros(0, 2)
         if references:
@@ -169,7 +169,7 @@ def draw_samples(scene):
 
 def draw_salient_points(scene):
     """SAM-DETR: a query's reference box, the point that each head picks inside it, and their attention."""
-    seen, best = scene.last_with("decoder", "points"), scene.detected_queries(3)
+    seen, best = scene.last_with("decoder", "points"), scene.detected_queries(2)
     attention = scene.last_with("decoder", "weights")["weights"][0]
     title = "Last decoder layer: reference box (dashed), a salient point for each head, and their attention"
     figure, rows = panel_grid(scene, title, len(best), 1, lines=2, columns=math.ceil(len(attention) / 2))
@@ -178,6 +178,7 @@ def draw_salient_points(scene):
         show_scene(large[0], scene, name, predicted=box, reference=reference)
         for m, (axes, weights) in enumerate(zip(small, attention[:, query])):
             show_map(axes, scene, weights, f"head {m + 1}", reference=reference)
+            axes.title.set_color(f"C{m}")
             for panel in (large[0], axes):
                 show_points(panel, scene.to_pixels(seen["points"][0, query, m]), f"C{m}")
     return figure
