@@ -88,20 +88,20 @@ def draw_attention(scene):
 def draw_heads(scenes):
     """Conditional DETR, figure 1: where each head looks for one object, a row for each model.
 
-    scenes: {name of the model: Scene of the same photo}. A row has the query that finds the object best.
+    scenes: [(name of the model, Scene of the same photo)]. A row has the query that finds the object best.
     """
-    scene = next(iter(scenes.values()))
+    _, scene = scenes[0]
     true = scene.truth[0][1] if scene.truth else scene.detected_queries(1)[0][1]
-    maps = {name: scene.last_with("decoder", "weights")["weights"][0] for name, scene in scenes.items()}
-    if other := [name for name, weights in maps.items() if weights.ndim != 3]:  # not [M, Q, T]
+    maps = [scene.last_with("decoder", "weights")["weights"][0] for _, scene in scenes]
+    if other := [name for (name, _), weights in zip(scenes, maps) if weights.ndim != 3]:  # not [M, Q, T]
         raise UserError(f"{other[0]}: its heads sample points, so they have no attention map")
     title = "Cross-attention of the last layer for one object (dashed), by head"
-    figure, rows = square_panels(len(scenes), 1 + max(map(len, maps.values())), title, side=2.0)
-    for row, (name, scene) in zip(rows, scenes.items()):
+    figure, rows = square_panels(len(scenes), 1 + max(map(len, maps)), title, side=2.0)
+    for row, (name, scene), heads in zip(rows, scenes, maps):
         iou = box_iou(scene.boxes[-1], true[None])[:, 0]  # [Q]
         query = int((iou * scene.scores[-1]).argmax())
         show_scene(row[0], scene, name, true=true, predicted=scene.boxes[-1, query])
-        for m, (axes, weights) in enumerate(zip(row[1:], maps[name][:, query])):
+        for m, (axes, weights) in enumerate(zip(row[1:], heads[:, query])):
             show_map(axes, scene, weights, f"head {m + 1}", true=true)
     return figure
 

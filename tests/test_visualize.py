@@ -96,7 +96,7 @@ def test_the_heads_of_two_runs_are_drawn_for_the_same_object(tmp_path, monkeypat
     for name in "detr", "conditional_detr", "deformable_detr":
         Path(name).mkdir()
         save(f"{name}/last.pt", name, tiny(name).state_dict(), TINY, SHAPE_NAMES[:3])
-    visualize.main(["--weights", "detr", "--beside", "conditional_detr", "--count", "1"])
+    visualize.main(["--weights", "detr/last.pt", "--beside", "conditional_detr/last.pt", "--count", "1"])
     width, height = Image.open("pictures/shapes-0-heads.png").size
     assert width > height > 300  # two rows
     with pytest.raises(UserError, match="deformable_detr: its heads sample points"):
