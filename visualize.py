@@ -86,7 +86,7 @@ def main(argv=None):
         dataset = detector.dataset(args.images)
     else:
         dataset = held_out(detector.trained, args.data, args.count)
-    compared = [(args.weights or args.init, detector), *((run, load(run)) for run in args.beside)]
+    compared = [detector, *map(load, args.beside)]
     out, kept = Path(args.out), []
     out.mkdir(parents=True, exist_ok=True)
     if args.json:
@@ -100,12 +100,12 @@ def main(argv=None):
         save(draw_detections(scene, found), out / f"{name}-predictions.png")
         print(f"{file}: {len(found)} with a score over {args.threshold}")
         if args.beside:
-            scenes = [("/".join(Path(run).parts[-2 if Path(run).is_file() else -1:]),
-                       make_scene(dataset, index, one.class_names, one.model, 0)[0]) for run, one in compared]
+            scenes = [(one.title, make_scene(dataset, index, one.class_names, one.model, 0)[0])
+                      for one in compared]
             save(draw_heads(scenes), out / f"{name}-heads.png")
         if args.attention:
             try:
-                save(draw_look(detector.model, scene), out / f"{name}-attention.png")
+                save(draw_look(detector.model, scene, detector.title), out / f"{name}-attention.png")
             except UserError as error:
                 args.attention = False
                 print(f"--attention: {error}. Only predictions can be drawn.")

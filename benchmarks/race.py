@@ -163,7 +163,7 @@ def entry_of(folder):
     settings = json.loads((folder / "args.json").read_text())
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     keep = ("AP", "AP50", "AP75", "AP_small")
-    evals = [{"step": line["step"], **{k: round(line["eval"][k], 4) for k in keep}}
+    evals = [{"step": line["step"], **{k: round(line["eval"][k], 5) for k in keep}}
              for line in lines if "eval" in line]
     if not evals:
         raise UserError(f"{folder}: no evaluation in log.jsonl yet")

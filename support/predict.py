@@ -34,6 +34,9 @@ def load(source, model=None, device="cpu", **options):
         module, fill = checkpoints.load_model_of(checkpoint, model), checkpoints.load_weights
         names, trained = checkpoint["class_names"], checkpoint["args"]
         options = {**checkpoint["model_options"], **options}
+        title = f"{Path(trained['model']).stem}, {checkpoint['step']:,} steps"
+        if checkpoint["metrics"]:  # a run that was stopped early has none
+            title += f", AP {checkpoint['metrics']['AP']:.3f}"
     elif model is None:
         raise UserError(f'{source}: official weights need the name of a model, such as model="detr"')
     else:
@@ -41,12 +44,13 @@ def load(source, model=None, device="cpu", **options):
         if not hasattr(module, "load_official"):
             raise UserError(f"{model} has no load_official() that could read official weights")
         names, fill = official_names(checkpoint, module.RECIPE), module.load_official
+        title = f"{Path(model).stem}, {Path(source).name}"
     net = checkpoints.build_model(module, len(names), checkpoints.without_download(module, options)).eval()
     try:
         fill(net, checkpoint)
     except RuntimeError as error:
         raise UserError(f"{source}: of another model, or needs an --option: {one_line(error)}") from None
-    return Detector(net.to(device), names, trained, device)
+    return Detector(net.to(device), names, trained, device, title)
 
 
 def official_names(checkpoint, recipe):
@@ -86,6 +90,7 @@ class Detector:
     class_names: list  # by label
     trained: dict  # settings of its training, as train.py keeps them: here preset and size count
     device: str = "cpu"
+    title: str = ""  # of pictures: model, steps and AP
 
     def dataset(self, photos):
         """Photos, as data.from_images takes them, prepared as for evaluation."""
