@@ -48,9 +48,9 @@ BATCH, EVALUATIONS = 8, 10  # of each run
 LOCK, CHILDREN = threading.Lock(), set()  # of race.json; process ids
 
 
-def runner(model, *options, times=1):
+def runner(model, *options, times=1, flags=""):
     """A model file with its laptop preset and these options; it makes `times` the steps of the others."""
-    return {"model": model, "options": options, "times": times}
+    return {"model": model, "options": options, "times": times, "flags": flags.split()}
 
 
 def between(*parts):
@@ -72,11 +72,14 @@ CONTROLS = {
     "sqr dense": runner("sqr", "recollect=dense"),
     **{f"group_detr K={K}": runner("group_detr", f"num_groups={K}") for K in (1, 6)},
     **{f"dn_detr G={G}": runner("dn_detr", f"dn_groups={G}") for G in (0, 1, 5)},
+    "dab_detr w_class=2": runner("dab_detr"),
+    "deformable_detr lr=3e-4": runner("deformable_detr", flags="--lr 3e-4 --lr-backbone 3e-4"),
     "dino without noise": runner("dino", "dn_number=0"),
     **{f"{name} 6 layers": runner(name, "dec_layers=6")
        for name in ("deformable_detr", "sqr", "adamixer", "sqr_adamixer")},
     **BETWEEN,
 }
+EDITS = {"dab_detr w_class=2": ("w_class=1", "w_class=2")}  # trains a copy of the file with this change
 OTHERS = {  # no part of the race: runs of deformable_detr with these flags
     "default run": "--steps 1800",
     "photos": "--data BCCD --size 224 --batch-size 4 --lr 4e-4 --lr-backbone 4e-4 --steps 2400",
@@ -92,11 +95,10 @@ GROUPS = {  # trained together, and shown in one table
     "race": MAIN,
     "race_all": [*MAIN, *RELATIVES, "sam_detr smca"],
     "maps": [name for name in RUNNERS if name.split(",")[0] in ("detr", "conditional_detr")],
-    "variants": ["deformable_detr", "deformable_detr plain", "deformable_detr two-stage"],
+    "variants": [name for name in RUNNERS if name.startswith("deformable_detr") and "layers" not in name],
     "supervision": ["conditional_detr", *(name for name in RUNNERS if name.startswith("group_detr")),
                     "deformable_detr", "hdetr", "sqr", "sqr dense"],
-    "denoising": ["dab_detr", *(name for name in RUNNERS if name.startswith("dn_detr")),
-                  "dino without noise", "dino"],
+    "denoising": sorted(name for name in RUNNERS if name.startswith(("dab_detr", "dn_detr", "dino"))),
     "layers": [name for name in RUNNERS if "6 layers" in name],
     "taken_apart": ["detr", *BETWEEN, "conditional_detr"],  # the step from the first to the last
     "others": list(OTHERS),
@@ -111,8 +113,9 @@ def flags_of(name, steps):
         return ["--model", "deformable_detr", *OTHERS[name].split()]
     chosen = RUNNERS[name]
     options = [word for option in chosen["options"] for word in ("--option", option)]
-    return ["--model", chosen["model"], "--batch-size", str(BATCH), "--schedule", "cosine",
-            "--steps", str(steps * chosen["times"]), *options]
+    model = f"benchmarks/runs/{name}.py" if name in EDITS else chosen["model"]
+    return ["--model", model, "--batch-size", str(BATCH), "--schedule", "cosine",
+            "--steps", str(steps * chosen["times"]), *chosen["flags"], *options]
 
 
 def launch(flags, output):
@@ -133,6 +136,8 @@ def run(name, seed, steps):
     steps = int(flags[flags.index("--steps") + 1])
     folder = RUNS / f"{name.replace(',', '').replace(' ', '-')}-{steps}-seed{seed}"
     start, seconds = 0, None
+    if name in EDITS:
+        (RUNS / f"{name}.py").write_text(FILES[RUNNERS[name]["model"]].read_text().replace(*EDITS[name]))
     if (folder / "last.pt").exists():
         start = torch.load(folder / "last.pt", weights_only=True)["step"]
         command = ["--resume", folder]
@@ -162,8 +167,7 @@ def entry_of(folder):
     """Settings and evaluations of a run. Minutes are those of its clock. Raises UserError."""
     settings = json.loads((folder / "args.json").read_text())
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    keep = ("AP", "AP50", "AP75", "AP_small")
-    evals = [{"step": line["step"], **{k: round(line["eval"][k], 5) for k in keep}}
+    evals = [{"step": line["step"], **{key: round(line["eval"][key], 5) for key in ("AP", "AP50", "AP75")}}
              for line in lines if "eval" in line]
     if not evals:
         raise UserError(f"{folder}: no evaluation in log.jsonl yet")
@@ -269,7 +273,8 @@ def updated(page):
     tables["others"] = table(known(list(OTHERS)[1:]), "runner|AP$|AP50")
     stages = list(json.loads(STAGES.read_text()).values()) if STAGES.exists() else []
     tables["fading"] = markdown([row for row in stages if "layers" in row["run"]], "run|AP|oracle|TP|FP")
-    few = [row for row in stages if row["run"].rsplit("-", 2)[0] in (*MAIN, "dab_detr")]
+    few = [*MAIN, *GROUPS["denoising"]]
+    few = [row for row in stages if row["run"].rsplit("-", 2)[0].replace("-", " ") in few]
     tables["nms"] = markdown(few, "run|last|after")
 
     def number(match):
@@ -296,11 +301,10 @@ def draw(runners, path, minutes="minutes of one CPU core, evaluations included")
             line, = ax.plot(x, mean, linestyle=dashes, label=f"{mean[-1]:.2f}  {name}")
             ax.fill_between(x, values.min(0), values.max(0), color=line.get_color(), alpha=0.12, linewidth=0)
         shown.append((mean[-1], line))
-    axes[0].set(xlabel="training images seen", ylabel="AP on held-out images")
-    axes[1].set(xlabel=minutes)
-    for ax in axes:
+    axes[0].set_ylabel("AP on held-out images")
+    for ax, xlabel in zip(axes, ("training images seen", minutes)):
         ax.grid(alpha=0.3)
-        ax.set(xlim=(0, None), ylim=(0, None))
+        ax.set(xlim=(0, None), ylim=(0, None), xlabel=xlabel)
     order = [line for _, line in sorted(shown, key=lambda one: -one[0])]
     axes[1].legend(handles=order, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False,
                    title="AP at the end")

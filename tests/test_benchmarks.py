@@ -109,6 +109,8 @@ def test_every_name_of_a_group_is_a_runner_whose_options_its_model_has():
     for name, control in race.CONTROLS.items():
         known = default_options(load_model_file(control["model"]))
         assert {option.split("=")[0] for option in control["options"]} <= set(known), name
+    for name, (old, _) in race.EDITS.items():
+        assert race.FILES[race.CONTROLS[name]["model"]].read_text().count(old) == 1, name
     steps = load_model_file("deformable_detr").LAPTOP["steps"]
     assert race.OTHERS["default run"] == f"--steps {steps}", "the default run has another length"
 
