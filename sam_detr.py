@@ -314,7 +314,7 @@ class SemanticsAligner(nn.Module):
 
     def centre_points(self):
         """Start every point at the centre of its box; for after Xavier initialisation (official: before)."""
-        # Not the scales of smca: they are used squared, so that zeros would get no gradient
+        # Not the scales of smca: they are used squared, so zeros would get no gradient
         nn.init.zeros_(self.point_mlp[-1].weight[:2 * self.nheads])
         nn.init.zeros_(self.point_mlp[-1].bias)
 
@@ -326,7 +326,7 @@ class SemanticsAligner(nn.Module):
         columns = bin_weights(boxes[..., 0], boxes[..., 2], w, bins)  # [B, Q, 7, w]
         rows = bin_weights(boxes[..., 1], boxes[..., 3], h, bins)  # [B, Q, 7, h]
         # F_R = RoIAlign(F, box) = rows F columns^T in every channel. The 1x1 convolution is also linear and
-        # goes first, so that regions have D/4 channels. Its bias goes last: F is 0 outside of the map.
+        # goes first, so regions have D/4 channels. Its bias goes last: F is 0 outside of the map.
         narrow = F.linear(memory, self.point_conv.weight.flatten(1)).view(B, h, w, D // 4)
         regions = rows.flatten(1, 2)[:, None] @ narrow.transpose(1, 2)  # [B, w, Q*7, D/4]
         regions = regions.transpose(1, 2).unflatten(1, (Q, bins))  # [B, Q, 7, w, D/4]

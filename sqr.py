@@ -354,7 +354,7 @@ class Queries(nn.Module):
         super().__init__()
         self.query_embed = nn.Embedding(num_queries, 2 * hidden_dim)
         self.reference_points = nn.Linear(hidden_dim, 2)
-        # The embedding stays N(0, 1), so that reference points start all over the image, not near its centre
+        # The embedding stays N(0, 1), so reference points start all over the image, not near its centre
         xavier_uniform(self.reference_points)
         nn.init.zeros_(self.reference_points.bias)
 

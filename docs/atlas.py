@@ -48,7 +48,7 @@ def paint(line, other):
 
 
 def pair(edge, rows):
-    """Rows next to each other: all lines of the left, then all of the right, so that each copies alone.
+    """Rows next to each other: all lines of the left, then all of the right, so that each can be copied.
 
     --r is the place of a line in two columns, --o in one: there a change has its left lines first.
     """

@@ -5,7 +5,7 @@ ICLR 2022, arXiv:2201.12329. Official code: github.com/IDEA-Research/DAB-DETR (A
 
 The idea: the learned position of a query should be a box that one can read. The query's position encodes the
 box (x, y, w, h), and every layer refines the box. Width and height shape the attention: a query with a
-wide box looks wide, so that attention fits objects of any form.
+wide box looks wide, so attention fits objects of any form.
 
 Diff me against: conditional_detr.py. PReLU and the absence of dropout came with the official code.
 
@@ -299,7 +299,7 @@ class BoxPositions(nn.Module):
         size = sine(box[..., 2:], half).flatten(-2)  # [B, Q, D], w first
         query_pos = self.query_pos(torch.cat([p_s, size], dim=-1))  # 4.2: P_q = MLP(PE(x, y, w, h))
         # 4.4: (PE(x) PE(x_ref) w_ref / w + PE(y) PE(y_ref) h_ref / h): w_ref and h_ref are what the content
-        # expects. A wide box makes the product flat along x, so that attention reaches further there.
+        # expects. A wide box makes the product flat along x, so attention reaches further there.
         w_ratio, h_ratio = (self.size(tgt).sigmoid() / box[..., 2:]).split(1, dim=-1)  # [B, Q, 1] each
         ratio = torch.cat([h_ratio.expand(-1, -1, half), w_ratio.expand(-1, -1, half)], dim=-1)  # [B, Q, D]
         return query_pos, ratio * p_s

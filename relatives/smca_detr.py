@@ -11,7 +11,7 @@ Diff me against: detr.py. Independent of the idea are 300 queries and the focal 
 
 Departures from the official code; tests/test_golden.py checks that the numbers are the same:
     Backbone lists those of all files.
-    centres are divided by the real stride; officially by 32, so that DC5 reaches a quarter of its map.
+    centres are divided by the real stride; officially by 32, so DC5 reaches a quarter of its map.
 As in the official code, unlike the paper: a large scale makes a narrow Gaussian (the paper divides by it);
 there is one sigmoid more than there are classes, trained towards 0.
 Left out on purpose: multi-scale encoder features with scale selection, which are another code base.

@@ -35,7 +35,7 @@ def train_py(flags, cwd, out, err):
 
 
 def run(*flags, cwd, meanwhile=lambda process: None, program=train_py):
-    """What train.py answers to these flags: returncode, stdout, stderr. `meanwhile` may send it signals."""
+    """The answer of train.py to these flags: returncode, stdout, stderr. `meanwhile` may send it signals."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         process = server().Process(target=program, args=(list(map(str, flags)), cwd, out, err))
@@ -66,7 +66,7 @@ def start(*flags, cwd):
 
 
 def check_refused(flags, message, capsys):
-    """main() ends with a single line that says what is wrong, and no run is left behind."""
+    """main() ends with a single line about the mistake, and no run is left behind."""
     with pytest.raises((SystemExit, UserError)) as stopped:
         train.main(list(map(str, flags)))
     from_argparse = stopped.value.args == (2,)

@@ -1,4 +1,4 @@
-"""What holds for every test. pyproject.toml has the rest of pytest's settings."""
+"""Settings and fixtures of all tests. pyproject.toml has the rest of pytest's settings."""
 import os
 
 

@@ -118,7 +118,7 @@ def assert_same(a, b, why):
 
 
 def assert_one_line(error, *words):
-    """A UserError is one line that any terminal shows, and holds these words."""
+    """A UserError is one line that any terminal shows, with these words in it."""
     message = one_line(error)
     assert str(error).isprintable(), f"one line, please: {error!r}"
     for word in words:

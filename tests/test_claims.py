@@ -407,7 +407,7 @@ def test_group_detr_with_one_group_is_conditional_detr():
 
 # ---- DAB-DETR ----------------------------------------------------------------------------------------------
 def test_dab_detr_a_wide_box_looks_wide():
-    """Twice the width halves the x half of the spatial query, the second one, and leaves the y half alone."""
+    """Twice the width halves the x half of the spatial query, the second one, not the y half."""
     positions = shake(module_named("dab_detr").BoxPositions(32))
     tgt, box = torch.randn(1, 1, 32), torch.tensor([[[0.4, 0.6, 0.1, 0.2]]])
     _, narrow = positions(box, tgt)

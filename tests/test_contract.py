@@ -53,7 +53,7 @@ def predict(model, inputs=None):
 
 
 def trained(model, targets):
-    """What training gets from the model."""
+    """The output that training gets from the model."""
     return model.train()(*batch(), *([targets] if model.recipe.get("denoising") else []))
 
 
@@ -120,7 +120,7 @@ def test_order_of_queries_does_not_matter(name):
 
 # ---- Padding -----------------------------------------------------------------------------------------------
 def padding_error(model):
-    """The largest difference of a logit or a coordinate, one image alone or padded in a larger batch."""
+    """The largest difference of a logit or a coordinate, one image unpadded or padded in a larger batch."""
     torch.manual_seed(2)
     images, mask = torch.zeros(2, 3, 192, 192), torch.ones(2, 192, 192, dtype=torch.bool)
     images[0, :, :128, :64], mask[0, :128, :64] = torch.randn(3, 128, 64), False

@@ -117,7 +117,7 @@ def test_losses_by_hand(model, counts):
 
 @pytest.mark.parametrize("model", [SOFTMAX, FOCAL])
 def test_parts_of_a_batch_add_up_to_the_whole(model):
-    """What --accumulate and several processes rely on; [0] is a part without any object."""
+    """--accumulate and several processes rely on this; [0] is a part without any object."""
     criterion, out, wanted = train.SetCriterion(model), predictions(), targets([2, 0, 3])
     whole = criterion(out, wanted)
     parts = [criterion({k: v[:, i:i + 1] for k, v in out.items()}, wanted[i:i + 1], box_counts=[2, 0, 3])

@@ -66,7 +66,7 @@ class FromTorch:
 
 
 def test_the_other_side_finds_what_predict_finds(exported, monkeypatch):
-    """From model.json alone; noise is the hardest picture to make smaller in the same way."""
+    """Only from model.json; noise is the hardest picture to make smaller in the same way."""
     if MISSING:
         stand_in = SimpleNamespace(InferenceSession=lambda file: FromTorch(exported.scope["program"]))
         monkeypatch.setitem(sys.modules, "onnxruntime", stand_in)

@@ -249,7 +249,7 @@ def test_the_only_convolution_of_sam_detr_without_input_norm_loads_under_each_of
     assert our_name(sam_detr, "input_proj.0.1.weight") == "input_proj.0.1.weight"  # GroupNorm
 
 
-# ---- The criterion, the matcher and the sampling alone -----------------------------------------------------
+# ---- Criterion, matcher and sampling, each alone ----------------------------------------------------------
 def criterion_of(case):
     """A criterion without a model; it reads only the recipe."""
     kind = ("softmax", 1) if case.json["case"]["repo"] == "detr" else ("focal", 2)

@@ -1,4 +1,4 @@
-"""The notebook is what its script says, and every cell of it runs, with fewer steps and a smaller model."""
+"""The notebook is made by its script, and every cell of it runs, with fewer steps and a smaller model."""
 import contextlib
 import io
 import json

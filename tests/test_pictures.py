@@ -1,4 +1,4 @@
-"""Predictions on photos, labels inside of them, names that hold anything, curves."""
+"""Predictions on photos, labels inside of them, names of any characters, curves."""
 import json
 import warnings
 

@@ -43,7 +43,7 @@ def straight(tmp_path_factory):
 
 
 def train_py_with_locks_held(*args):
-    """As train_py, but the processes that load images hold the lock that they share for most of the time."""
+    """As train_py, but the processes that load images keep the lock that they share for most of the time."""
     def is_set(event):
         with event._cond:
             time.sleep(0.05)
@@ -109,7 +109,7 @@ def test_ten_kills_lose_nothing(tmp_path):
     assert logs[0] == logs[1]
 
 
-# ---- A run that goes on ------------------------------------------------------------------------------------
+# ---- Resumed runs ------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A folder with a run of four steps on a small data set, "run". Tests copy it."""

@@ -12,7 +12,7 @@ from support.checkpoints import known_files
 
 ROOT, FILES = Path(__file__).parents[1], known_files()
 TEXT = {name: path.read_text() for name, path in FILES.items()}
-# Files that stand alone, one for each paper; those that import a parent replace parts of it under its names
+# Self-contained files, one for each paper; those that import a parent replace parts of it under its names
 PAPERS = {name: text for name, text in TEXT.items() if "sys.path.append" not in text}
 PARENT = {name: found[1] for name, text in PAPERS.items()
           if (found := re.search(r"Diff me against: (\w+)\.py", text))}

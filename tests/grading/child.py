@@ -17,7 +17,7 @@ from tests.grading.grader import GIGABYTES
 
 
 def load_file(path):
-    """The file as a module; files beside it can be imported."""
+    """The file as a module; files next to it can be imported."""
     sys.path.append(str(Path(path).parent))
     spec = importlib.util.spec_from_file_location("student", path)
     module = sys.modules["student"] = importlib.util.module_from_spec(spec)
@@ -100,7 +100,7 @@ def main():
     for name in job["names"]:
         start_clocks(job["seconds"])
         report(marks.failure_of(name, student, ours, job["seed"], lambda error: sentence(error, path)))
-    os._exit(0)  # threads of the file do not hold us up
+    os._exit(0)  # does not wait for threads of the file
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def pytest_configure(config):
         if report:
             write_results(report, all_lost(file, like, missing(file)))
         raise pytest.UsageError(missing(file))
-    if config.getoption("--points"):  # the table says all
+    if config.getoption("--points"):  # the table is enough
         config.option.tbstyle, config.option.reportchars = "no", ""
 
 

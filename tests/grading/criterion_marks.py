@@ -1,4 +1,4 @@
-"""Marks of train.py: matching and losses, seen through SetCriterion alone."""
+"""Marks of train.py: matching and losses, seen only through SetCriterion."""
 import torch
 
 from tests.golden import assert_close
@@ -132,7 +132,7 @@ def total(student, ours, seed):
 
 
 def empty(student, ours, seed):
-    """Images without objects, in a batch with others and alone: their queries still have a class loss."""
+    """Images without objects, in a batch with others and without: their queries still have a class loss."""
     for counts in [(0, 2), (0, 0)]:
         for name, theirs, expected in losses_of(student, ours, seed, counts):
             for loss in LOSSES:

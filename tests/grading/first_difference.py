@@ -111,7 +111,7 @@ def first_event(pair, train, sizes=PADDED):
 
 
 def first_difference(student, ours, seed=0, variants=None):
-    """Lines that say where the student's file and ours differ first."""
+    """Lines about where the student's file and ours differ first."""
     path = getattr(student, "__file__", "")
     for what, options, changes, sizes in variants or VARIANTS.get(file_of(ours), [PLAIN]):
         try:

@@ -6,10 +6,10 @@ only the first of them is lost, and those that build on it are not judged. Their
 from typing import NamedTuple
 
 CONTRACT = ["shapes", "loading", "independence", "training!"]
-# These need all parts at once, so that they say nothing new where another mark fails
+# These need all parts at once, so they add nothing where another mark fails
 TOGETHER = ("gradients", "everything", "official", "criterion")
 LOSSES = ("class_loss", "l1_loss", "giou_loss")
-# What a mark needs before it can be judged. "attention!" counts only if that failure is sure: a view without
+# Needed before a mark can be judged. "attention!" counts only if that failure is sure: a view without
 # any other part has shown it. So two marks may need each other's part, and the evidence decides.
 HEADS = [*CONTRACT, "heads"]
 BUILDS_ON = {

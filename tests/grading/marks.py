@@ -243,7 +243,7 @@ def attention(student, ours, seed):
 
 
 def spatial_query(student, ours, seed):
-    """Conditional cross-attention: p_q = lambda p_s, beside the content in every head; the first layer."""
+    """Conditional cross-attention: p_q = lambda p_s, next to the content in every head; the first layer."""
     pair = Pair(student, ours, seed)
     try:
         pair.compare("cross-attention by content (in the first layer with query positions)", *BY_CONTENT,
@@ -297,7 +297,7 @@ def references(student, ours, seed):
 
 
 def queries(student, ours, seed):
-    """Object queries are positions: what they hold starts at zero."""
+    """Object queries are positions: their values start at zero."""
     pair = Pair(student, ours, seed, calm=False)
     pair.compare("without attention", w.mute)
     pair.compare("without attention to the image", w.flat, w.still, w.mute_cross, w.mute_encoder)
@@ -340,7 +340,7 @@ def refinement(student, ours, seed):
     if file_of(ours) == "sqr":
         plain = Pair(student, ours, seed, recollect="selective")
         if not plain.agree(w.mute, w.alike, sizes=PADDED, train=True):
-            return  # the mark `recollection` says why
+            return  # the mark `recollection` explains it
         pair = Pair(student, ours, seed, "refinement", recollect="selective")
         pair.compare("groups of queries in training, without attention", w.mute, sizes=PADDED, keys=BOTH,
                      train=True)
@@ -437,7 +437,7 @@ def recollection(student, ours, seed):
 
 
 def recurrent(student, ours, seed):
-    """DQRR: in training the last stage is fed its own output, at inference it runs alone."""
+    """DQRR: in training the last stage is fed its own output, at inference it is the only one."""
     pair = Pair(student, ours, seed, recurrent=True)
     for mode in ("training", "inference"):
         pair.compare(mode, w.mute, w.alike, sizes=PADDED, train=mode == "training")
@@ -524,7 +524,7 @@ def everything(student, ours, seed):
     recollect = {"recollect": "selective"} if file_of(ours) == "sqr" else {}
     pair = Pair(student, ours, seed, calm=False, **recollect)
     for mode in ("inference", "training"):
-        pair.compare(f"in {mode} (the command first_difference says where)", sizes=((100, 150), (131, 97)),
+        pair.compare(f"in {mode} (the command first_difference shows where)", sizes=((100, 150), (131, 97)),
                      keys=BOTH, train=mode == "training")
 
 

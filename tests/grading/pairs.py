@@ -187,7 +187,7 @@ def checked(out):
 
 
 def finite(model, images, mask):
-    """The output, if it has only numbers; raises NotFinite that says whether padding is the reason."""
+    """The output, if it has only numbers; raises NotFinite, which tells whether padding is the reason."""
     inputs = images.clone(), mask.clone()
     out = checked(model(images, mask))
     if any(out[key].isnan().any() for key in BOTH):
@@ -196,7 +196,7 @@ def finite(model, images, mask):
 
 
 def same(what, theirs, ours, tolerance=1e-3, rows="stage"):
-    """Equal up to `tolerance` of the largest number; the sentence says in which rows the numbers differ."""
+    """Equal up to `tolerance` of the largest number; the message names the rows where the numbers differ."""
     theirs, ours = theirs.detach().float(), ours.detach().float()
     assert theirs.shape == ours.shape, f"{what}: shape is {list(theirs.shape)}, not {list(ours.shape)}"
     assert theirs.isfinite().all(), f"{what}: some numbers are not finite"
@@ -208,7 +208,7 @@ def same(what, theirs, ours, tolerance=1e-3, rows="stage"):
 
 
 def first_not_finite(model, images, mask):
-    """The exception that says what the NaN depends on, and which mark that costs."""
+    """The exception names what the NaN depends on, and which mark that costs."""
     for name, p in model.named_parameters():
         if p.isnan().any():
             return NotFinite(f"load_official leaves NaN in {name}", "loading")

@@ -1,4 +1,4 @@
-"""docs/exercises.md: every block that it takes out fails the marks it names, and says so."""
+"""docs/exercises.md: every block that it takes out fails the marks it names, and the table shows it."""
 import re
 
 import pytest

@@ -62,7 +62,7 @@ HIGH = 30.0  # above everything that hidden layers see with golden weights
 
 
 def lifted(layers):
-    """Hidden layers see large numbers, which ReLU and GELU leave alone; the next bias takes them off."""
+    """Hidden layers see large numbers, which ReLU and GELU do not change; the next bias takes them off."""
     for first, second in zip(layers, layers[1:]):
         first.bias.data += HIGH
         second.bias.data -= second.weight.data.sum(1) * HIGH
@@ -106,7 +106,7 @@ def flat(model):
 
 
 def whatever_content(model):
-    """What queries hold at the start does not matter: the first attention gives one large constant."""
+    """The first values of queries do not matter: the first attention gives one large constant."""
     scaled(1e10, r"decoder\.layers\.0\.self_attn\.out_proj\.bias")(model)
 
 
