@@ -62,6 +62,7 @@ def between(*parts):
 
 BETWEEN = {" + ".join(["detr", *parts]): between(*parts)
            for count in (1, 2) for parts in combinations(("offsets", "focal", "spatial query"), count)}
+LAYERED = ("deformable_detr", "sqr", "adamixer", "sqr_adamixer")
 CONTROLS = {
     "detr, coarse map": runner("detr", "last_stage=3", "temperature=10000"),
     "detr, 5 times as long": runner("detr", times=5),
@@ -70,13 +71,12 @@ CONTROLS = {
     "deformable_detr plain": runner("deformable_detr", "box_refine=false"),
     "deformable_detr two-stage": runner("deformable_detr", "two_stage=true"),
     "sqr dense": runner("sqr", "recollect=dense"),
-    **{f"group_detr K={K}": runner("group_detr", f"num_groups={K}") for K in (1, 6)},
+    "group_detr K=6": runner("group_detr", "num_groups=6"),
     **{f"dn_detr G={G}": runner("dn_detr", f"dn_groups={G}") for G in (0, 1, 5)},
     "dab_detr w_class=2": runner("dab_detr"),
     "deformable_detr lr=3e-4": runner("deformable_detr", flags="--lr 3e-4 --lr-backbone 3e-4"),
     "dino without noise": runner("dino", "dn_number=0"),
-    **{f"{name} 6 layers": runner(name, "dec_layers=6")
-       for name in ("deformable_detr", "sqr", "adamixer", "sqr_adamixer")},
+    **{f"{name} 6 layers": runner(name, "dec_layers=6") for name in LAYERED},
     **BETWEEN,
 }
 EDITS = {"dab_detr w_class=2": ("w_class=1", "w_class=2")}  # trains a copy of the file with this change
@@ -99,7 +99,7 @@ GROUPS = {  # trained together, and shown in one table
     "supervision": ["conditional_detr", *(name for name in RUNNERS if name.startswith("group_detr")),
                     "deformable_detr", "hdetr", "sqr", "sqr dense"],
     "denoising": sorted(name for name in RUNNERS if name.startswith(("dab_detr", "dn_detr", "dino"))),
-    "layers": [name for name in RUNNERS if "6 layers" in name],
+    "layers": sorted(f"{name}{six}" for name in LAYERED for six in ("", " 6 layers")),
     "taken_apart": ["detr", *BETWEEN, "conditional_detr"],  # the step from the first to the last
     "others": list(OTHERS),
 }
@@ -272,10 +272,10 @@ def updated(page):
     tables["race_all"] = table(known(GROUPS["race_all"]), "(?!steps|AP50)")
     tables["others"] = table(known(list(OTHERS)[1:]), "runner|AP$|AP50")
     stages = list(json.loads(STAGES.read_text()).values()) if STAGES.exists() else []
-    tables["fading"] = markdown([row for row in stages if "layers" in row["run"]], "run|AP|oracle|TP|FP")
-    few = [*MAIN, *GROUPS["denoising"]]
-    few = [row for row in stages if row["run"].rsplit("-", 2)[0].replace("-", " ") in few]
-    tables["nms"] = markdown(few, "run|last|after")
+    for name, wanted, columns in (("nms", [*MAIN, *GROUPS["denoising"]], "run|last|after"),
+                                  ("fading", GROUPS["layers"], "run|AP|oracle|TP|FP")):
+        rows = [row for row in stages if row["run"].rsplit("-", 2)[0].replace("-", " ") in wanted]
+        tables[name] = markdown(rows, columns)
 
     def number(match):
         name, space, _, images = match.groups()

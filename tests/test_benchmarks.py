@@ -89,7 +89,7 @@ def test_draw_writes_tables_numbers_and_figures(monkeypatch, tmp_path, capsys):
     assert rows(tables[0])[1] == ["sqr", "2", "C3+2", "0.60", "4,000", "0.600±0.141", "0.300±0.071"]
     assert tables[1] == "maps -->\nNot measured yet.\n<!-- end -->\n"
     assert rows(tables[2]) == [["sqr-1000-seed0", "0.5", "0.4"]]
-    assert rows(tables[3]) == [["sqr-6-layers-1000-seed0", "0.3"]]
+    assert rows(tables[3]) == [["sqr-1000-seed0", "0.3"], ["sqr-6-layers-1000-seed0", "0.3"]]
     assert race.updated(page.read_text()) == page.read_text()
     race.read = dict
     assert "0.6" not in race.updated(page.read_text()), "an empty race.json leaves no number"
