@@ -15,8 +15,8 @@ NAMES = {"train": ["train", "training", "trainval"], "val": ["val", "valid", "va
 ALIKE = [["train", "training"], ["val", "valid", "validation"], ["test"]]
 LAYOUTS = {  # in any case, the first fit is taken; {} is one of NAMES, and a layout without it is for --split
     "COCO": ["annotations/instances_{}2017.json", "annotations/instances_{}.json", "annotations/*{}*.json",
-             "{}/_annotations.coco.json", "{}/*.json", "{}/annotations/*.json", "images/{}/*.json",
-             "labels/*{}*.json", "*{}*.json", "*.json", "annotations/*.json", "labels/*.json"],
+             "{}/_annotations.coco.json", "{}/*.json", "{}/annotations/*.json", "images/{}/*.json", "*.json",
+             "annotations/{}/*.json", "labels/*{}*.json", "*{}*.json", "annotations/*.json", "labels/*.json"],
     "VOC": ["imagesets/main/{}.txt", "imagesets/{}.txt",  # lists of names; the boxes are in Annotations/*.xml
             "imagesets/main/*_{}.txt",  # VoTT: a list for each class, and all images in each
             "annotations/{}", "labels/{}", "images/{}", "{}",  # folders with XML files in them or below
@@ -47,6 +47,7 @@ class Tree:
 
     def __init__(self, top):
         self.top, self.files, self.folders, self.junk = os.path.abspath(top), {}, {}, []  # {key: path}
+        self.start, self.stems = readers.key_of(os.path.join(self.top, "")), {}  # stems: images without ending
         self.called = defaultdict(list)  # {key of a bare name, with or without ending: [images]}
         for folder, folders, names in os.walk(self.top, followlinks=True):
             self.junk += [os.path.join(folder, name) for name in folders + names if name.startswith(JUNK)]
@@ -59,29 +60,30 @@ class Tree:
                 self.files[key] = path
                 if key.endswith(IMAGE_SUFFIXES):
                     stem = os.path.splitext(key)[0]
-                    self.files[stem] = "" if stem in self.files else path  # "": several are called so
+                    self.stems[stem] = "" if stem in self.stems else path  # "": several are called so
                     for name in (key, stem):
                         self.called[os.path.basename(name)].append(path)
 
     def find(self, path):
         """The file at a path, or None. A device or a FIFO is none."""
         path = os.path.normpath(path)
-        found = path if os.path.isfile(path) else self.files.get(readers.key_of(path))
+        key = readers.key_of(path)
+        found = path if os.path.isfile(path) else self.files.get(key) or self.stems.get(key)
         return found if found and os.path.isfile(found) else None
 
     def match(self, pattern):
         """The files and folders below the top that a pattern in small letters fits, such as train/*.json."""
-        pattern = os.path.normpath(os.path.join(readers.key_of(self.top), pattern))
         if "*" not in pattern:
-            return [found for found in (self.files.get(pattern), self.folders.get(pattern)) if found]
-        ending, depth = os.path.splitext(pattern)[1], pattern.count(os.sep)
-        return sorted(path for key, path in self.files.items()
-                      if key.endswith(ending) and key.count(os.sep) == depth and fnmatchcase(key, pattern))
+            key = os.path.normpath(self.start + pattern)
+            return [found for found in (self.files.get(key), self.folders.get(key)) if found]
+        ending, depth = os.path.splitext(pattern)[1], (self.start + pattern).count(os.sep)
+        return sorted(path for key, path in self.files.items() if key.endswith(ending)
+                      and key.count(os.sep) == depth and fnmatchcase(key[len(self.start):], pattern))
 
     def inside(self, folder, *endings):
         """The paths of the files with one of these endings in a folder and below."""
         start = readers.key_of(os.path.join(folder, ""))
-        if not start.startswith(readers.key_of(self.top)):
+        if not start.startswith(self.start):
             return Tree(folder).inside(folder, *endings)
         return sorted(path for key, path in self.files.items()
                       if key.startswith(start) and key.endswith(endings) and os.path.isfile(path))
@@ -104,7 +106,7 @@ class Reading:
     def find_image(self, name, where, places=None):
         """The path of an image: `name` as written, or its last part anywhere. None, and an error, if lost."""
         places = places or self.places
-        plain = unquote(name.split("?d=")[-1]).replace("\\", "/")  # Label Studio's and Windows'
+        plain = unquote(re.sub(r"^.*\?d=|\?.*$", "", name)).replace("\\", "/")  # Label Studio's, S3's, Windows'
         for spelling in (name, plain):
             for k, place in enumerate(places):
                 if found := self.tree.find(os.path.join(place, spelling)):
@@ -113,17 +115,17 @@ class Reading:
                         self.notes.add("image files outside of the data folder", found)
                     return found
         parts = readers.key_of(plain).split("/")[::-1]
-        found = [path for path in self.tree.called.get(parts[0], ()) if os.path.isfile(path)
-                 and not self.avoid & {*readers.key_of(path[len(self.tree.top):]).split(os.sep)[:-1]}]
-        ends = [readers.key_of(path).split(os.sep)[::-1] for path in found]
-        same = [len(os.path.commonprefix([end, parts])) for end in ends]
-        found = [path for path, count in zip(found, same) if count == max(same)]  # the most folders in common
+        ends = {path: readers.key_of(path[len(self.tree.top):]).split(os.sep)[::-1]
+                for path in self.tree.called.get(parts[0], ()) if os.path.isfile(path)}
+        same = {path: len(os.path.commonprefix([end, parts])) for path, end in ends.items()
+                if not self.avoid & {*end[1:]} - {*parts[1:2]}}  # images of LVIS's val are in train2017
+        found = [path for path, count in same.items() if count == max(same.values())]  # most folders in common
         if len(found) == 1:
             self.notes.add("image files in another folder than the annotations say", f"{name} is {found[0]}")
             return found[0]
         kind = "are lost, with several of that name elsewhere" if found else "do not exist"
-        lost = ", ".join([os.path.join(places[0], name), where, *found[:2]])
-        self.errors.add(f"image files that {kind}", lost)
+        advice = found[:2] or [f"copy it below {self.tree.top}"]
+        self.errors.add(f"image files that {kind}", ", ".join([os.path.join(places[0], name), where, *advice]))
 
 
 def mentions(path, *words):
@@ -187,7 +189,7 @@ def search(tree, split, unsplit=False):
                     config = readers.read_config(classes) if classes else {}
                     if key := next((key for key in NAMES[split] if config.get(key)), None):
                         values = config[key] if isinstance(config[key], list) else [config[key]]
-                        places = [readers.locate(key, value, config, classes) for value in values]
+                        places = [readers.locate(key, value, config, classes, tree) for value in values]
                         return Reading(form, classes, tree, places)
                 except UserError as error:
                     raise UserError(f"{classes}: {error}") from None
@@ -199,7 +201,7 @@ def find_source(tree, split, unsplit):
     """The Reading of a split. UserError with what is there and what to do if there is none."""
     if reading := search(tree, split, unsplit):
         return reading
-    endings = Counter(os.path.splitext(path)[1].lower() for path in {*tree.files.values()})
+    endings = Counter(os.path.splitext(key)[1] for key in tree.files)
     here = sorted({key[len(tree.top) + 1:].split(os.sep)[0] + "/" for key in tree.folders} - {"/"})[:9]
     here += [f"{count} {ending or 'without ending'}" for ending, count in endings.most_common(6)]
     raise UserError(
@@ -216,10 +218,12 @@ def find_hint(tree, split, unsplit):
 
     if split == "val" and (train := source(tree, "train")):
         return f"{train.path} has no val: add --split 0.2 to hold some images out"
-    for folder in list(tree.folders.values())[1:50]:
-        if folder[len(tree.top):].count(os.sep) < 3 and source(Tree(folder), split):
-            return f"Did you mean {folder}?"
     together = None if unsplit else source(tree, split, True)
+    for folder in list(tree.folders.values())[1:50]:
+        if folder[len(tree.top):].count(os.sep) < 3 and source(Tree(folder), split, not together):
+            return f"Did you mean {folder}?"
+    if not together and (classes := class_file(tree, NAMES[split])):
+        return f"{classes} is YOLO's, and no images are in its layouts: copy them into {tree.top}/images"
     jsons, xmls = tree.inside(tree.top, ".json")[:1], tree.inside(tree.top, ".xml")[:1]
     likely = {"COCO": [together.path], "VOC": xmls, "YOLO": []}[together.form] if together else jsons + xmls
     for path in likely:
@@ -229,8 +233,6 @@ def find_hint(tree, split, unsplit):
             return f"{path} {error}"
     if together:
         return "All images lie together: add --split 0.2 to hold some of them out"
-    if class_file(tree, NAMES[split]):
-        return "There are no images where YOLO's layouts have them"
     for path in tree.inside(tree.top, ".txt")[:20]:
         if any(readers.read_labels(path, False, Reading())):
             return f"{path} is a YOLO label file: write the names of its classes into {tree.top}/classes.txt"
@@ -249,5 +251,4 @@ def given_source(split, path, folder):
         raise UserError(f"{folder}: no such folder; it should hold the images")
     yolo = ending in (".yaml", ".yml", ".data", ".names") or os.path.basename(path) in CLASS_FILES
     form = "YOLO" if yolo else "VOC" if os.path.isdir(path) or ending == ".txt" else "COCO"
-    top = folder if os.path.isdir(folder) else os.path.dirname(folder)
-    return Reading(form, path, Tree(top), [folder])
+    return Reading(form, path, Tree(folder if os.path.isdir(folder) else os.path.dirname(folder)), [folder])
