@@ -47,7 +47,7 @@ class Tree:
 
     def __init__(self, top):
         self.top, self.files, self.folders, self.junk = os.path.abspath(top), {}, {}, []  # {key: path}
-        self.start, self.stems = readers.key_of(os.path.join(self.top, "")), {}  # stems: images without ending
+        self.start, self.stems = readers.key_of(os.path.join(self.top, "")), {}  # stems: keys without ending
         self.called = defaultdict(list)  # {key of a bare name, with or without ending: [images]}
         for folder, folders, names in os.walk(self.top, followlinks=True):
             self.junk += [os.path.join(folder, name) for name in folders + names if name.startswith(JUNK)]
@@ -106,7 +106,7 @@ class Reading:
     def find_image(self, name, where, places=None):
         """The path of an image: `name` as written, or its last part anywhere. None, and an error, if lost."""
         places = places or self.places
-        plain = unquote(re.sub(r"^.*\?d=|\?.*$", "", name)).replace("\\", "/")  # Label Studio's, S3's, Windows'
+        plain = unquote(re.sub(r"^.*\?d=|\?.*$", "", name)).replace("\\", "/")  # Label Studio, S3, Windows
         for spelling in (name, plain):
             for k, place in enumerate(places):
                 if found := self.tree.find(os.path.join(place, spelling)):
@@ -118,14 +118,14 @@ class Reading:
         ends = {path: readers.key_of(path[len(self.tree.top):]).split(os.sep)[::-1]
                 for path in self.tree.called.get(parts[0], ()) if os.path.isfile(path)}
         same = {path: len(os.path.commonprefix([end, parts])) for path, end in ends.items()
-                if not self.avoid & {*end[1:]} - {*parts[1:2]}}  # images of LVIS's val are in train2017
-        found = [path for path, count in same.items() if count == max(same.values())]  # most folders in common
+                if not self.avoid & {*end[1:]} - {*parts[1:2]}}  # LVIS has images of val in train2017
+        found = [path for path, count in same.items() if count == max(same.values())]  # most in common
         if len(found) == 1:
             self.notes.add("image files in another folder than the annotations say", f"{name} is {found[0]}")
             return found[0]
         kind = "are lost, with several of that name elsewhere" if found else "do not exist"
-        advice = found[:2] or [f"copy it below {self.tree.top}"]
-        self.errors.add(f"image files that {kind}", ", ".join([os.path.join(places[0], name), where, *advice]))
+        lost = [os.path.join(places[0], name), where, *(found[:2] or [f"copy it below {self.tree.top}"])]
+        self.errors.add(f"image files that {kind}", ", ".join(lost))
 
 
 def mentions(path, *words):

@@ -346,7 +346,7 @@ def read_labels(path, keypoints, reading):
         fault = ("label lines with more than numbers" if None in (label, *corners) else
                  "label lines that are neither class, x, y, width, height nor a class and a polygon"
                  if len(corners) < 4 or len(corners) % 2 else
-                 "labels that are not shares of the image, from 0 to 1: pixels, or keypoints without kpt_shape?"
+                 "labels that are not shares of the image, from 0 to 1: pixels? keypoints, and no kpt_shape?"
                  if max(map(abs, corners)) >= 2 else None)
         if fault:
             reading.errors.add(fault, f"{where}: {line!r}")

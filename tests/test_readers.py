@@ -103,6 +103,8 @@ COCO = {  # where the annotations and the images of a split are, and how file_na
         "annotations/instances_{}.json", "images", "data/local-files/?d=my%20pets/images/{}.png"),
     "Label Studio's uploads": ("annotations/instances_{}.json", "images", "../../media/upload/1/{}.png"),
     "an address": ("annotations/instances_{}.json", "images", "https://pets.org/images/{}.png"),
+    "a signed address": ("annotations/instances_{}.json", "images", "https://b.s3.com/x/{}.png?Sig=a%2Fb&X=1"),
+    "a folder for each split": ("annotations/{}/instances.json", "images/{}", "{}.png"),
     "no ending": ("annotations/instances_{}.json", "images/{}", "{}"),
     "other capitals": ("annotations/instances_{}.json", "images/{}", "{}.PNG"),
 }
@@ -128,6 +130,9 @@ YOLO = {  # data.yaml, images, labels, other files
                 "images/{}", "labels/{}", {}),
     "supervision": ("nc: 2\nnames:\n- cat\n- dog\n", "{}/images", "{}/labels", {}),
     "labels beside": ("train: train\nval: ./val" + NAMES, "{}", "{}", {}),
+    "capitals": ("train: images/train\nval: images/val" + NAMES, "Images/{}", "Labels/{}", {}),
+    "a deep path": ("path: ../all/pets/data\ntrain: images/train\nval: images/val" + NAMES,
+                    "data/images/{}", "data/labels/{}", {}),
     "lists of folders": ("train: [images/train]\nval:\n- images/val" + NAMES, "images/{}", "labels/{}", {}),
     "CVAT": ("path: .\ntrain: train.txt\nval: val.txt" + NAMES, "images/{}", "labels/{}",
              {name: text.replace("{}", "data") for name, text in LISTS.items()}),
@@ -241,6 +246,29 @@ def test_links_to_folders_are_followed_and_not_in_circles(tmp_path):
     assert_truth(read(tmp_path / "here"))
 
 
+def test_a_data_folder_may_have_brackets_and_stars_in_its_name(tmp_path):
+    folder = tmp_path / "pets [v2] *1"
+    for split in TRUTH:
+        coco(folder / f"my_{split}.json", split), images(folder / "images", split)
+    assert_truth(read(folder))
+
+
+def test_data_yaml_may_name_folders_beside_its_own_of_nearly_the_same_name(tmp_path):
+    yolo_folders(tmp_path / "pets_images"), (tmp_path / "pets").mkdir()
+    text = "train: ../pets_images/images/train\nval: ../pets_images/images/val" + NAMES
+    (tmp_path / "pets/data.yaml").write_text(text)
+    assert_truth(read(tmp_path / "pets"))
+
+
+def test_an_image_with_two_endings_is_one_image_and_hides_no_other(tmp_path):
+    yolo_folders(tmp_path)
+    write_image(tmp_path / "images/train/1.jpg"), (tmp_path / "images/train/1.png").unlink()
+    write_image(tmp_path / "images/train/1.jpg.png")  # a mask
+    found = boxes_in(read(tmp_path)["train"])
+    assert found == {name: sorted(boxes) for name, boxes in TRUTH["train"].items()} | {"1.jpg": []}
+    assert len(read(tmp_path)["train"]) == 4
+
+
 def test_accents_in_one_character_or_in_two(tmp_path):
     coco_folders(tmp_path, name="e\u0301{}.png")
     for path in [*tmp_path.glob("*/*.png")]:
@@ -293,6 +321,7 @@ REPAIRED = {  # what tools write, and the note about it
     "ids as text": (as_text, "image ids that are text or fractions, read as numbers: 3"),
     "bbox as text": (edit("annotations", 0, bbox=["10", "8", "20.0", "16"]), ""),
     "no size": (edit("images", 0, width=..., height=0), ""),
+    "a number as file_name": (edit("images", 0, file_name=1), ""),
     "size as text": (edit("images", 0, width="64", height=48.0), ""),
     "no iscrowd": (edit("annotations", 0, iscrowd=...), ""),
     "false iscrowd": (edit("annotations", 0, iscrowd=False, area=0), ""),
@@ -407,6 +436,13 @@ def test_an_image_that_is_lost_is_looked_for_but_not_in_the_other_split(folder, 
         read(folder)
 
 
+def test_images_of_val_may_be_in_train2017_if_the_annotations_say_so(tmp_path):
+    for split in TRUTH:  # LVIS
+        coco(tmp_path / f"annotations/lvis_v1_{split}.json", split, "http://coco.org/train2017/{}.png")
+        images(tmp_path / "train2017", split)
+    assert_truth(read(tmp_path))
+
+
 def test_images_outside_of_the_data_folder_are_noted(tmp_path):
     coco_folders(tmp_path / "data", name="../../more/{}.png")
     for split in TRUTH:
@@ -425,6 +461,8 @@ OTHER_JSON = {
     "panoptic": ({"images": [], "categories": [], "annotations": [{"segments_info": []}]}, "take instances_"),
     "captions": ({"images": [], "annotations": [{"image_id": 1, "caption": "a cat"}]}, "take instances_"),
     "Label Studio": ([{"id": 1, "data": {"image": "1.png"}, "annotations": []}], "Label Studio"),
+    "Label Studio's JSON-MIN": ([{"image": "1.png", "label": [], "annotator": 1}], "Label Studio"),
+    "classes without ids": ({"images": [], "annotations": [], "categories": ["cat", "dog"]}, ""),
     "CreateML": ([{"image": "1.png", "annotations": []}], "CreateML"),
     "Datumaro": ({"info": {}, "categories": {}, "items": []}, "Datumaro"),
     "a list of numbers": ([1, 2], ""),
@@ -450,9 +488,11 @@ BROKEN = {  # a change to COCO's file, and what is said
     "no such image": (edit("annotations", 1, image_id=99), "among the images: 1 .first: annotation id 2: 99"),
     "no such class": (edit("annotations", 1, category_id=9), "2.png, image id 2, annotation id 2: 9"),
     "three numbers": (edit("annotations", 1, bbox=[1, 2, 3]), "annotation id 2: .1, 2, 3."),
+    "a text": (edit("annotations", 1, bbox="[1, 2, 3, 4]"), "annotation id 2: '.1, 2, 3, 4.'"),
+    "a dict": (edit("annotations", 1, bbox={"x": 1}, segmentation=[[1, 2, 3, 4, 5, 6]]), "id 2: {'x': 1}"),
     "no box": (edit("annotations", 1, bbox=...), "bbox is not four numbers: 1 .first: 2.png, image id 2"),
     "no file_name": (edit("images", 1, file_name=...), "do not exist: 1 .*train/, image id 2"),
-    "no such file": (edit("images", 1, file_name="gone.png"), "do not exist: 1 .*train/gone.png, image id 2"),
+    "no such file": (edit("images", 1, file_name="gone.png"), "do not exist: .*gone.png, image id 2, copy it"),
     "an image id twice": (edit("images", 1, id=1), "image ids that occur twice: 1 .first: image id 1"),
     "a class id twice": (edit("categories", 1, id=1), "category ids that occur twice: 1"),
     "a negative size": (edit("images", 1, width=-64), "2.png .image id 2.: .*48 and -64"),
@@ -541,6 +581,10 @@ def test_difficult_objects_are_neither_trained_on_nor_evaluated(tmp_path):
 
 
 def test_the_folder_one_level_up_names_the_one_that_is_meant(tmp_path):
+    coco(tmp_path / "pets/annotations/instances_default.json")
+    with pytest.raises(UserError, match=f"Did you mean {tmp_path}/pets"):
+        read(tmp_path)
+    shutil.rmtree(tmp_path / "pets")
     voc_as_published(tmp_path / "VOCdevkit/VOC2007")
     for folder in (tmp_path / "VOCdevkit", tmp_path):
         with pytest.raises(UserError, match=f"Did you mean {tmp_path}/VOCdevkit/VOC2007"):
@@ -554,6 +598,7 @@ VOC_BROKEN = {
     "no name": (lambda text: text.replace("<name>cat</name>", ""), "objects without name: 1 .*object 1"),
     "no box": (lambda text: text.replace("bndbox", "robndbox"), "without four numbers.*: 1 .*object 1"),
     "no number": (lambda text: text.replace("<xmin>11", "<xmin>x"), "without four numbers.*: x, 9, 30, 24"),
+    "said to be GBK": (lambda text: '<?xml version="1.0" encoding="GBK"?>' + text, "expected UTF-8, also in"),
     "GBK": (lambda text: text.replace("cat", "\u72d7").encode("gbk"), "save it as UTF-8"),
 }
 
@@ -590,6 +635,8 @@ def test_data_yaml_as_people_write_it(text, names, tmp_path):
     "names: {dog: 0}": "names should be a list",
     "names: []": "names should be a list",
     "train: images/train": "names should be a list",
+    "names: cat": "names: cat does not exist.*such as .cat, dog.",
+    "val: null\nnames: [cat, dog]": "val: null does not exist.*without a val, add --split 0.2",
     "[a, b]": "should have lines such as",
     "train: {a: b}\nnames: [a]": "train should be a path or a list of paths",
     "train: /\nnames: [a]": "train: / does not exist",
@@ -611,6 +658,7 @@ LABELS = {  # lines of the label file of image 1, and what is said
     "a class beyond": ("7 .5 .5 .2 .2", "not among the 2 names: 1 .*line 1: 7"),
     "a negative class": ("-1 .5 .5 .2 .2", "not among the 2 names"),
     "pixels": ("0 32 24 10 10", "not shares of the image.*pixels"),
+    "keypoints": ("0 .5 .5 .2 .2 .5 .5 2 .6 .6 1", "not shares of the image.*keypoints, and no kpt_shape"),
     "not UTF-8": (b"\xc3\x28", "label files that cannot be read: 1 .*UTF-8"),
 }
 
@@ -671,6 +719,13 @@ def test_yolo_without_val_without_names_without_images(tmp_path):
         path.unlink()
     with pytest.raises(UserError, match="no images in .*images/train"):
         read(tmp_path)
+
+
+def test_labels_without_images_are_called_so(tmp_path):
+    yolo(tmp_path / "labels", boxes=TRUTH["train"]), (tmp_path / "classes.txt").write_text("cat\ndog")
+    (tmp_path / "notes.json").write_text("{}")  # Label Studio's YOLO, exported without images
+    with pytest.raises(UserError, match=f"classes.txt is YOLO's, and no images .*into {tmp_path}/images"):
+        read(tmp_path, split=0.4)
 
 
 # ---- Files -------------------------------------------------------------------------------------------------
