@@ -98,8 +98,7 @@ def clean(images, labels, first, reading):
                 continue
             if crosses:
                 note("boxes reaching over the image edge, clipped", where)
-            crowd = crowd in (1, "1", "true", "True")
-            if crowd:
+            if crowd := crowd in (1, "1", "true", "True"):
                 note("crowd regions (VOC: difficult), neither trained on nor evaluated", where)
             area = area if area and area > 0 else math.inf
             rows.append((labels[category], cut, min(area, w * h), crowd))  # outlines cross edges
@@ -117,7 +116,7 @@ def clean(images, labels, first, reading):
         kind = "most boxes are from 0 to 1: shares of the image? Pixels are expected"
         reading.errors.add(kind, shares[0], len(shares))
     if over > max(2, total / 2):
-        note("most boxes reach over the edge of their image: COCO expects x, y, width, height")
+        note(f"most boxes reach over the edge of their image: are their four numbers {reading.form}'s?")
     return found
 
 

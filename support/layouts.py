@@ -8,11 +8,12 @@ from fnmatch import fnmatchcase
 from urllib.parse import unquote
 
 from support import UserError, readers, shorten, visible
-from support.images import IMAGE_SUFFIXES
+from support.images import IMAGE_SUFFIXES, OTHER_SUFFIXES
 
+ANY_IMAGE = (*IMAGE_SUFFIXES, *OTHER_SUFFIXES)
 JUNK = ("._", ".ipynb_checkpoints", "__MACOSX")  # systems and notebooks make them
 NAMES = {"train": ["train", "training", "trainval"], "val": ["val", "valid", "validation", "test"]}
-ALIKE = [["train", "training"], ["val", "valid", "validation"], ["test"]]
+ALIKE = [["train", "train2017", "training"], ["val", "val2017", "valid", "validation"], ["test", "test2017"]]
 LAYOUTS = {  # in any case, the first fit is taken; {} is one of NAMES, and a layout without it is for --split
     "COCO": ["annotations/instances_{}2017.json", "annotations/instances_{}.json", "annotations/*{}*.json",
              "{}/_annotations.coco.json", "{}/*.json", "{}/annotations/*.json", "images/{}/*.json", "*.json",
@@ -24,8 +25,8 @@ LAYOUTS = {  # in any case, the first fit is taken; {} is one of NAMES, and a la
     "YOLO": ["images/{}", "images/{}2017", "{}/images", "data/{}", "obj_{}_data",  # data.yaml may name others
              "{}.txt", "{}", "images", "obj_train_data", "data", "."],  # folders or a list of images
 }
-IMAGE_PLACES = ["{}2017", "{}", "images/{}", "images/{}2017", "{}/images", "{}/data", "data/{}",
-                "{}/jpegimages", "jpegimages/{}", "images", "images/default", "jpegimages", "data", "."]
+IMAGE_PLACES = ["{}", "images/{}", "{}/images", "{}/data", "data/{}", "{}/jpegimages", "jpegimages/{}",
+                "images", "images/default", "jpegimages", "data", "."]
 CLASS_FILES = ["classes.txt", "obj.names", "_darknet.labels", "predefined_classes.txt", "data.yaml"]
 CLASS_PLACES = ["", "labels/", "labels/{}/", "{}/", "{}/labels/", "data/", "images/", "images/{}/"]
 OTHER_TASKS = ("person_keypoints", "captions", "stuff", "panoptic", "image_info", "_annotations.createml")
@@ -53,7 +54,7 @@ class Tree:
             self.junk += [os.path.join(folder, name) for name in folders + names if name.startswith(JUNK)]
             folders[:] = sorted(name for name in folders if not name.startswith((".", *JUNK)) and not (
                 os.path.islink(link := os.path.join(folder, name))  # to a folder that it lies in
-                and os.path.join(os.path.realpath(folder), "").startswith(os.path.realpath(link) + os.sep)))
+                and (os.path.realpath(folder) + os.sep).startswith(os.path.join(os.path.realpath(link), ""))))
             self.folders[readers.key_of(folder)] = folder
             for path in (os.path.join(folder, name) for name in sorted(names) if not name.startswith(JUNK)):
                 key = readers.key_of(path)
@@ -158,11 +159,10 @@ def class_file(tree, names):
 def in_places(tree, form, path, name):
     """A Reading: the places are the folders of `tree` for images of a split that is called `name`."""
     alike = next((words for words in ALIKE if name in words), [])
-    others = [word for words in ALIKE if alike and words != alike for word in words]
-    patterns = [place.format(word) for word in (name, *alike) for place in IMAGE_PLACES]
-    places = [folder for pattern in patterns for folder in tree.match(pattern) if os.path.isdir(folder)]
-    places.append(path if os.path.isdir(path) else os.path.dirname(path))
-    avoid = {word + year for word in others for year in ("", "2014", "2017")}
+    found = [tree.match(place.format(word)) for word in (name, *alike) for place in IMAGE_PLACES]
+    places = [*filter(os.path.isdir, sum(found, [])), path if os.path.isdir(path) else os.path.dirname(path)]
+    own = any(word in os.path.basename(key[len(tree.start):]) for key in tree.folders for word in alike)
+    avoid = {word for words in ALIKE if own and words != alike for word in words}  # or one folder has all
     return Reading(form, path, tree, list(dict.fromkeys(places)), avoid)
 
 
@@ -193,7 +193,7 @@ def search(tree, split, unsplit=False):
                         return Reading(form, classes, tree, places)
                 except UserError as error:
                     raise UserError(f"{classes}: {error}") from None
-            if classes and found and (os.path.isfile(found[0]) or tree.inside(found[0], *IMAGE_SUFFIXES)):
+            if classes and found and (os.path.isfile(found[0]) or tree.inside(found[0], *ANY_IMAGE)):
                 return Reading(form, classes, tree, found)
 
 

@@ -65,8 +65,10 @@ def join_names(names, own, reading):
         if ids[i] is None:
             ids[i] = i if i not in names else max(names) + 1
             names[ids[i]] = name
-            if known := spelling.get(key_of(name)):
+            if (known := spelling.setdefault(key_of(name), name)) in id_of:
                 reading.errors.add("classes written in another way than in train", f"{name!r}, {known!r}")
+            elif known != name:
+                reading.notes.add("classes that differ only in capitals, kept apart", f"{known}, {name}")
             elif before:
                 reading.notes.add("classes that train does not have", name)
         elif ids[i] != i:
@@ -341,8 +343,7 @@ def read_labels(path, keypoints, reading):
     for k, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        where, (label, *corners) = f"{path}, line {k}", map(number, line.split())
-        corners = corners[:4] if keypoints else corners
+        where, (label, *corners) = f"{path}, line {k}", map(number, line.split()[:5 if keypoints else None])
         fault = ("label lines with more than numbers" if None in (label, *corners) else
                  "label lines that are neither class, x, y, width, height nor a class and a polygon"
                  if len(corners) < 4 or len(corners) % 2 else

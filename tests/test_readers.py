@@ -131,8 +131,7 @@ YOLO = {  # data.yaml, images, labels, other files
     "supervision": ("nc: 2\nnames:\n- cat\n- dog\n", "{}/images", "{}/labels", {}),
     "labels beside": ("train: train\nval: ./val" + NAMES, "{}", "{}", {}),
     "capitals": ("train: images/train\nval: images/val" + NAMES, "Images/{}", "Labels/{}", {}),
-    "a deep path": ("path: ../all/pets/data\ntrain: images/train\nval: images/val" + NAMES,
-                    "data/images/{}", "data/labels/{}", {}),
+    "a deep path": ("path: ../pets/d\ntrain: a/train\nval: a/val" + NAMES, "d/a/{}", "d/a/{}", {}),
     "lists of folders": ("train: [images/train]\nval:\n- images/val" + NAMES, "images/{}", "labels/{}", {}),
     "CVAT": ("path: .\ntrain: train.txt\nval: val.txt" + NAMES, "images/{}", "labels/{}",
              {name: text.replace("{}", "data") for name, text in LISTS.items()}),
@@ -242,7 +241,7 @@ def test_links_to_folders_are_followed_and_not_in_circles(tmp_path):
     yolo_folders(tmp_path / "there"), (tmp_path / "here").mkdir()
     for name in ("images", "labels", "data.yaml"):
         (tmp_path / "here" / name).symlink_to(tmp_path / "there" / name)
-    (tmp_path / "there/images/again").symlink_to(tmp_path / "there")
+    (tmp_path / "there/images/again").symlink_to(tmp_path / "there"), (tmp_path / "here/all").symlink_to("/")
     assert_truth(read(tmp_path / "here"))
 
 
@@ -254,19 +253,16 @@ def test_a_data_folder_may_have_brackets_and_stars_in_its_name(tmp_path):
 
 
 def test_data_yaml_may_name_folders_beside_its_own_of_nearly_the_same_name(tmp_path):
-    yolo_folders(tmp_path / "pets_images"), (tmp_path / "pets").mkdir()
-    text = "train: ../pets_images/images/train\nval: ../pets_images/images/val" + NAMES
-    (tmp_path / "pets/data.yaml").write_text(text)
+    yolo_folders(tmp_path / "pets_"), (tmp_path / "pets").mkdir()
+    (tmp_path / "pets/data.yaml").write_text("train: ../pets_/images/train\nval: ../pets_/images/val" + NAMES)
     assert_truth(read(tmp_path / "pets"))
 
 
 def test_an_image_with_two_endings_is_one_image_and_hides_no_other(tmp_path):
     yolo_folders(tmp_path)
-    write_image(tmp_path / "images/train/1.jpg"), (tmp_path / "images/train/1.png").unlink()
-    write_image(tmp_path / "images/train/1.jpg.png")  # a mask
-    found = boxes_in(read(tmp_path)["train"])
-    assert found == {name: sorted(boxes) for name, boxes in TRUTH["train"].items()} | {"1.jpg": []}
-    assert len(read(tmp_path)["train"]) == 4
+    write_image(tmp_path / "images/train/8.jpg"), write_image(tmp_path / "images/train/8.jpg.png")  # a mask
+    found = [Path(image.path).name for image in read(tmp_path)["train"].images]
+    assert found == ["1.png", "2.png", "3.png", "8.jpg", "8.jpg.png"]
 
 
 def test_accents_in_one_character_or_in_two(tmp_path):
@@ -436,10 +432,11 @@ def test_an_image_that_is_lost_is_looked_for_but_not_in_the_other_split(folder, 
         read(folder)
 
 
-def test_images_of_val_may_be_in_train2017_if_the_annotations_say_so(tmp_path):
-    for split in TRUTH:  # LVIS
-        coco(tmp_path / f"annotations/lvis_v1_{split}.json", split, "http://coco.org/train2017/{}.png")
-        images(tmp_path / "train2017", split)
+@pytest.mark.parametrize("name, other", [("http://coco.org/train2017/{}.png", "val2017"), ("{}.png", "x")])
+def test_images_of_val_may_be_in_train2017_if_it_is_said_or_there_is_no_val(name, other, tmp_path):
+    for split in TRUTH:  # LVIS says so; others split the annotations of one folder
+        coco(tmp_path / f"lvis_v1_{split}.json", split, name), images(tmp_path / "train2017", split)
+    (tmp_path / other).mkdir()
     assert_truth(read(tmp_path))
 
 
@@ -492,7 +489,7 @@ BROKEN = {  # a change to COCO's file, and what is said
     "a dict": (edit("annotations", 1, bbox={"x": 1}, segmentation=[[1, 2, 3, 4, 5, 6]]), "id 2: {'x': 1}"),
     "no box": (edit("annotations", 1, bbox=...), "bbox is not four numbers: 1 .first: 2.png, image id 2"),
     "no file_name": (edit("images", 1, file_name=...), "do not exist: 1 .*train/, image id 2"),
-    "no such file": (edit("images", 1, file_name="gone.png"), "do not exist: .*gone.png, image id 2, copy it"),
+    "no such file": (edit("images", 1, file_name="x.png"), "do not exist: .*x.png, image id 2, copy it"),
     "an image id twice": (edit("images", 1, id=1), "image ids that occur twice: 1 .first: image id 1"),
     "a class id twice": (edit("categories", 1, id=1), "category ids that occur twice: 1"),
     "a negative size": (edit("images", 1, width=-64), "2.png .image id 2.: .*48 and -64"),
@@ -580,11 +577,15 @@ def test_difficult_objects_are_neither_trained_on_nor_evaluated(tmp_path):
     assert dataset.num_boxes == 2 and dataset.images[1].crowd.tolist() == [True, False]
 
 
+def test_classes_that_differ_in_capitals_are_noted(tmp_path):
+    yolo_folders(tmp_path, "names: [Cat, cat]")
+    assert "differ only in capitals, kept apart: 1 (first: Cat, cat)" in said(read(tmp_path)["train"])
+
+
 def test_the_folder_one_level_up_names_the_one_that_is_meant(tmp_path):
     coco(tmp_path / "pets/annotations/instances_default.json")
     with pytest.raises(UserError, match=f"Did you mean {tmp_path}/pets"):
         read(tmp_path)
-    shutil.rmtree(tmp_path / "pets")
     voc_as_published(tmp_path / "VOCdevkit/VOC2007")
     for folder in (tmp_path / "VOCdevkit", tmp_path):
         with pytest.raises(UserError, match=f"Did you mean {tmp_path}/VOCdevkit/VOC2007"):
