@@ -16,8 +16,9 @@ NAMES = {"train": ["train", "training", "trainval"], "val": ["val", "valid", "va
 ALIKE = [["train", "train2017", "training"], ["val", "val2017", "valid", "validation"], ["test", "test2017"]]
 LAYOUTS = {  # in any case, the first fit is taken; {} is one of NAMES, and a layout without it is for --split
     "COCO": ["annotations/instances_{}2017.json", "annotations/instances_{}.json", "annotations/*{}*.json",
-             "{}/_annotations.coco.json", "{}/*.json", "{}/annotations/*.json", "images/{}/*.json", "*.json",
-             "annotations/{}/*.json", "labels/*{}*.json", "*{}*.json", "annotations/*.json", "labels/*.json"],
+             "annotations*/annotations/instances_{}*.json", "{}/_annotations.coco.json", "{}/*.json",
+             "{}/annotations/*.json", "images/{}/*.json", "annotations/{}/*.json", "labels/*{}*.json",
+             "*{}*.json", "*{}*/*.json", "*.json", "annotations/*.json", "labels/*.json"],
     "VOC": ["imagesets/main/{}.txt", "imagesets/{}.txt",  # lists of names; the boxes are in Annotations/*.xml
             "imagesets/main/*_{}.txt",  # VoTT: a list for each class, and all images in each
             "annotations/{}", "labels/{}", "images/{}", "{}",  # folders with XML files in them or below
@@ -68,9 +69,8 @@ class Tree:
     def find(self, path):
         """The file at a path, or None. A device or a FIFO is none."""
         path = os.path.normpath(path)
-        key = readers.key_of(path)
-        found = path if os.path.isfile(path) else self.files.get(key) or self.stems.get(key)
-        return found if found and os.path.isfile(found) else None
+        places = path, self.files.get(key := readers.key_of(path)), self.stems.get(key)
+        return next((place for place in places if place and os.path.isfile(place)), None)
 
     def match(self, pattern):
         """The files and folders below the top that a pattern in small letters fits, such as train/*.json."""
@@ -202,7 +202,7 @@ def find_source(tree, split, unsplit):
     if reading := search(tree, split, unsplit):
         return reading
     endings = Counter(os.path.splitext(key)[1] for key in tree.files)
-    here = sorted({key[len(tree.top) + 1:].split(os.sep)[0] + "/" for key in tree.folders} - {"/"})[:9]
+    here = sorted({key[len(tree.start):].split(os.sep)[0] + "/" for key in tree.folders} - {"/"})[:9]
     here += [f"{count} {ending or 'without ending'}" for ending, count in endings.most_common(6)]
     raise UserError(
         f"{tree.top}: no {split} annotations here. Expected annotations/instances_{split}.json (COCO), "

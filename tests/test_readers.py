@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from support import UserError, check_data, data
-from tests.folders import write_image, write_json, write_label
+from tests.folders import change, edit, write_image, write_json, write_label, write_noise
 
 TRUTH = {  # of each split and image: class and x0, y0, x1, y1 in pixels of 64 x 48
     "train": {"1": [("cat", 10, 8, 30, 24)], "2": [("dog", 30, 4, 42, 34), ("cat", 0, 0, 64, 48)], "3": []},
@@ -104,6 +104,8 @@ COCO = {  # where the annotations and the images of a split are, and how file_na
     "Label Studio's uploads": ("annotations/instances_{}.json", "images", "../../media/upload/1/{}.png"),
     "an address": ("annotations/instances_{}.json", "images", "https://pets.org/images/{}.png"),
     "a signed address": ("annotations/instances_{}.json", "images", "https://b.s3.com/x/{}.png?Sig=a%2Fb&X=1"),
+    "Windows unpacked it": ("annotations_x/annotations/instances_{}.json", "{}", "{}.png"),
+    "FLIR": ("thermal_{}/coco.json", "thermal_{}/data", "data/{}.png"),
     "a folder for each split": ("annotations/{}/instances.json", "images/{}", "{}.png"),
     "no ending": ("annotations/instances_{}.json", "images/{}", "{}"),
     "other capitals": ("annotations/instances_{}.json", "images/{}", "{}.PNG"),
@@ -281,21 +283,6 @@ def test_label_files_in_other_capitals(tmp_path):
 
 
 # ---- COCO --------------------------------------------------------------------------------------------------
-def change(folder, how, split="train"):
-    """Applies how(contents) to a file of annotations."""
-    path = folder / f"annotations/instances_{split}.json"
-    contents = json.loads(path.read_text())
-    path.write_text(json.dumps(how(contents) or contents))
-
-
-def edit(key, index, **values):
-    """A change to one entry; ... deletes the field."""
-    def how(contents):
-        contents[key][index] = {name: value for name, value in (contents[key][index] | values).items()
-                                if value is not ...}
-    return how
-
-
 @pytest.fixture
 def folder(tmp_path):
     coco_folders(tmp_path)
@@ -715,6 +702,11 @@ def test_yolo_without_val_without_names_without_images(tmp_path):
     (tmp_path / "data.yaml").unlink()
     with pytest.raises(UserError, match="is a YOLO label file: write the names .*classes.txt"):
         read(tmp_path)
+    for name in TRUTH["train"]:
+        (tmp_path / f"images/train/{name}.png").rename(tmp_path / f"images/train/{name}.HEIC")
+    (tmp_path / "classes.txt").write_text("cat\ndog")
+    with pytest.raises(UserError, match="cannot be used: 3 .*1.HEIC: a format that Pillow does not read"):
+        read(tmp_path)
     yolo_folders(tmp_path)
     for path in tmp_path.glob("images/train/*"):
         path.unlink()
@@ -782,6 +774,14 @@ def test_files_of_systems_and_notebooks_are_skipped_and_said(tmp_path):
     sets = read(tmp_path)
     assert_truth(sets)
     assert "files that systems or notebooks make, not used: 2" in said(sets["train"])
+
+
+def test_a_damaged_exif_block_does_not_matter(tmp_path, recwarn):
+    yolo_folders(tmp_path)
+    (tmp_path / "images/train/1.png").unlink()
+    write_noise(tmp_path / "images/train/1.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0")  # without entries
+    assert_truth(read(tmp_path))
+    assert check_data.main([str(tmp_path)]) == 0 and not recwarn.list
 
 
 # ---- --split -----------------------------------------------------------------------------------------------
