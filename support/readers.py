@@ -51,7 +51,7 @@ def read_text(path, most=MOST_TEXT, as_bytes=False):
     try:
         return content if as_bytes else content.decode(json.detect_encoding(content))
     except UnicodeDecodeError:
-        raise UserError("is not in UTF-8: open it in an editor and save it as UTF-8") from None
+        raise UserError("is not in UTF-8: unpack it, or save it as UTF-8 in an editor") from None
 
 
 # ---- Classes -----------------------------------------------------------------------------------------------
