@@ -129,7 +129,7 @@ def read_splits(folder, given, splits, share=None, seed=0):
     if folder is not None and any(map(any, given.values())):
         raise UserError("give a data folder or the four paths (--train-json, ...), not both")
     if folder is not None and not os.path.isdir(folder):
-        why = "a file, not a folder" if os.path.isfile(folder) else "no such folder"
+        why = "a file, not a folder; give the folder" if os.path.isfile(folder) else "no such folder"
         raise UserError(f'{folder or repr(folder)}: {why}; the embedded data set is called "shapes"')
     tree = folder and Tree(folder)
     if share is not None:

@@ -98,8 +98,7 @@ def clean(images, labels, first, reading):
                 continue
             if crosses:
                 note("boxes reaching over the image edge, clipped", where)
-            crowd = crowd in (1, "1", "true", "True")
-            if crowd:
+            if crowd := crowd in (1, "1", "true", "True"):
                 note("crowd regions (VOC: difficult), neither trained on nor evaluated", where)
             area = area if area and area > 0 else math.inf
             rows.append((labels[category], cut, min(area, w * h), crowd))  # outlines cross edges
@@ -117,7 +116,7 @@ def clean(images, labels, first, reading):
         kind = "most boxes are from 0 to 1: shares of the image? Pixels are expected"
         reading.errors.add(kind, shares[0], len(shares))
     if over > max(2, total / 2):
-        note("most boxes reach over the edge of their image: COCO expects x, y, width, height")
+        note(f"most boxes reach over the edge of their image: are their four numbers {reading.form}'s?")
     return found
 
 
@@ -126,7 +125,7 @@ def opened(path, image_id, pixels=None):
     """The PIL image of a file, or `pixels`. Whatever PIL raises becomes a UserError: SyntaxError, ..."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half of what is refused
+            warnings.simplefilter("ignore")  # of half of what is refused as a bomb, of a damaged EXIF block
             with contextlib.nullcontext(pixels) if pixels else Image.open(path) as raw:
                 yield raw
     except Exception as error:
@@ -134,8 +133,7 @@ def opened(path, image_id, pixels=None):
         if isinstance(error, Image.DecompressionBombError):
             what = f"more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; cut it into tiles"
         elif isinstance(error, UnidentifiedImageError):
-            with open(path, "rb") as file:
-                start = file.read(64)
+            start = np.fromfile(path, np.uint8, 64).tobytes()
             what = next((what for sign, what in SIGNS.items() if sign in start), "not an image, or damaged")
         raise UserError(f"{path} (image id {image_id}): {what}; repair or remove it") from None
 
@@ -180,8 +178,7 @@ def load_image(annotated):
     with opened(annotated.path, annotated.id, annotated.pixels) as raw:
         size, shown = (annotated.width, annotated.height), size_shown(raw)
         if size not in (shown, raw.size):
-            raise UserError(f"the file has {shown[0]} x {shown[1]} pixels, its annotations say "
-                            f"{annotated.width} x {annotated.height}")
+            raise UserError("the file has %d x %d pixels, its annotations say %d x %d" % (*shown, *size))
         if max(size) > THINNEST * min(size):
             raise UserError(f"{annotated.width} x {annotated.height} pixels are too thin to be resized")
         return to_rgb(ImageOps.exif_transpose(raw) if size == shown else raw)

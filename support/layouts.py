@@ -8,15 +8,17 @@ from fnmatch import fnmatchcase
 from urllib.parse import unquote
 
 from support import UserError, readers, shorten, visible
-from support.images import IMAGE_SUFFIXES
+from support.images import IMAGE_SUFFIXES, OTHER_SUFFIXES
 
+ANY_IMAGE = (*IMAGE_SUFFIXES, *OTHER_SUFFIXES)
 JUNK = ("._", ".ipynb_checkpoints", "__MACOSX")  # systems and notebooks make them
 NAMES = {"train": ["train", "training", "trainval"], "val": ["val", "valid", "validation", "test"]}
-ALIKE = [["train", "training"], ["val", "valid", "validation"], ["test"]]
+ALIKE = [["train", "train2017", "training"], ["val", "val2017", "valid", "validation"], ["test", "test2017"]]
 LAYOUTS = {  # in any case, the first fit is taken; {} is one of NAMES, and a layout without it is for --split
     "COCO": ["annotations/instances_{}2017.json", "annotations/instances_{}.json", "annotations/*{}*.json",
-             "{}/_annotations.coco.json", "{}/*.json", "{}/annotations/*.json", "images/{}/*.json",
-             "labels/*{}*.json", "*{}*.json", "*.json", "annotations/*.json", "labels/*.json"],
+             "annotations*/annotations/instances_{}*.json", "{}/_annotations.coco.json", "{}/*.json",
+             "{}/annotations/*.json", "images/{}/*.json", "annotations/{}/*.json", "labels/*{}*.json",
+             "*{}*.json", "*{}*/*.json", "*.json", "annotations/*.json", "labels/*.json"],
     "VOC": ["imagesets/main/{}.txt", "imagesets/{}.txt",  # lists of names; the boxes are in Annotations/*.xml
             "imagesets/main/*_{}.txt",  # VoTT: a list for each class, and all images in each
             "annotations/{}", "labels/{}", "images/{}", "{}",  # folders with XML files in them or below
@@ -24,8 +26,8 @@ LAYOUTS = {  # in any case, the first fit is taken; {} is one of NAMES, and a la
     "YOLO": ["images/{}", "images/{}2017", "{}/images", "data/{}", "obj_{}_data",  # data.yaml may name others
              "{}.txt", "{}", "images", "obj_train_data", "data", "."],  # folders or a list of images
 }
-IMAGE_PLACES = ["{}2017", "{}", "images/{}", "images/{}2017", "{}/images", "{}/data", "data/{}",
-                "{}/jpegimages", "jpegimages/{}", "images", "images/default", "jpegimages", "data", "."]
+IMAGE_PLACES = ["{}", "images/{}", "{}/images", "{}/data", "data/{}", "{}/jpegimages", "jpegimages/{}",
+                "images", "images/default", "jpegimages", "data", "."]
 CLASS_FILES = ["classes.txt", "obj.names", "_darknet.labels", "predefined_classes.txt", "data.yaml"]
 CLASS_PLACES = ["", "labels/", "labels/{}/", "{}/", "{}/labels/", "data/", "images/", "images/{}/"]
 OTHER_TASKS = ("person_keypoints", "captions", "stuff", "panoptic", "image_info", "_annotations.createml")
@@ -47,41 +49,42 @@ class Tree:
 
     def __init__(self, top):
         self.top, self.files, self.folders, self.junk = os.path.abspath(top), {}, {}, []  # {key: path}
+        self.start, self.stems = readers.key_of(os.path.join(self.top, "")), {}  # stems: keys without ending
         self.called = defaultdict(list)  # {key of a bare name, with or without ending: [images]}
         for folder, folders, names in os.walk(self.top, followlinks=True):
             self.junk += [os.path.join(folder, name) for name in folders + names if name.startswith(JUNK)]
             folders[:] = sorted(name for name in folders if not name.startswith((".", *JUNK)) and not (
                 os.path.islink(link := os.path.join(folder, name))  # to a folder that it lies in
-                and os.path.join(os.path.realpath(folder), "").startswith(os.path.realpath(link) + os.sep)))
+                and (os.path.realpath(folder) + os.sep).startswith(os.path.join(os.path.realpath(link), ""))))
             self.folders[readers.key_of(folder)] = folder
             for path in (os.path.join(folder, name) for name in sorted(names) if not name.startswith(JUNK)):
                 key = readers.key_of(path)
                 self.files[key] = path
                 if key.endswith(IMAGE_SUFFIXES):
                     stem = os.path.splitext(key)[0]
-                    self.files[stem] = "" if stem in self.files else path  # "": several are called so
+                    self.stems[stem] = "" if stem in self.stems else path  # "": several are called so
                     for name in (key, stem):
                         self.called[os.path.basename(name)].append(path)
 
     def find(self, path):
         """The file at a path, or None. A device or a FIFO is none."""
         path = os.path.normpath(path)
-        found = path if os.path.isfile(path) else self.files.get(readers.key_of(path))
-        return found if found and os.path.isfile(found) else None
+        places = path, self.files.get(key := readers.key_of(path)), self.stems.get(key)
+        return next((place for place in places if place and os.path.isfile(place)), None)
 
     def match(self, pattern):
         """The files and folders below the top that a pattern in small letters fits, such as train/*.json."""
-        pattern = os.path.normpath(os.path.join(readers.key_of(self.top), pattern))
         if "*" not in pattern:
-            return [found for found in (self.files.get(pattern), self.folders.get(pattern)) if found]
-        ending, depth = os.path.splitext(pattern)[1], pattern.count(os.sep)
-        return sorted(path for key, path in self.files.items()
-                      if key.endswith(ending) and key.count(os.sep) == depth and fnmatchcase(key, pattern))
+            key = os.path.normpath(self.start + pattern)
+            return [found for found in (self.files.get(key), self.folders.get(key)) if found]
+        ending, depth = os.path.splitext(pattern)[1], (self.start + pattern).count(os.sep)
+        return sorted(path for key, path in self.files.items() if key.endswith(ending)
+                      and key.count(os.sep) == depth and fnmatchcase(key[len(self.start):], pattern))
 
     def inside(self, folder, *endings):
         """The paths of the files with one of these endings in a folder and below."""
         start = readers.key_of(os.path.join(folder, ""))
-        if not start.startswith(readers.key_of(self.top)):
+        if not start.startswith(self.start):
             return Tree(folder).inside(folder, *endings)
         return sorted(path for key, path in self.files.items()
                       if key.startswith(start) and key.endswith(endings) and os.path.isfile(path))
@@ -104,7 +107,7 @@ class Reading:
     def find_image(self, name, where, places=None):
         """The path of an image: `name` as written, or its last part anywhere. None, and an error, if lost."""
         places = places or self.places
-        plain = unquote(name.split("?d=")[-1]).replace("\\", "/")  # Label Studio's and Windows'
+        plain = unquote(re.sub(r"^.*\?d=|\?.*$", "", name)).replace("\\", "/")  # Label Studio, S3, Windows
         for spelling in (name, plain):
             for k, place in enumerate(places):
                 if found := self.tree.find(os.path.join(place, spelling)):
@@ -113,17 +116,17 @@ class Reading:
                         self.notes.add("image files outside of the data folder", found)
                     return found
         parts = readers.key_of(plain).split("/")[::-1]
-        found = [path for path in self.tree.called.get(parts[0], ()) if os.path.isfile(path)
-                 and not self.avoid & {*readers.key_of(path[len(self.tree.top):]).split(os.sep)[:-1]}]
-        ends = [readers.key_of(path).split(os.sep)[::-1] for path in found]
-        same = [len(os.path.commonprefix([end, parts])) for end in ends]
-        found = [path for path, count in zip(found, same) if count == max(same)]  # the most folders in common
+        ends = {path: readers.key_of(path[len(self.tree.top):]).split(os.sep)[::-1]
+                for path in self.tree.called.get(parts[0], ()) if os.path.isfile(path)}
+        same = {path: len(os.path.commonprefix([end, parts])) for path, end in ends.items()
+                if not self.avoid & {*end[1:]} - {*parts[1:2]}}  # LVIS has images of val in train2017
+        found = [path for path, count in same.items() if count == max(same.values())]  # most in common
         if len(found) == 1:
             self.notes.add("image files in another folder than the annotations say", f"{name} is {found[0]}")
             return found[0]
         kind = "are lost, with several of that name elsewhere" if found else "do not exist"
-        lost = ", ".join([os.path.join(places[0], name), where, *found[:2]])
-        self.errors.add(f"image files that {kind}", lost)
+        lost = [os.path.join(places[0], name), where, *(found[:2] or [f"copy it below {self.tree.top}"])]
+        self.errors.add(f"image files that {kind}", ", ".join(lost))
 
 
 def mentions(path, *words):
@@ -156,11 +159,10 @@ def class_file(tree, names):
 def in_places(tree, form, path, name):
     """A Reading: the places are the folders of `tree` for images of a split that is called `name`."""
     alike = next((words for words in ALIKE if name in words), [])
-    others = [word for words in ALIKE if alike and words != alike for word in words]
-    patterns = [place.format(word) for word in (name, *alike) for place in IMAGE_PLACES]
-    places = [folder for pattern in patterns for folder in tree.match(pattern) if os.path.isdir(folder)]
-    places.append(path if os.path.isdir(path) else os.path.dirname(path))
-    avoid = {word + year for word in others for year in ("", "2014", "2017")}
+    found = [tree.match(place.format(word)) for word in (name, *alike) for place in IMAGE_PLACES]
+    places = [*filter(os.path.isdir, sum(found, [])), path if os.path.isdir(path) else os.path.dirname(path)]
+    own = any(word in os.path.basename(key[len(tree.start):]) for key in tree.folders for word in alike)
+    avoid = {word for words in ALIKE if own and words != alike for word in words}  # or one folder has all
     return Reading(form, path, tree, list(dict.fromkeys(places)), avoid)
 
 
@@ -187,11 +189,11 @@ def search(tree, split, unsplit=False):
                     config = readers.read_config(classes) if classes else {}
                     if key := next((key for key in NAMES[split] if config.get(key)), None):
                         values = config[key] if isinstance(config[key], list) else [config[key]]
-                        places = [readers.locate(key, value, config, classes) for value in values]
+                        places = [readers.locate(key, value, config, classes, tree) for value in values]
                         return Reading(form, classes, tree, places)
                 except UserError as error:
                     raise UserError(f"{classes}: {error}") from None
-            if classes and found and (os.path.isfile(found[0]) or tree.inside(found[0], *IMAGE_SUFFIXES)):
+            if classes and found and (os.path.isfile(found[0]) or tree.inside(found[0], *ANY_IMAGE)):
                 return Reading(form, classes, tree, found)
 
 
@@ -199,8 +201,8 @@ def find_source(tree, split, unsplit):
     """The Reading of a split. UserError with what is there and what to do if there is none."""
     if reading := search(tree, split, unsplit):
         return reading
-    endings = Counter(os.path.splitext(path)[1].lower() for path in {*tree.files.values()})
-    here = sorted({key[len(tree.top) + 1:].split(os.sep)[0] + "/" for key in tree.folders} - {"/"})[:9]
+    endings = Counter(os.path.splitext(key)[1] for key in tree.files)
+    here = sorted({key[len(tree.start):].split(os.sep)[0] + "/" for key in tree.folders} - {"/"})[:9]
     here += [f"{count} {ending or 'without ending'}" for ending, count in endings.most_common(6)]
     raise UserError(
         f"{tree.top}: no {split} annotations here. Expected annotations/instances_{split}.json (COCO), "
@@ -216,10 +218,12 @@ def find_hint(tree, split, unsplit):
 
     if split == "val" and (train := source(tree, "train")):
         return f"{train.path} has no val: add --split 0.2 to hold some images out"
-    for folder in list(tree.folders.values())[1:50]:
-        if folder[len(tree.top):].count(os.sep) < 3 and source(Tree(folder), split):
-            return f"Did you mean {folder}?"
     together = None if unsplit else source(tree, split, True)
+    for folder in list(tree.folders.values())[1:50]:
+        if folder[len(tree.top):].count(os.sep) < 3 and source(Tree(folder), split, not together):
+            return f"Did you mean {folder}?"
+    if not together and (classes := class_file(tree, NAMES[split])):
+        return f"{classes} is YOLO's, and no images are in its layouts: copy them into {tree.top}/images"
     jsons, xmls = tree.inside(tree.top, ".json")[:1], tree.inside(tree.top, ".xml")[:1]
     likely = {"COCO": [together.path], "VOC": xmls, "YOLO": []}[together.form] if together else jsons + xmls
     for path in likely:
@@ -229,8 +233,6 @@ def find_hint(tree, split, unsplit):
             return f"{path} {error}"
     if together:
         return "All images lie together: add --split 0.2 to hold some of them out"
-    if class_file(tree, NAMES[split]):
-        return "There are no images where YOLO's layouts have them"
     for path in tree.inside(tree.top, ".txt")[:20]:
         if any(readers.read_labels(path, False, Reading())):
             return f"{path} is a YOLO label file: write the names of its classes into {tree.top}/classes.txt"
@@ -249,5 +251,4 @@ def given_source(split, path, folder):
         raise UserError(f"{folder}: no such folder; it should hold the images")
     yolo = ending in (".yaml", ".yml", ".data", ".names") or os.path.basename(path) in CLASS_FILES
     form = "YOLO" if yolo else "VOC" if os.path.isdir(path) or ending == ".txt" else "COCO"
-    top = folder if os.path.isdir(folder) else os.path.dirname(folder)
-    return Reading(form, path, Tree(top), [folder])
+    return Reading(form, path, Tree(folder if os.path.isdir(folder) else os.path.dirname(folder)), [folder])

@@ -29,7 +29,7 @@ OTHER_FORMS = {  # a key that JSON files of other forms have: whose form that is
     "shapes": "labelme's file of one image", "assets": "VoTT's own form", "asset": "VoTT's own form",
     "_via_settings": "a project of VIA", "regions": "VIA's own form", "objects": "Supervisely's form",
     "items": "Datumaro's own form", "data": "Label Studio's own form", "score": "a file of results",
-    "image": "CreateML's form",
+    "annotator": "Label Studio's own form", "image": "CreateML's form",
 }
 NO_LABELS = re.compile(r"(?i)(classes|readme|predefined|train|training|val|valid|validation|test|images)\b")
 
@@ -51,7 +51,7 @@ def read_text(path, most=MOST_TEXT, as_bytes=False):
     try:
         return content if as_bytes else content.decode(json.detect_encoding(content))
     except UnicodeDecodeError:
-        raise UserError("is not in UTF-8: open it in an editor and save it as UTF-8") from None
+        raise UserError("is not in UTF-8: unpack it, or save it as UTF-8 in an editor") from None
 
 
 # ---- Classes -----------------------------------------------------------------------------------------------
@@ -65,8 +65,10 @@ def join_names(names, own, reading):
         if ids[i] is None:
             ids[i] = i if i not in names else max(names) + 1
             names[ids[i]] = name
-            if known := spelling.get(key_of(name)):
+            if (known := spelling.setdefault(key_of(name), name)) in id_of:
                 reading.errors.add("classes written in another way than in train", f"{name!r}, {known!r}")
+            elif known != name:
+                reading.notes.add("classes that differ only in capitals, kept apart", f"{known}, {name}")
             elif before:
                 reading.notes.add("classes that train does not have", name)
         elif ids[i] != i:
@@ -83,7 +85,7 @@ def compact(entry):
     if "image_id" not in entry or "category_id" not in entry:
         return entry
     box, outline = entry.get("bbox"), entry.get("segmentation")
-    if outline and (not box or box[2:] == [0, 0]):
+    if outline and (not box or isinstance(box, list) and box[2:] == [0, 0]):
         with contextlib.suppress(Exception):  # then there is no box, and that is an error later
             if isinstance(outline, dict):  # a mask, its counts as a text or as a list
                 packed = isinstance(outline["counts"], str)
@@ -107,9 +109,9 @@ def parse_coco(path):
         raise UserError(f"cannot be read as JSON: {error}" if text.strip() else "is empty") from None
     finally:
         gc.enable()
-    lists = ("images", "categories", "annotations")
-    if not (isinstance(contents, dict) and all(isinstance(contents.get(key), list) for key in lists)
-            and all(isinstance(entry, tuple) for entry in contents["annotations"])):  # unlike captions
+    kinds = {"images": dict, "categories": dict, "annotations": tuple}  # captions are no tuples
+    if not (isinstance(contents, dict) and all(isinstance(contents.get(key), list) and {
+            *map(type, contents[key])} <= {kind} for key, kind in kinds.items())):
         guess = next((f"; this is {form}" for key, form in OTHER_FORMS.items() if f'"{key}"' in text), "")
         raise UserError("is no COCO file of objects, which has the lists images, categories and annotations, "
                         f"these with image_id and category_id{guess}. Export the data as COCO")
@@ -148,7 +150,7 @@ def read_coco(reading, known):
         reading.notes.add(f"annotation ids that are missing, text or given twice, not used: {others}")
     del annotations
     for i, entry in found.items():
-        file, boxes = entry.get("file_name") or entry.get("coco_url") or "", []  # LVIS has the second
+        file, boxes = str(entry.get("file_name") or entry.get("coco_url") or ""), []  # LVIS has the second
         path = reading.find_image(file, f"image id {i}")
         for image_id, category_id, bbox, area, crowd, k, computed in of_image.pop(i, ()):
             where = f"{file}, image id {image_id}, annotation id {k}"
@@ -157,7 +159,7 @@ def read_coco(reading, known):
             if category is None:
                 reading.errors.add("category_id not among the categories", f"{where}: {category_id}")
             elif len(box) != 4 or None in box:
-                reading.errors.add("annotations whose bbox is not four numbers", f"{where}: {bbox}")
+                reading.errors.add("annotations whose bbox is not four numbers", f"{where}: {bbox!r}")
             else:
                 x, y, w, h = box
                 boxes.append((category, (x, y, x + w, y + h), number(area), crowd, where))
@@ -174,9 +176,9 @@ def read_xml(path):
     """The root of a VOC file. UserError, without the path."""
     try:
         root = ElementTree.fromstring(read_text(path, as_bytes=True))
-    except (ValueError, LookupError, SyntaxError) as error:  # LookupError: unknown encoding
+    except (ValueError, LookupError, SyntaxError) as error:  # the first two: an encoding such as GBK
         read_text(path)  # that it is not in UTF-8 says more
-        raise UserError(f"cannot be read: {reason(error)}") from None
+        raise UserError(f"cannot be read: {reason(error)}; expected UTF-8, also in its first line") from None
     if root.tag != "annotation":
         raise UserError("is in CVAT's own form: export as COCO 1.0 or Pascal VOC 1.1"
                         if root.tag == "annotations" else f"has no VOC annotations, but <{root.tag}>")
@@ -276,11 +278,11 @@ def read_config(path):
     return contents
 
 
-def read_classes(config, path):
+def read_classes(config, path, tree):
     """{class id: name} of what read_config returns."""
     names, count = config.get("names"), int(number(config.get("nc")) or 0)
     if isinstance(names, str) and names:
-        names = read_config(locate("names", names, config, path))["names"]
+        names = read_config(locate("names", names, config, path, tree))["names"]
     pairs = names.items() if isinstance(names, dict) else enumerate(names or map(str, range(count)))
     found = {as_id(i): name for i, name in pairs}
     if not found or not all(type(i) is int and isinstance(name, str) for i, name in found.items()):
@@ -289,19 +291,20 @@ def read_classes(config, path):
     return {i: visible(name.strip() or str(i)) for i, name in sorted(found.items())}
 
 
-def locate(key, value, config, path):
+def locate(key, value, config, path, tree):
     """The folder or file that data.yaml names, or as much of its path as there is beside data.yaml."""
     folder, root = os.path.dirname(path), config.get("path", "")
     if not isinstance(value, str) or not isinstance(root, str):
         raise UserError(f"{key} should be a path or a list of paths, it is {value!r}")
     value, root = value.replace("\\", "/"), root.replace("\\", "/")
-    parts = [part for part in value.split("/") if part not in ("", ".", "..")]
+    parts = [part for part in os.path.join(root, value).split("/") if part not in ("", ".", "..")]
     for tail in (os.path.join(root, value), value, *("/".join(parts[k:]) for k in range(len(parts)))):
         place = os.path.normpath(os.path.join(folder, tail))
-        is_above = folder.startswith(place.rstrip(os.sep) + os.sep)  # train: / would search the whole disk
-        if os.path.exists(place) and not is_above:
-            return place
-    raise UserError(f"{key}: {value} does not exist; paths are relative to this file")
+        found = place if os.path.exists(place) else tree.folders.get(key_of(place)) or tree.find(place)
+        if found and not folder.startswith(place.rstrip(os.sep) + os.sep):  # train: / would search the disk
+            return found
+    more = {"names": "; classes are a list such as [cat, dog]", "val": "; without a val, add --split 0.2"}
+    raise UserError(f"{key}: {value} does not exist; paths are relative to this file{more.get(key, '')}")
 
 
 def yolo_files(reading):
@@ -340,13 +343,12 @@ def read_labels(path, keypoints, reading):
     for k, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        where, (label, *corners) = f"{path}, line {k}", map(number, line.split())
-        corners = corners[:4] if keypoints else corners
+        where, (label, *corners) = f"{path}, line {k}", map(number, line.split()[:5 if keypoints else None])
         fault = ("label lines with more than numbers" if None in (label, *corners) else
                  "label lines that are neither class, x, y, width, height nor a class and a polygon"
                  if len(corners) < 4 or len(corners) % 2 else
-                 "labels that are not shares of the image, from 0 to 1; are they pixels?"
-                 if max(map(abs, corners)) > 2 else None)
+                 "labels that are not shares of the image, from 0 to 1: pixels? keypoints, and no kpt_shape?"
+                 if max(map(abs, corners)) >= 2 else None)
         if fault:
             reading.errors.add(fault, f"{where}: {line!r}")
         elif len(corners) == 4:
@@ -361,7 +363,7 @@ def read_labels(path, keypoints, reading):
 def read_yolo(reading, known):
     """See the top of this file."""
     config = read_config(reading.path)
-    names = read_classes(config, reading.path)
+    names = read_classes(config, reading.path, reading.tree)
     yield names
 
     used, places = {}, {}  # {label file: image}, {class id: its first place}

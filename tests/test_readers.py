@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from support import UserError, check_data, data
-from tests.folders import write_image, write_json, write_label
+from tests.folders import change, edit, write_image, write_json, write_label, write_noise
 
 TRUTH = {  # of each split and image: class and x0, y0, x1, y1 in pixels of 64 x 48
     "train": {"1": [("cat", 10, 8, 30, 24)], "2": [("dog", 30, 4, 42, 34), ("cat", 0, 0, 64, 48)], "3": []},
@@ -103,6 +103,10 @@ COCO = {  # where the annotations and the images of a split are, and how file_na
         "annotations/instances_{}.json", "images", "data/local-files/?d=my%20pets/images/{}.png"),
     "Label Studio's uploads": ("annotations/instances_{}.json", "images", "../../media/upload/1/{}.png"),
     "an address": ("annotations/instances_{}.json", "images", "https://pets.org/images/{}.png"),
+    "a signed address": ("annotations/instances_{}.json", "images", "https://b.s3.com/x/{}.png?Sig=a%2Fb&X=1"),
+    "Windows unpacked it": ("annotations_x/annotations/instances_{}.json", "{}", "{}.png"),
+    "FLIR": ("thermal_{}/coco.json", "thermal_{}/data", "data/{}.png"),
+    "a folder for each split": ("annotations/{}/instances.json", "images/{}", "{}.png"),
     "no ending": ("annotations/instances_{}.json", "images/{}", "{}"),
     "other capitals": ("annotations/instances_{}.json", "images/{}", "{}.PNG"),
 }
@@ -128,6 +132,8 @@ YOLO = {  # data.yaml, images, labels, other files
                 "images/{}", "labels/{}", {}),
     "supervision": ("nc: 2\nnames:\n- cat\n- dog\n", "{}/images", "{}/labels", {}),
     "labels beside": ("train: train\nval: ./val" + NAMES, "{}", "{}", {}),
+    "capitals": ("train: images/train\nval: images/val" + NAMES, "Images/{}", "Labels/{}", {}),
+    "a deep path": ("path: ../pets/d\ntrain: a/train\nval: a/val" + NAMES, "d/a/{}", "d/a/{}", {}),
     "lists of folders": ("train: [images/train]\nval:\n- images/val" + NAMES, "images/{}", "labels/{}", {}),
     "CVAT": ("path: .\ntrain: train.txt\nval: val.txt" + NAMES, "images/{}", "labels/{}",
              {name: text.replace("{}", "data") for name, text in LISTS.items()}),
@@ -237,8 +243,28 @@ def test_links_to_folders_are_followed_and_not_in_circles(tmp_path):
     yolo_folders(tmp_path / "there"), (tmp_path / "here").mkdir()
     for name in ("images", "labels", "data.yaml"):
         (tmp_path / "here" / name).symlink_to(tmp_path / "there" / name)
-    (tmp_path / "there/images/again").symlink_to(tmp_path / "there")
+    (tmp_path / "there/images/again").symlink_to(tmp_path / "there"), (tmp_path / "here/all").symlink_to("/")
     assert_truth(read(tmp_path / "here"))
+
+
+def test_a_data_folder_may_have_brackets_and_stars_in_its_name(tmp_path):
+    folder = tmp_path / "pets [v2] *1"
+    for split in TRUTH:
+        coco(folder / f"my_{split}.json", split), images(folder / "images", split)
+    assert_truth(read(folder))
+
+
+def test_data_yaml_may_name_folders_beside_its_own_of_nearly_the_same_name(tmp_path):
+    yolo_folders(tmp_path / "pets_"), (tmp_path / "pets").mkdir()
+    (tmp_path / "pets/data.yaml").write_text("train: ../pets_/images/train\nval: ../pets_/images/val" + NAMES)
+    assert_truth(read(tmp_path / "pets"))
+
+
+def test_an_image_with_two_endings_is_one_image_and_hides_no_other(tmp_path):
+    yolo_folders(tmp_path)
+    write_image(tmp_path / "images/train/8.jpg"), write_image(tmp_path / "images/train/8.jpg.png")  # a mask
+    found = [Path(image.path).name for image in read(tmp_path)["train"].images]
+    assert found == ["1.png", "2.png", "3.png", "8.jpg", "8.jpg.png"]
 
 
 def test_accents_in_one_character_or_in_two(tmp_path):
@@ -257,21 +283,6 @@ def test_label_files_in_other_capitals(tmp_path):
 
 
 # ---- COCO --------------------------------------------------------------------------------------------------
-def change(folder, how, split="train"):
-    """Applies how(contents) to a file of annotations."""
-    path = folder / f"annotations/instances_{split}.json"
-    contents = json.loads(path.read_text())
-    path.write_text(json.dumps(how(contents) or contents))
-
-
-def edit(key, index, **values):
-    """A change to one entry; ... deletes the field."""
-    def how(contents):
-        contents[key][index] = {name: value for name, value in (contents[key][index] | values).items()
-                                if value is not ...}
-    return how
-
-
 @pytest.fixture
 def folder(tmp_path):
     coco_folders(tmp_path)
@@ -293,6 +304,7 @@ REPAIRED = {  # what tools write, and the note about it
     "ids as text": (as_text, "image ids that are text or fractions, read as numbers: 3"),
     "bbox as text": (edit("annotations", 0, bbox=["10", "8", "20.0", "16"]), ""),
     "no size": (edit("images", 0, width=..., height=0), ""),
+    "a number as file_name": (edit("images", 0, file_name=1), ""),
     "size as text": (edit("images", 0, width="64", height=48.0), ""),
     "no iscrowd": (edit("annotations", 0, iscrowd=...), ""),
     "false iscrowd": (edit("annotations", 0, iscrowd=False, area=0), ""),
@@ -407,6 +419,14 @@ def test_an_image_that_is_lost_is_looked_for_but_not_in_the_other_split(folder, 
         read(folder)
 
 
+@pytest.mark.parametrize("name, other", [("http://coco.org/train2017/{}.png", "val2017"), ("{}.png", "x")])
+def test_images_of_val_may_be_in_train2017_if_it_is_said_or_there_is_no_val(name, other, tmp_path):
+    for split in TRUTH:  # LVIS says so; others split the annotations of one folder
+        coco(tmp_path / f"lvis_v1_{split}.json", split, name), images(tmp_path / "train2017", split)
+    (tmp_path / other).mkdir()
+    assert_truth(read(tmp_path))
+
+
 def test_images_outside_of_the_data_folder_are_noted(tmp_path):
     coco_folders(tmp_path / "data", name="../../more/{}.png")
     for split in TRUTH:
@@ -425,6 +445,8 @@ OTHER_JSON = {
     "panoptic": ({"images": [], "categories": [], "annotations": [{"segments_info": []}]}, "take instances_"),
     "captions": ({"images": [], "annotations": [{"image_id": 1, "caption": "a cat"}]}, "take instances_"),
     "Label Studio": ([{"id": 1, "data": {"image": "1.png"}, "annotations": []}], "Label Studio"),
+    "Label Studio's JSON-MIN": ([{"image": "1.png", "label": [], "annotator": 1}], "Label Studio"),
+    "classes without ids": ({"images": [], "annotations": [], "categories": ["cat", "dog"]}, ""),
     "CreateML": ([{"image": "1.png", "annotations": []}], "CreateML"),
     "Datumaro": ({"info": {}, "categories": {}, "items": []}, "Datumaro"),
     "a list of numbers": ([1, 2], ""),
@@ -450,9 +472,11 @@ BROKEN = {  # a change to COCO's file, and what is said
     "no such image": (edit("annotations", 1, image_id=99), "among the images: 1 .first: annotation id 2: 99"),
     "no such class": (edit("annotations", 1, category_id=9), "2.png, image id 2, annotation id 2: 9"),
     "three numbers": (edit("annotations", 1, bbox=[1, 2, 3]), "annotation id 2: .1, 2, 3."),
+    "a text": (edit("annotations", 1, bbox="[1, 2, 3, 4]"), "annotation id 2: '.1, 2, 3, 4.'"),
+    "a dict": (edit("annotations", 1, bbox={"x": 1}, segmentation=[[1, 2, 3, 4, 5, 6]]), "id 2: {'x': 1}"),
     "no box": (edit("annotations", 1, bbox=...), "bbox is not four numbers: 1 .first: 2.png, image id 2"),
     "no file_name": (edit("images", 1, file_name=...), "do not exist: 1 .*train/, image id 2"),
-    "no such file": (edit("images", 1, file_name="gone.png"), "do not exist: 1 .*train/gone.png, image id 2"),
+    "no such file": (edit("images", 1, file_name="x.png"), "do not exist: .*x.png, image id 2, copy it"),
     "an image id twice": (edit("images", 1, id=1), "image ids that occur twice: 1 .first: image id 1"),
     "a class id twice": (edit("categories", 1, id=1), "category ids that occur twice: 1"),
     "a negative size": (edit("images", 1, width=-64), "2.png .image id 2.: .*48 and -64"),
@@ -540,7 +564,15 @@ def test_difficult_objects_are_neither_trained_on_nor_evaluated(tmp_path):
     assert dataset.num_boxes == 2 and dataset.images[1].crowd.tolist() == [True, False]
 
 
+def test_classes_that_differ_in_capitals_are_noted(tmp_path):
+    yolo_folders(tmp_path, "names: [Cat, cat]")
+    assert "differ only in capitals, kept apart: 1 (first: Cat, cat)" in said(read(tmp_path)["train"])
+
+
 def test_the_folder_one_level_up_names_the_one_that_is_meant(tmp_path):
+    coco(tmp_path / "pets/annotations/instances_default.json")
+    with pytest.raises(UserError, match=f"Did you mean {tmp_path}/pets"):
+        read(tmp_path)
     voc_as_published(tmp_path / "VOCdevkit/VOC2007")
     for folder in (tmp_path / "VOCdevkit", tmp_path):
         with pytest.raises(UserError, match=f"Did you mean {tmp_path}/VOCdevkit/VOC2007"):
@@ -554,6 +586,7 @@ VOC_BROKEN = {
     "no name": (lambda text: text.replace("<name>cat</name>", ""), "objects without name: 1 .*object 1"),
     "no box": (lambda text: text.replace("bndbox", "robndbox"), "without four numbers.*: 1 .*object 1"),
     "no number": (lambda text: text.replace("<xmin>11", "<xmin>x"), "without four numbers.*: x, 9, 30, 24"),
+    "said to be GBK": (lambda text: '<?xml version="1.0" encoding="GBK"?>' + text, "expected UTF-8, also in"),
     "GBK": (lambda text: text.replace("cat", "\u72d7").encode("gbk"), "save it as UTF-8"),
 }
 
@@ -590,6 +623,8 @@ def test_data_yaml_as_people_write_it(text, names, tmp_path):
     "names: {dog: 0}": "names should be a list",
     "names: []": "names should be a list",
     "train: images/train": "names should be a list",
+    "names: cat": "names: cat does not exist.*such as .cat, dog.",
+    "val: null\nnames: [cat, dog]": "val: null does not exist.*without a val, add --split 0.2",
     "[a, b]": "should have lines such as",
     "train: {a: b}\nnames: [a]": "train should be a path or a list of paths",
     "train: /\nnames: [a]": "train: / does not exist",
@@ -611,6 +646,7 @@ LABELS = {  # lines of the label file of image 1, and what is said
     "a class beyond": ("7 .5 .5 .2 .2", "not among the 2 names: 1 .*line 1: 7"),
     "a negative class": ("-1 .5 .5 .2 .2", "not among the 2 names"),
     "pixels": ("0 32 24 10 10", "not shares of the image.*pixels"),
+    "keypoints": ("0 .5 .5 .2 .2 .5 .5 2 .6 .6 1", "not shares of the image.*keypoints, and no kpt_shape"),
     "not UTF-8": (b"\xc3\x28", "label files that cannot be read: 1 .*UTF-8"),
 }
 
@@ -666,11 +702,23 @@ def test_yolo_without_val_without_names_without_images(tmp_path):
     (tmp_path / "data.yaml").unlink()
     with pytest.raises(UserError, match="is a YOLO label file: write the names .*classes.txt"):
         read(tmp_path)
+    for name in TRUTH["train"]:
+        (tmp_path / f"images/train/{name}.png").rename(tmp_path / f"images/train/{name}.HEIC")
+    (tmp_path / "classes.txt").write_text("cat\ndog")
+    with pytest.raises(UserError, match="cannot be used: 3 .*1.HEIC: a format that Pillow does not read"):
+        read(tmp_path)
     yolo_folders(tmp_path)
     for path in tmp_path.glob("images/train/*"):
         path.unlink()
     with pytest.raises(UserError, match="no images in .*images/train"):
         read(tmp_path)
+
+
+def test_labels_without_images_are_called_so(tmp_path):
+    yolo(tmp_path / "labels", boxes=TRUTH["train"]), (tmp_path / "classes.txt").write_text("cat\ndog")
+    (tmp_path / "notes.json").write_text("{}")  # Label Studio's YOLO, exported without images
+    with pytest.raises(UserError, match=f"classes.txt is YOLO's, and no images .*into {tmp_path}/images"):
+        read(tmp_path, split=0.4)
 
 
 # ---- Files -------------------------------------------------------------------------------------------------
@@ -726,6 +774,13 @@ def test_files_of_systems_and_notebooks_are_skipped_and_said(tmp_path):
     sets = read(tmp_path)
     assert_truth(sets)
     assert "files that systems or notebooks make, not used: 2" in said(sets["train"])
+
+
+def test_a_damaged_exif_block_does_not_matter(tmp_path, recwarn):
+    yolo_folders(tmp_path)
+    write_noise(tmp_path / "images/train/1.png", exif=b"Exif\0\0II*\0\x08\0\0\0")  # without entries
+    assert_truth(read(tmp_path))
+    assert check_data.main([str(tmp_path)]) == 0 and not recwarn.list
 
 
 # ---- --split -----------------------------------------------------------------------------------------------
