@@ -105,7 +105,7 @@ def main(argv=None):
             save(draw_heads(scenes), out / f"{name}-heads.png")
         if args.attention:
             try:
-                save(draw_look(detector.model, scene, detector.title), out / f"{name}-attention.png")
+                save(draw_look(detector.model, scene), out / f"{name}-attention.png", detector.title)
             except UserError as error:
                 args.attention = False
                 print(f"--attention: {error}. Only predictions can be drawn.")

@@ -262,15 +262,8 @@ PICTURES = {  # draw_look takes the first entry whose array a module of the deco
 }
 
 
-def draw_look(model, scene, title=""):
-    """The picture that fits the model, with a first line. Raises UserError if there is none."""
-    figure = choose_look(model, scene)
-    figure.suptitle(f"{drawable(title)}\n{figure.get_suptitle()}".strip(), fontsize=11, wrap=True)
-    return figure
-
-
-def choose_look(model, scene):
-    """See draw_look."""
+def draw_look(model, scene):
+    """The picture that fits the model. Raises UserError if there is none."""
     trained, seen = outputs_of_training(model, scene)
     noisy = [arrays["noisy"] for arrays in seen.values() if "noisy" in arrays]
     count = trained.get("groups", 1)  # the last stages are the groups of the last layer

@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 from support import UserError, visible
 from support.evaluation import to_coco
 from support.images import bare_images, clean, load_image, make_transform, nearly_black, to_input_and_target
-from support.layouts import NAMES, Reading, Tree, find_source, given_source, search
+from support.layouts import ELSEWHERE, NAMES, Reading, Tree, find_source, given_source, search
 from support.readers import READERS, join_names
 from support.shapes import Shapes
 
@@ -218,7 +218,9 @@ def compare_splits(names, readings):
                                "crowd regions (iscrowd, VOC: difficult) do not count")
         for image in reading.images:
             if image.path in earlier:
-                reading.notes.add(f"images that are in {earlier[image.path]} already, kept", image.path)
+                lost = split != earlier[image.path] and ELSEWHERE in reading.notes  # val has names of train?
+                problems, kept = (reading.errors, "") if lost else (reading.notes, ", kept")
+                problems.add(f"images that are in {earlier[image.path]} already{kept}", image.path)
             earlier.setdefault(image.path, split)
 
 

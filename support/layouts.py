@@ -30,6 +30,7 @@ IMAGE_PLACES = ["{}", "images/{}", "{}/images", "{}/data", "data/{}", "{}/jpegim
                 "images", "images/default", "jpegimages", "data", "."]
 CLASS_FILES = ["classes.txt", "obj.names", "_darknet.labels", "predefined_classes.txt", "data.yaml"]
 CLASS_PLACES = ["", "labels/", "labels/{}/", "{}/", "{}/labels/", "data/", "images/", "images/{}/"]
+ELSEWHERE = "image files in another folder than the annotations say"
 OTHER_TASKS = ("person_keypoints", "captions", "stuff", "panoptic", "image_info", "_annotations.createml")
 
 
@@ -122,7 +123,7 @@ class Reading:
                 if not self.avoid & {*end[1:]} - {*parts[1:2]}}  # LVIS has images of val in train2017
         found = [path for path, count in same.items() if count == max(same.values())]  # most in common
         if len(found) == 1:
-            self.notes.add("image files in another folder than the annotations say", f"{name} is {found[0]}")
+            self.notes.add(ELSEWHERE, f"{name} is {found[0]}")
             return found[0]
         kind = "are lost, with several of that name elsewhere" if found else "do not exist"
         lost = [os.path.join(places[0], name), where, *(found[:2] or [f"copy it below {self.tree.top}"])]

@@ -37,7 +37,10 @@ def drawable(text):
     return text.replace("$", r"\$")  # $x$ is mathematics, and {$ or $\oops$ is a traceback
 
 
-def save(figure, path):
+def save(figure, path, title=""):
+    """Writes the file. The title is put above that of the figure."""
+    if title:
+        figure.suptitle(f"{drawable(title)}\n{figure.get_suptitle()}", fontsize=11, wrap=True)
     figure.savefig(path, dpi=110, bbox_inches="tight")
 
 

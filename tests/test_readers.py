@@ -425,6 +425,10 @@ def test_images_of_val_may_be_in_train2017_if_it_is_said_or_there_is_no_val(name
         coco(tmp_path / f"lvis_v1_{split}.json", split, name), images(tmp_path / "train2017", split)
     (tmp_path / other).mkdir()
     assert_truth(read(tmp_path))
+    if other == "x":  # but not if the names are those of train's images
+        shutil.copy(tmp_path / "lvis_v1_train.json", tmp_path / "lvis_v1_val.json")
+        with pytest.raises(UserError, match="images that are in train already: 3"):
+            read(tmp_path)
 
 
 def test_images_outside_of_the_data_folder_are_noted(tmp_path):

@@ -2,8 +2,8 @@
 
 Every .py file in FOLDER is one submission, and so is every folder in it with one such file (or one called
 --name). Results go to FOLDER/grades.csv and, as Gradescope's results.json, to FOLDER/grades/STUDENT.json.
-Broken files cost their own marks; the others continue. Weights and images are drawn from the student's name and
---seed, so that the same student gets the same ones again.
+Broken files cost their own marks; the others continue. Weights and images are drawn from the student's name
+and --seed, so that the same student gets the same ones again.
 """
 import argparse
 import csv

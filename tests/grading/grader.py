@@ -1,7 +1,7 @@
 """Run the marks on somebody's file, in a process of its own (child.py).
 
 The file may hang, leave Python, print without end or ask for all memory. That costs one mark, and the next
-process judges the others. Nothing here stops a person who means to cheat: see docs/teaching.md for what helps.
+process judges the others. Nothing here stops a person who means to cheat: docs/teaching.md has advice.
 """
 import ast
 import json
