@@ -241,7 +241,7 @@ def draw_denoising(scene, noisy, out):
 
 
 def outputs_of_training(model, scene):
-    """What look() returns in training mode, but without dropout and with the batch norm of inference."""
+    """The result of look() in training mode, but without dropout and with the batch norm of inference."""
     for module in model.modules():
         rate = getattr(module, "dropout", getattr(module, "p", None))  # of our Attention, of torch's Dropout
         module.training = not isinstance(rate, float) and not hasattr(module, "running_mean")

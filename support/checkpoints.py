@@ -138,7 +138,7 @@ def save(path, content):
 
 
 def read_file(path):
-    """What torch.save wrote: tensors, plain values, the Namespace of official checkpoints; no code is run."""
+    """Tensors, plain values and Namespaces (of official checkpoints) from torch.save; no code is run."""
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:

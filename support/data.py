@@ -32,7 +32,7 @@ class CocoFolder(Dataset):
     """The images of one split of a folder, in any of the three formats.
 
     class_names, category_ids   lists by class index 0..C-1: the name, and the id in the annotation file
-    name, notes                 for messages; `notes` says what was repaired or left out, a line each
+    name, notes                 for messages; `notes` lists what was repaired or left out, a line each
     num_boxes, max_boxes        in all images; in the fullest one. Without crowds, as count_boxes(index)
     held_out                    of a val that --split made: tells these images from any others; or None
     path_of(index)              the image file; of shapes, which have none, "shapes-7"
@@ -136,7 +136,7 @@ def read_splits(folder, given, splits, share=None, seed=0):
         check_split(tree, share, given)
         splits = ("train",)
     names, readings, found = {}, {}, {}
-    for split in ("train", "val") if "val" in splits else ("train",):  # val alone has train's classes, too
+    for split in ("train", "val") if "val" in splits else ("train",):  # train gives val its classes
         reading = Reading()
         try:
             reading = find_source(tree, split, share is not None) if tree else \
@@ -238,7 +238,7 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
                  paths (VOC: instead of a JSON file, a list in ImageSets/Main or a folder of XML files)
     size, augment, flip   see make_transform in images.py; augment and flip are not for shapes
     seed         of the augmentation, and of the shapes to train on. The shapes to validate on never change.
-    splits       val alone needs no training set; if there is one, its classes are those of val
+    splits       only val needs no training set; if there is one, its classes are those of val
     split        this share of the training images is held out as val, by `seed`; there must be no other val
     """
     if augment not in SIZES:
@@ -273,7 +273,7 @@ def load(folder=None, *, train_json=None, train_images=None, val_json=None, val_
 
 
 def load_datasets(args, splits):
-    """{split: data set} as the flags of train.py say; with --overfit both are the same few images."""
+    """{split: data set} for the flags of train.py; with --overfit both are the same few images."""
     paths = {name: getattr(args, name) for name in ("train_json", "train_images", "val_json", "val_images")}
     splits = ("train",) if args.overfit else splits  # evaluated on what it is trained on
     datasets = load(args.data, **paths, size=args.size, augment=args.preset, seed=args.seed, splits=splits,

@@ -1,4 +1,4 @@
-"""From an image file to the input of a model: what annotations say about it, its pixels, augmentation."""
+"""From an image file to the input of a model: what is annotated, its pixels, augmentation."""
 import contextlib
 import functools
 import math
@@ -20,8 +20,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gi
 OTHER_SUFFIXES = (".heic", ".heif", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".svg", ".exr", ".dcm")
 SIGNS = {  # at the start of files that are not images, or not such as Pillow reads
     b"version https://git-lfs": "a pointer of Git LFS, run git lfs pull",
-    b"ftyphe": "HEIC, whatever its name says; save it as JPEG",
-    b"ftypmif1": "HEIC, whatever its name says; save it as JPEG",
+    b"ftyphe": "HEIC, whatever its name is; save it as JPEG",
+    b"ftypmif1": "HEIC, whatever its name is; save it as JPEG",
 }
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALLEST_SIDE = 0.1  # pixels; float32 arithmetic leaves nothing of a box that is thinner
@@ -48,7 +48,7 @@ class AnnotatedImage:
 
 
 def number(value):
-    """The float that a number or a text says, otherwise None."""
+    """A number, or a text with one, as a float; otherwise None."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -139,7 +139,7 @@ def opened(path, image_id, pixels=None):
 
 
 def size_shown(raw):
-    """(width, height) of an open PIL image as viewers show it, from its header alone."""
+    """(width, height) of an open PIL image as viewers show it, only from its header."""
     turned = raw.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # above 8: no viewer turns it
     return raw.size[::-1] if turned and raw.format != "TIFF" else raw.size  # PIL has turned a TIFF's size
 
@@ -195,7 +195,7 @@ def to_rgb(image):
     """Any PIL image -> RGB. 16 bits are scaled to 8, not clipped; transparent parts become white."""
     if image.mode == "F":
         raise UserError("floating-point pixels have no agreed range; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # "I;16", or "I": 32 bits, in which some versions of PIL hold 16
+    if image.mode.startswith("I"):  # "I;16", or "I": 32 bits, which some versions of PIL use for 16
         values = np.asarray(image).clip(0).astype(float)
         image = Image.fromarray((values * 255 / max(65535, values.max())).round().astype(np.uint8))
     if image.has_transparency_data:

@@ -101,7 +101,7 @@ class Reading:
     avoid: set = frozenset()  # names of folders of the other split, where no lost image is looked for
     images: list = field(default_factory=list)  # of AnnotatedImage
     errors: Problems = field(default_factory=Problems)  # need a person: data.load refuses
-    notes: Problems = field(default_factory=Problems)  # were dealt with, each says how
+    notes: Problems = field(default_factory=Problems)  # were dealt with; the texts tell how
     from_zero: bool = False  # of VOC: an xmin or ymin is 0
     held_out: str | None = None  # of a val that --split made: tells these images from any others
 
@@ -212,7 +212,7 @@ def find_source(tree, split, unsplit):
 
 
 def find_hint(tree, split, unsplit):
-    """What to do about a folder in which a split was not found."""
+    """Advice for a folder in which a split was not found."""
     def source(*where):
         with contextlib.suppress(UserError):
             return search(*where)

@@ -218,7 +218,7 @@ def make_scene(dataset, index, class_names, model, threshold):
 
 
 def draw_detections(scene, found):
-    """What predict.answers() found, a colour for each class; on the right the truth."""
+    """Predictions of predict.answers(), a colour for each class; on the right the truth."""
     scores = [f"{score:.2f}" for score in found.scores]
     predicted = list(zip(found.names, found.boxes, scores))
     truth = [(name, box, "") for name, box in scene.truth]

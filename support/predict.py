@@ -190,7 +190,7 @@ def look(model, *inputs):
 def read(name, module, given, output):
     """{name: array} of one module after its forward; given: the arguments by their names.
 
-    Points (x, y) and boxes are in [0, 1] of the image; where it says "padded", in [0, 1] of the padded image.
+    Points (x, y) and boxes are in [0, 1] of the image, or of the padded image where a comment has "padded".
     """
     kind = type(module).__name__
     if name.endswith("reference_head"):

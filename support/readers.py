@@ -105,7 +105,7 @@ def parse_coco(path):
     gc.disable()  # it would look through millions of new objects again and again: a fifth of the time
     try:
         contents = json.loads(text, object_hook=compact)
-    except (ValueError, RecursionError) as error:  # ValueError: it says line and column
+    except (ValueError, RecursionError) as error:  # ValueError: with line and column
         raise UserError(f"cannot be read as JSON: {error}" if text.strip() else "is empty") from None
     finally:
         gc.enable()
@@ -119,7 +119,7 @@ def parse_coco(path):
 
 
 def as_id(value):
-    """An id as a whole number if it says one, such as "1" or 1.0, otherwise as it is."""
+    """An id as a whole number if it is one, also as "1" or 1.0, otherwise as it is."""
     whole = isinstance(value, str) and value.isdecimal() or isinstance(value, float) and value.is_integer()
     return int(value) if whole else value
 
@@ -177,7 +177,7 @@ def read_xml(path):
     try:
         root = ElementTree.fromstring(read_text(path, as_bytes=True))
     except (ValueError, LookupError, SyntaxError) as error:  # the first two: an encoding such as GBK
-        read_text(path)  # that it is not in UTF-8 says more
+        read_text(path)  # its message is better if the file is not in UTF-8
         raise UserError(f"cannot be read: {reason(error)}; expected UTF-8, also in its first line") from None
     if root.tag != "annotation":
         raise UserError("is in CVAT's own form: export as COCO 1.0 or Pascal VOC 1.1"
@@ -292,7 +292,7 @@ def read_classes(config, path, tree):
 
 
 def locate(key, value, config, path, tree):
-    """The folder or file that data.yaml names, or as much of its path as there is beside data.yaml."""
+    """The folder or file that data.yaml names, or as much of its path as there is next to data.yaml."""
     folder, root = os.path.dirname(path), config.get("path", "")
     if not isinstance(value, str) or not isinstance(root, str):
         raise UserError(f"{key} should be a path or a list of paths, it is {value!r}")
@@ -325,7 +325,7 @@ def yolo_files(reading):
 
 
 def labels_of(image, tree):
-    """The label file of an image: in labels/ in place of images/, beside it, or in labels/ beside that."""
+    """The label file of an image: in labels/ in place of images/, next to it, or in labels/ next to that."""
     *parts, name = (os.path.splitext(image)[0] + ".txt").split(os.sep)
     places = [[*parts[:k], "labels", *parts[k + 1:]] for k in reversed(range(len(parts)))
               if parts[k].lower() in ("images", "jpegimages", "data")]
@@ -385,7 +385,7 @@ def read_yolo(reading, known):
             kind += "; they seem to count from 1, and YOLO counts from 0"
         reading.errors.add(kind, f"{places[unknown[0]]}: {unknown[0]:g}", len(unknown))
     if {*used} == {None}:
-        raise UserError(f"no image has labels; {used[None]} has no .txt beside it or in labels/ for images/")
+        raise UserError(f"no image has labels; {used[None]} has no .txt next to it or in labels/ for images/")
     homes = {os.path.dirname(labels): os.path.dirname(image) for labels, image in used.items() if labels}
     for labels in {*reading.tree.files.values()} - {*used}:
         folder, name = os.path.split(os.path.splitext(labels)[0])

@@ -33,7 +33,7 @@ def one_line_errors():
 
 
 def advice_for(error):
-    """What to do about an error of torch, for those that people meet; None for others."""
+    """Advice for an error of torch, for those that people meet; None for others."""
     text = str(error)
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return "Out of memory. Raise --accumulate, or lower --batch-size or --size; --amp also helps."

@@ -22,7 +22,7 @@ CROSS = [(1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1),
 
 
 class Shapes(Dataset):
-    """Coloured shapes over clutter. An image depends on seed, split and its number alone: it never changes.
+    """Coloured shapes over clutter. An image depends on seed, split and its number, so it never changes.
 
     Both sides are 3/4 of `size` to `size` pixels, so batches need padding. CocoFolder explains the methods.
     """
