@@ -268,7 +268,7 @@ def known(names):
 
 def updated(page):
     """The text of docs/results.md with the numbers of race.json and stages.json."""
-    tables = {group: table(known(names), "runner|AP$") for group, names in GROUPS.items()}
+    tables = {group: table(known(names), "runner|AP$|AP after") for group, names in GROUPS.items()}
     tables["race_all"] = table(known(GROUPS["race_all"]), "(?!steps|AP50)")
     tables["others"] = table(known(list(OTHERS)[1:]), "runner|AP$|AP50")
     stages = list(json.loads(STAGES.read_text()).values()) if STAGES.exists() else []
@@ -284,8 +284,7 @@ def updated(page):
         AP = statistics.mean(entry["evals"][-1]["AP"] for entry in entries)
         return f"`{name}`{space}{images_to(entries) if images else f'{AP:.3f}'}{images}"
 
-    page = re.sub(r"(<!-- race.py: (\w+) -->\n).*?(?=<!-- end -->)",
-                  lambda match: f"{match[1]}{tables[match[2]]}\n", page, flags=re.S)
+    page = re.sub(r"(?s)(<!-- race.py: (\w+) -->\n).*?(\n<!--)", lambda m: m[1] + tables[m[2]] + m[3], page)
     return re.sub(r"`([^`]+)`(\s)(>?[\d.,]*\d|\?)( images|)", number, page)
 
 

@@ -142,6 +142,7 @@ def main(argv=None):
     p.add_argument("--record", action="store_true", help="also write the rows into results/stages.json")
     args = p.parse_args(argv)
     rows = json.loads(RESULTS.read_text()) if args.record and RESULTS.exists() else {}
+    flag = f" --model {args.model!r}" if args.model else ""
     for path in args.runs:
         model, dataset, settings = load(path, args.model, args.loops)
         images = predict(model, dataset, settings)
@@ -160,7 +161,7 @@ def main(argv=None):
         if path == args.runs[0]:
             print(f"| {' | '.join(row)} |\n|{'---|' * len(row)}")
         print(f"| {' | '.join(row.values())} |", flush=True)
-        rows[path.name] = row | {"command": f"python benchmarks/stages.py {path.name} --record",
+        rows[path.name] = row | {"command": f"python benchmarks/stages.py {path.name}{flag} --record",
                                  "machine": f"{platform.machine()}, {os.cpu_count()} cores",
                                  "date": str(date.today())}
     if args.record:

@@ -176,11 +176,12 @@ def test_a_claim_has_a_verdict_if_both_its_numbers_are_there():
     rows = re.findall(r"^\| (.* images|.*`.* [\d.?]+) \| (.*) \|$", RESULTS, re.M)
     assert len(rows) > 10
     for claim, verdict in rows:
-        assert verdict in (["not measured yet"] if "?" in claim else ["yes", "partly", "no"]), claim
+        known = ["not measured yet"] if "?" in claim else ["yes", "partly", "no"]
+        assert verdict.partition(", see")[0] in known, claim
 
 
 def test_the_results_fit_their_budget_and_need_no_history():
-    assert len(RESULTS.split()) <= 1600
+    assert len(re.findall(r"\S*\w\S*", RESULTS)) <= 1600  # words; the lines of tables are none
     assert [line for line in RESULTS.splitlines() if len(line) > 120 and line[0] != "|"] == []
     runs = json.loads((ROOT / "benchmarks/results/race.json").read_text()).values()
     for key in ("commit", "machine"):
