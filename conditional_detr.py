@@ -5,7 +5,7 @@ ICCV 2021, arXiv:2108.06152. Official code: github.com/Atten4Vis/ConditionalDETR
 
 The idea: DETR mixes the content and the position of a query in one dot product, so it has to learn good
 content before attention finds the sides of a box. Here the two are concatenated. The spatial part is a
-reference point, scaled by the previous layer's output, so that each head soon looks at one side of the box.
+reference point, scaled by the previous layer's output, so each head soon looks at one side of the box.
 
 Diff me against: detr.py. Independent of the idea are 300 queries and the focal loss, which came with it.
 

@@ -232,7 +232,7 @@ def overlap_bias(xyzr, tau):
 class Sampler(nn.Module):
     """Features at K points of G groups in x, y and scale: tgt [B, Q, D], xyzr [B, Q, 4] -> [B, Q, G, K, D/G].
 
-    maps are L x [G*B, D/G, h, w], so that every group has its own channels, with L strides.
+    maps are L x [G*B, D/G, h, w], so every group has its own channels, with L strides.
     """
 
     def __init__(self, hidden_dim, groups, points):

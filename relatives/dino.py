@@ -378,7 +378,7 @@ class QuerySelection(nn.Module):
         logits = class_head(tokens)  # [B, T, C]
         boxes_logit = box_head(tokens) + anchor  # [B, T, 4]
 
-        # Proposals are trained with the classes of the objects, so that the largest logit ranks them
+        # Proposals are trained with the classes of the objects, so the largest logit ranks them
         count = torch.sym_min(self.num_queries, logits.shape[1])  # min for torch.export; small maps have few
         best = logits.amax(-1).topk(count, dim=1).indices  # [B, Q]
         tokens, logits, boxes_logit = (
@@ -405,7 +405,7 @@ def draw_noise(shape, num_classes, device):
 def object_places(targets, width, copies):
     """Where copies of the n objects of all images go: image [n], row [n] and place [copies, n].
 
-    Copy c of the object in row i takes place c * width + i of its image, so that copies are blocks. width is
+    Copy c of the object in row i takes place c * width + i of its image, so copies are blocks. width is
     the largest number of objects in one image; an image with fewer objects leaves places empty.
     """
     counts, device = [len(t["labels"]) for t in targets], targets[0]["labels"].device

@@ -323,7 +323,7 @@ def draw_noise(shape, num_classes, device):
 def object_places(targets, width, copies):
     """Where copies of the n objects of all images go: image [n], row [n] and place [copies, n].
 
-    Copy c of the object in row i takes place c * width + i of its image, so that copies are blocks. width is
+    Copy c of the object in row i takes place c * width + i of its image, so copies are blocks. width is
     the largest number of objects in one image; an image with fewer objects leaves places empty.
     """
     counts, device = [len(t["labels"]) for t in targets], targets[0]["labels"].device

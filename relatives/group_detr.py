@@ -4,7 +4,7 @@ Qiang Chen, Xiaokang Chen, Jian Wang, Shan Zhang, Kun Yao, Haocheng Feng, Junyu 
 Jingdong Wang. ICCV 2023, arXiv:2207.13085. Code: Atten4Vis/ConditionalDETR, branch GroupDETR (Apache-2.0).
 
 The idea: one query for each object is little to learn from. G groups of queries (the paper's K) train one
-decoder; each group is matched independently, so that every object has G queries. In self-attention groups do
+decoder; each group is matched independently, so every object has G queries. In self-attention groups do
 not see each other, so inference needs only the first group and costs the same as without groups.
 
 Diff me against: conditional_detr.py. The 12 epochs are a matter of training, not of the idea.

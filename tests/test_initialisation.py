@@ -19,7 +19,7 @@ MEANT = re.compile(r"^transformer\.decoder\.layers\.\d+\.point2\.6\.(weight|bias
 
 
 class NoBackbone(torch.nn.Module):
-    """Channels of ResNet-50; the official backbones start from ImageNet, so that they are not compared."""
+    """Channels of ResNet-50; the official backbones start from ImageNet, so they are not compared."""
 
     def __init__(self, *_):
         super().__init__()

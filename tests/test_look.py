@@ -71,7 +71,7 @@ def test_conditional_attention_is_the_product_of_its_content_and_spatial_maps():
     torch.testing.assert_close(arrays["spatial"], expected)
     both = arrays["content"] * arrays["spatial"]
     torch.testing.assert_close(both / both.sum(-1, keepdim=True), arrays["weights"], rtol=1e-4, atol=1e-6)
-    # The untrained box head adds nothing yet, so that boxes still sit on their reference points
+    # The untrained box head adds nothing yet, so boxes still sit on their reference points
     torch.testing.assert_close(seen["reference_head"]["reference"], out["boxes"][-1, ..., :2])
 
 

@@ -23,7 +23,7 @@ def test_a_planted_mistake_is_located(words, place, description):
 
 
 def test_a_right_file_gets_no_untrue_line():
-    """Its parts have other names, so that only the output can be compared."""
+    """Its parts have other names, so only the output can be compared."""
     lines = list(first_difference(other_detr, ours_named("detr")))
     assert lines == ["with the default options: no difference, neither in numbers nor in gradients."]
 
