@@ -1,4 +1,5 @@
 """The device of a run, --amp, the processes of torchrun, and those that load images."""
+import atexit
 import contextlib
 import os
 import signal
@@ -93,6 +94,7 @@ def join(device):
                             "lower --nproc-per-node")
         torch.accelerator.set_device_index(local)
     torch.distributed.init_process_group(torch.distributed.get_default_backend_for_device(device))
+    atexit.register(torch.distributed.destroy_process_group)  # otherwise its threads may abort the end
     if RANK:
         sys.stdout = open(os.devnull, "w")  # only one process prints
 
