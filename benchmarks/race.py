@@ -104,6 +104,7 @@ GROUPS = {  # trained together, and shown in one table
     "others": list(OTHERS),
 }
 FIGURES = ("race", "race_all")  # the groups of docs/GROUP.png
+COLUMNS = {"race_all": "(?!seeds|steps|AP50)", "taken_apart": "run|AP$", "denoising": "run|AP( after|$)"}
 
 
 # ---- Training ----------------------------------------------------------------------------------------------
@@ -268,12 +269,10 @@ def known(names):
 
 def updated(page):
     """The text of docs/results.md with the numbers of race.json and stages.json."""
-    tables = {group: table(known(names), "runner|AP$|AP after") for group, names in GROUPS.items()}
-    tables["race_all"] = table(known(GROUPS["race_all"]), "(?!steps|AP50)")
-    tables["others"] = table(known(list(OTHERS)[1:]), "runner|AP$|AP50")
+    tables = {group: table(known(GROUPS[group]), columns) for group, columns in COLUMNS.items()}
     stages = list(json.loads(STAGES.read_text()).values()) if STAGES.exists() else []
     for name, wanted, columns in (("nms", [*MAIN, *GROUPS["denoising"]], "run|last|after"),
-                                  ("fading", GROUPS["layers"], "run|AP|oracle|TP|FP")):
+                                  ("fading", GROUPS["layers"], "run|last|oracle|TP|FP")):
         rows = [row for row in stages if row["run"].rsplit("-", 2)[0].replace("-", " ") in wanted]
         tables[name] = markdown(rows, columns)
 

@@ -77,7 +77,8 @@ def test_draw_writes_tables_numbers_and_figures(monkeypatch, tmp_path, capsys):
     race.STAGES.write_text(json.dumps(rows_of_stages))
     page = tmp_path / "results.md"
     page.write_text("`sqr` ?, `sqr`\n0.1, `detr` 0.3, `detr` 1 images. `sqr` >8 images, `file` 3\n" + "".join(
-        f"<!-- race.py: {name} -->\nold\n<!-- end -->\n" for name in ("race_all", "maps", "nms", "fading")))
+        f"<!-- race.py: {name} -->\nold\n<!-- end -->\n"
+        for name in ("race_all", "denoising", "nms", "fading")))
     race.main(["--draw"])
     full, *_ = capsys.readouterr().out.strip().split("\n\n")
     one, two = rows(full.partition("\n")[2])
@@ -86,10 +87,10 @@ def test_draw_writes_tables_numbers_and_figures(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "race.png").stat().st_size > 10_000
     numbers, *tables = page.read_text().split("<!-- race.py: ")
     assert numbers == "`sqr` 0.600, `sqr`\n0.600, `detr` ?, `detr` ? images. `sqr` 4,000 images, `file` 3\n"
-    assert rows(tables[0])[1] == ["sqr", "2", "C3+2", "0.60", "4,000", "0.600±0.141", "0.300±0.071"]
-    assert tables[1] == "maps -->\nNot measured yet.\n<!-- end -->\n"
+    assert rows(tables[0])[1] == ["sqr", "C3+2", "0.60", "4,000", "0.600±0.141", "0.300±0.071"]
+    assert tables[1] == "denoising -->\nNot measured yet.\n<!-- end -->\n"
     assert rows(tables[2]) == [["sqr-1000-seed0", "0.5", "0.4"]]
-    assert rows(tables[3]) == [["sqr-1000-seed0", "0.3"], ["sqr-6-layers-1000-seed0", "0.3"]]
+    assert rows(tables[3]) == [[f"sqr-{run}-seed0", "0.5", "0.3"] for run in ("1000", "6-layers-1000")]
     assert race.updated(page.read_text()) == page.read_text()
     race.read = dict
     assert "0.6" not in race.updated(page.read_text()), "an empty race.json leaves no number"

@@ -208,7 +208,7 @@ def same(what, theirs, ours, tolerance=1e-3, rows="stage"):
 
 
 def first_not_finite(model, images, mask):
-    """The exception names what the NaN depends on, and which mark that costs."""
+    """An exception that names what the NaN depends on, and which mark that costs."""
     for name, p in model.named_parameters():
         if p.isnan().any():
             return NotFinite(f"load_official leaves NaN in {name}", "loading")
